@@ -1,0 +1,49 @@
+// Plain-old-data views that every kernel takes, on the CPU and on CUDA alike.
+//
+// The only vocabulary shared by kernels and bindings: raw pointers, sizes, and strides *in
+// elements*. No torch, no Python, no ownership. The last dimension is always contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace mos {
+
+enum class DType : int32_t { f32, f64, bf16, f16 };
+
+// A (rows, cols) matrix.
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t rows, cols;
+  int64_t row_stride;
+};
+
+// A low-rank factor M (rank, shards_per_vector * shard_size) that is never stored: row j is the
+// concatenation of the pool rows index[j, 0 .. shards_per_vector). A of the paper is such an M; B
+// is one transposed.
+struct Factor {
+  const void* pool;  // (num_shards, shard_size)
+  DType dtype;
+  int64_t num_shards, shard_size;
+  int64_t pool_stride;   // elements between two shards
+  const int32_t* index;  // (rank, shards_per_vector), contiguous
+  int64_t rank, shards_per_vector;
+
+  int64_t cols() const { return shards_per_vector * shard_size; }
+};
+
+// Dropout regenerated from a counter (philox.h), never stored. threshold == 0 keeps everything.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // an element is dropped when its 16 random bits are below this; probability
+                       // threshold / 65536
+
+  bool active() const { return threshold != 0; }
+  // 1 / (1 - p); with p = 1 nothing is kept, so any finite value does.
+  double keep_scale() const { return threshold < 65536u ? 65536.0 / (65536.0 - threshold) : 0.0; }
+};
+
+// threshold for a probability p in [0, 1], rounded to the nearest 1/65536.
+inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 65536.0 + 0.5); }
+
+}  // namespace mos

@@ -1,0 +1,64 @@
+// The one bridge from torch::stable tensors to the kernels' views. Only ops.cpp files include it.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "params.h"
+
+namespace mos {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "mos_ext kernels take float32, float64, bfloat16 and float16 tensors");
+  }
+}
+
+// The dtype that sums of t are kept and returned in.
+inline ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// t with a contiguous last dimension, copied only if it has none.
+inline Tensor rows_contiguous(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, "expected a matrix, got ", t.dim(), " dimensions");
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// A view of t, which must outlive it and come from rows_contiguous.
+inline Matrix matrix_of(const Tensor& t) {
+  return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
+
+// The factor that index (rank, shards_per_vector) selects from pool; both must outlive it. Shapes
+// that could corrupt memory are refused here; everything a user can get wrong was refused in Python
+// before.
+inline Factor factor_of(const Tensor& pool, const Tensor& index) {
+  STD_TORCH_CHECK(pool.dim() == 2 && pool.is_contiguous(), "pool must be a contiguous matrix");
+  STD_TORCH_CHECK(index.dim() == 2 && index.is_contiguous() && index.scalar_type() == ScalarType::Int,
+                  "index must be a contiguous int32 matrix");
+  return {pool.const_data_ptr(), dtype_of(pool), pool.size(0),
+          pool.size(1),          pool.size(1),   static_cast<const int32_t*>(index.const_data_ptr()),
+          index.size(0),         index.size(1)};
+}
+
+}  // namespace mos

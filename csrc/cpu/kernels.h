@@ -1,0 +1,59 @@
+// The CPU kernels. Torch-free and Python-free; sizes and dtypes are the caller's to check, index
+// tables too (first_bad_index), because an index out of range is read, not trapped.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../common/parallel.h"
+#include "../common/params.h"
+
+namespace mos::cpu {
+
+// Position of the first entry outside [0, num_shards), or -1.
+int64_t first_bad_index(const Factor& factor);
+
+// out (rank, cols) = the assembled factor, in the pool's dtype.
+void gather_concat(const Factor& factor, const Matrix& out, const ParallelFor& parallel);
+
+// One module's share of a pool gradient: the gradient (rank, cols) of its factor, and the table it
+// was gathered with.
+struct FactorGradient {
+  Matrix grad;
+  const int32_t* index;
+  int64_t shards_per_vector;
+};
+
+// Adjoint of gather_concat for every module of a pool at once: pool_grad[m] = the sum, in the order
+// of `modules` and of positions, of all segments whose index is m. Overwrites pool_grad
+// (num_shards, shard_size), whose dtype is the accumulation type of the gradients; a shard that
+// nobody uses gets zeros.
+void scatter_add(const std::vector<FactorGradient>& modules, const Matrix& pool_grad, const ParallelFor& parallel);
+
+// One pass over activations against a factor F (r, C); each product is optional. With D the dropout
+// mask times 1/(1-p):
+//   projected   (T, r)   = scale * (D * in) F^T      shrink forward; dS of expand
+//   factor_grad (r, C)   = scale * s^T (D * in)      dF of both
+//   out         (T, C) (+)= scale * D * (s F)        expand forward; dX of shrink
+// so shrink, expand and their backwards are this one kernel, and `in` is read once whatever is
+// asked of it. T is in.rows (or out.rows), C is factor.cols(). s, projected and factor_grad are
+// contiguous and of the accumulation type of in/out (float, or double for double); in and out share
+// a dtype.
+struct LowRankPass {
+  Factor factor;
+  Dropout dropout{0, 0};
+  double scale = 1.0;
+  Matrix in{};                  // without data: nothing to read (expand)
+  const void* s = nullptr;      // null: only `projected` is asked for (shrink)
+  void* projected = nullptr;    // null: not wanted
+  void* factor_grad = nullptr;  // null: not wanted
+  Matrix out{};                 // without data: not wanted
+  bool accumulate = false;      // out += rather than out =
+};
+
+void low_rank_pass(const LowRankPass& pass, const ParallelFor& parallel);
+
+// The instruction set that low_rank_pass runs with here: "avx512", "avx2" or "baseline".
+const char* instruction_set();
+
+}  // namespace mos::cpu

@@ -1,0 +1,188 @@
+// CPU kernels of the mos_ext operators. Schemas, fakes and defaults live in mos_ext/ops/schema.py;
+// this file only adds implementations to them, through torch's stable ABI.
+#include "../common/interface.h"
+#include "../common/stable.h"
+#include "kernels.h"
+
+namespace mos::cpu {
+
+namespace {
+
+void torch_parallel(int64_t count, const std::function<void(int64_t)>& task) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
+}
+
+// A pool and an index as kernels want them, kept alive together with the view of both.
+struct FactorArgument {
+  Tensor pool, index;
+  Factor view;
+
+  FactorArgument(const Tensor& pool_in, const Tensor& index_in)
+      : pool(torch::stable::contiguous(pool_in)),
+        index(torch::stable::contiguous(index_in)),
+        view(factor_of(pool, index)) {
+    const int64_t bad = first_bad_index(view);
+    STD_TORCH_CHECK(bad < 0, "index must be in [0, ", view.num_shards, "), got ", view.index[bad], " at entry ", bad);
+  }
+};
+
+Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
+  if (p <= 0.0) return {0, 0};
+  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "dropout needs a seed of one int64");
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())), dropout_threshold(p)};
+}
+
+// s, dS: the accumulation type of x, contiguous.
+Tensor sums_contiguous(const Tensor& s, const Tensor& x, int64_t rank) {
+  STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == x.size(0) && s.size(1) == rank && s.scalar_type() == accumulate_type(x),
+                  "s must be (rows of x, rank) in the accumulation type of x");
+  return torch::stable::contiguous(s);
+}
+
+void check_cols(const Tensor& x, const Factor& factor) {
+  STD_TORCH_CHECK(x.size(1) == factor.cols(), "the factor has ", factor.cols(), " columns, x has ", x.size(1));
+}
+
+Tensor gather_concat_op(const Tensor& pool, const Tensor& index) {
+  const FactorArgument factor(pool, index);
+  Tensor out = torch::stable::new_empty(pool, {factor.view.rank, factor.view.cols()});
+  gather_concat(factor.view, matrix_of(out), torch_parallel);
+  return out;
+}
+
+Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, int64_t num_shards) {
+  STD_TORCH_CHECK(!grads.empty() && grads.size() == indices.size(), "need one index for each of one or more grads");
+  const int64_t shard_size = indices[0].size(1) ? grads[0].size(1) / indices[0].size(1) : 0;
+  std::vector<FactorGradient> modules;
+  for (size_t k = 0; k < grads.size(); ++k) {
+    grads[k] = rows_contiguous(grads[k]);
+    indices[k] = torch::stable::contiguous(indices[k]);
+    const Tensor &grad = grads[k], &index = indices[k];
+    STD_TORCH_CHECK(index.dim() == 2 && index.scalar_type() == ScalarType::Int && grad.size(0) == index.size(0) &&
+                        grad.size(1) == index.size(1) * shard_size && grad.scalar_type() == grads[0].scalar_type(),
+                    "grads must be (r, l * shard_size) of one dtype and indices (r, l) int32");
+    const Factor table{nullptr,       dtype_of(grad), num_shards,
+                       shard_size,    shard_size,     static_cast<const int32_t*>(index.const_data_ptr()),
+                       index.size(0), index.size(1)};
+    STD_TORCH_CHECK(first_bad_index(table) < 0, "index must be in [0, ", num_shards, ")");
+    modules.push_back({matrix_of(grad), table.index, table.shards_per_vector});
+  }
+  Tensor out = torch::stable::new_empty(grads[0], {num_shards, shard_size}, accumulate_type(grads[0]));
+  scatter_add(modules, matrix_of(out), torch_parallel);
+  return out;
+}
+
+Tensor shrink_op(const Tensor& x, const Tensor& pool, const Tensor& index, double dropout,
+                 const std::optional<Tensor>& seed) {
+  const FactorArgument factor(pool, index);
+  const Tensor x_c = rows_contiguous(x);
+  LowRankPass pass{factor.view, dropout_of(dropout, seed)};
+  check_cols(x, pass.factor);
+  Tensor s = torch::stable::new_empty(x, {x.size(0), pass.factor.rank}, accumulate_type(x));
+  pass.in = matrix_of(x_c);
+  pass.projected = s.mutable_data_ptr();
+  low_rank_pass(pass, torch_parallel);
+  return s;
+}
+
+void expand_into(const Tensor& y, const Tensor& s, const Tensor& pool, const Tensor& index, double scale,
+                 bool accumulate) {
+  const FactorArgument factor(pool, index);
+  LowRankPass pass{factor.view, {}, scale};
+  check_cols(y, pass.factor);
+  const Tensor s_c = sums_contiguous(s, y, pass.factor.rank);
+  pass.s = s_c.const_data_ptr();
+  pass.out = matrix_of(y);
+  pass.accumulate = accumulate;
+  low_rank_pass(pass, torch_parallel);
+}
+
+Tensor expand_op(const Tensor& s, const Tensor& pool, const Tensor& index, double scale, ScalarType dtype) {
+  Tensor y = torch::stable::new_empty(s, {s.size(0), index.size(1) * pool.size(1)}, dtype);
+  expand_into(y, s, pool, index, scale, /*accumulate=*/false);
+  return y;
+}
+
+void expand_inplace_op(Tensor y, const Tensor& s, const Tensor& pool, const Tensor& index, double scale) {
+  const Tensor y_c = rows_contiguous(y);
+  expand_into(y_c, s, pool, index, scale, /*accumulate=*/true);
+  if (y_c.get() != y.get()) torch::stable::copy_(y, y_c);
+}
+
+std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s, const Tensor& pool,
+                                              const Tensor& index, double scale) {
+  const FactorArgument factor(pool, index);
+  const Tensor dy_c = rows_contiguous(dy);
+  LowRankPass pass{factor.view, {}, scale};
+  check_cols(dy, pass.factor);
+  const Tensor s_c = sums_contiguous(s, dy, pass.factor.rank);
+  Tensor ds = torch::stable::new_empty(s, {s.size(0), s.size(1)});
+  Tensor grad = torch::stable::new_empty(s, {pass.factor.rank, pass.factor.cols()});
+  pass.in = matrix_of(dy_c);
+  pass.s = s_c.const_data_ptr();
+  pass.projected = ds.mutable_data_ptr();
+  pass.factor_grad = grad.mutable_data_ptr();
+  low_rank_pass(pass, torch_parallel);
+  return {ds, grad};
+}
+
+// The factor gradient; dx (contiguous rows) is written or accumulated into.
+Tensor shrink_backward_into(const Tensor& dx, const Tensor& ds, const Tensor& x, const Tensor& pool,
+                            const Tensor& index, double dropout, const std::optional<Tensor>& seed, bool accumulate) {
+  const FactorArgument factor(pool, index);
+  const Tensor x_c = rows_contiguous(x);
+  LowRankPass pass{factor.view, dropout_of(dropout, seed)};
+  check_cols(x, pass.factor);
+  STD_TORCH_CHECK(dx.size(0) == x.size(0) && dx.size(1) == x.size(1) && dx.scalar_type() == x.scalar_type(),
+                  "dx must have the shape and dtype of x");
+  const Tensor ds_c = sums_contiguous(ds, x, pass.factor.rank);
+  Tensor grad = torch::stable::new_empty(ds, {pass.factor.rank, pass.factor.cols()});
+  pass.in = matrix_of(x_c);
+  pass.s = ds_c.const_data_ptr();
+  pass.factor_grad = grad.mutable_data_ptr();
+  pass.out = matrix_of(dx);
+  pass.accumulate = accumulate;
+  low_rank_pass(pass, torch_parallel);
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x, const Tensor& pool,
+                                              const Tensor& index, double dropout, const std::optional<Tensor>& seed) {
+  Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor grad = shrink_backward_into(dx, ds, x, pool, index, dropout, seed, /*accumulate=*/false);
+  return {dx, grad};
+}
+
+Tensor shrink_backward_inplace_op(Tensor dx, const Tensor& ds, const Tensor& x, const Tensor& pool, const Tensor& index,
+                                  double dropout, const std::optional<Tensor>& seed) {
+  const Tensor dx_c = rows_contiguous(dx);
+  Tensor grad = shrink_backward_into(dx_c, ds, x, pool, index, dropout, seed, /*accumulate=*/true);
+  if (dx_c.get() != dx.get()) torch::stable::copy_(dx, dx_c);
+  return grad;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mos_ext, CPU, m) {
+  m.impl("gather_concat", TORCH_BOX(&gather_concat_op));
+  m.impl("scatter_add", TORCH_BOX(&scatter_add_op));
+  m.impl("shrink", TORCH_BOX(&shrink_op));
+  m.impl("expand", TORCH_BOX(&expand_op));
+  m.impl("expand_", TORCH_BOX(&expand_inplace_op));
+  m.impl("expand_backward", TORCH_BOX(&expand_backward_op));
+  m.impl("shrink_backward", TORCH_BOX(&shrink_backward_op));
+  m.impl("shrink_backward_", TORCH_BOX(&shrink_backward_inplace_op));
+}
+
+}  // namespace mos::cpu
+
+extern "C" __attribute__((visibility("default"), used)) const char mos_ext_cpu_interface[] = MOS_EXT_INTERFACE;
+
+// Read by `python -m mos_ext` through ctypes: which instruction set the kernels chose on this
+// machine.
+extern "C" __attribute__((visibility("default"))) const char* mos_ext_cpu_instruction_set() {
+  return mos::cpu::instruction_set();
+}

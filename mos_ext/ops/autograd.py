@@ -1,0 +1,152 @@
+"""Gradients of the operators, and the fused layer that everything above is built on.
+
+Three differentiable pieces:
+
+* ``gather_concat``, ``shrink`` and ``expand`` carry registered gradients of their own. Each returns a dense gradient of the whole pool.
+* :class:`MoSLinear` is base product and low-rank product as one autograd node: two passes over activations forward, two backward, nothing
+  saved but x and S (T, r).
+* :func:`factor_handles` is how L layers share a pool at a cost that does not grow with it. A dense pool gradient per layer would cost
+  L times the pool in memory traffic every step. Instead each layer differentiates with respect to a *handle*: a (r, d) tensor without storage
+  that stands for its factor. Its gradient is the factor's, r * d elements. All handles of a pool leave one autograd node, which runs once per
+  backward pass, after the last layer, and sums all factor gradients into the pool with one ordered ``scatter_add``.
+  A handle holds no values and its node saves none, so one set serves every step for as long as the pool parameter lives: there is
+  nothing in it that could become stale. Layers called twice, not at all, or alone, gradient accumulation and both kinds of checkpointing
+  are autograd's ordinary business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .schema import NAMESPACE, library
+
+ops = torch.ops.mos_ext
+
+
+# ------------------------------------------------------------------------------------------------ single operators
+
+
+def _gather_concat_setup(ctx, inputs, output):
+    pool, index = inputs
+    ctx.save_for_backward(index)
+    ctx.num_shards, ctx.dtype = pool.shape[0], pool.dtype
+
+
+def _gather_concat_backward(ctx, grad):
+    (index,) = ctx.saved_tensors
+    return ops.scatter_add([grad], [index], ctx.num_shards).to(ctx.dtype), None
+
+
+def _shrink_setup(ctx, inputs, output):
+    x, pool, index, ctx.p, seed = inputs
+    ctx.save_for_backward(x, pool, index, seed)
+
+
+def _shrink_backward(ctx, ds):
+    x, pool, index, seed = ctx.saved_tensors
+    dx, factor_grad = ops.shrink_backward(ds, x, pool, index, ctx.p, seed)
+    return dx, ops.scatter_add([factor_grad], [index], pool.shape[0]).to(pool.dtype), None, None, None
+
+
+def _expand_setup(ctx, inputs, output):
+    s, pool, index, ctx.scale, _ = inputs
+    ctx.save_for_backward(s, pool, index)
+
+
+def _expand_backward(ctx, dy):
+    s, pool, index = ctx.saved_tensors
+    ds, factor_grad = ops.expand_backward(dy, s, pool, index, ctx.scale)
+    return ds, ops.scatter_add([factor_grad], [index], pool.shape[0]).to(pool.dtype), None, None, None
+
+
+for _name, _setup, _backward in (
+    ("gather_concat", _gather_concat_setup, _gather_concat_backward),
+    ("shrink", _shrink_setup, _shrink_backward),
+    ("expand", _expand_setup, _expand_backward),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=library)
+
+
+# ------------------------------------------------------------------------------------------------ handles
+
+
+class _FactorHandles(torch.autograd.Function):
+    @staticmethod
+    def forward(pool: Tensor, *indices: Tensor):
+        dtype = reference.accumulate_dtype(pool.dtype)
+        origin = pool.new_zeros((), dtype=dtype)
+        return tuple(origin.expand(i.shape[0], i.shape[1] * pool.shape[1]) for i in indices)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pool, *indices = inputs
+        ctx.set_materialize_grads(False)
+        # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run every step.
+        ctx.indices, ctx.num_shards, ctx.dtype = indices, pool.shape[0], pool.dtype
+
+    @staticmethod
+    def backward(ctx, *grads):
+        used = [(grad, index) for grad, index in zip(grads, ctx.indices, strict=True) if grad is not None]
+        if not used:
+            return (None,) * (1 + len(ctx.indices))
+        pool_grad = ops.scatter_add([g for g, _ in used], [i for _, i in used], ctx.num_shards)
+        return pool_grad.to(ctx.dtype), *(None for _ in ctx.indices)
+
+
+def factor_handles(pool: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One handle per layer: a storage-free (r, d) stand-in for its factor whose gradient flows to ``pool`` (see the module's text)."""
+    return _FactorHandles.apply(pool, *indices)
+
+
+# ------------------------------------------------------------------------------------------------ the fused layer
+
+
+class MoSLinear(torch.autograd.Function):
+    """y = x W^T + bias + scale * (dropout(x) A^T) B^T on matrices; see ``functional.mos_linear`` for the arguments.
+
+    Gradients of A and B go to ``handle_a`` and ``handle_b`` where given, else densely to the pools. The second output, S (T, r), is what
+    backward needs of the forward pass; it is not differentiable.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed):
+        s = ops.shrink(x, pool_a, index_a, p, seed)
+        y = torch.nn.functional.linear(x, weight, bias)
+        ops.expand_(y, s, pool_b, index_b, scale)
+        return y, s
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, pool_a, pool_b, _, _, index_a, index_b, ctx.scale, ctx.p, seed = inputs
+        s = output[1]
+        ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, s, pool_a, pool_b, index_a, index_b, seed)
+
+    @staticmethod
+    def backward(ctx, dy, _ds):
+        if dy is None:
+            return (None,) * 12
+        x, weight, s, pool_a, pool_b, index_a, index_b, seed = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b, *_ = ctx.needs_input_grad
+        ds, factor_b = ops.expand_backward(dy, s, pool_b, index_b, ctx.scale)
+        dx = None
+        if need_x:
+            dx = dy @ weight
+            factor_a = ops.shrink_backward_(dx, ds, x, pool_a, index_a, ctx.p, seed)
+        elif need_pool_a or need_handle_a:
+            _, factor_a = ops.shrink_backward(ds, x, pool_a, index_a, ctx.p, seed)
+        return (
+            dx,
+            dy.T @ x if need_weight else None,
+            dy.sum(0) if need_bias else None,
+            ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype) if need_pool_a else None,
+            ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype) if need_pool_b else None,
+            factor_a if need_handle_a else None,
+            factor_b if need_handle_b else None,
+            *(None,) * 5,
+        )

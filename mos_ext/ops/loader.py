@@ -1,0 +1,69 @@
+"""Loads the native libraries, and keeps the reason when one is missing, stale or broken: importing mos_ext never fails for them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .schema import INTERFACE
+
+PACKAGE = Path(__file__).resolve().parent.parent
+# library name -> the torch device type whose kernels it brings
+DEVICE_OF = {"_C": "cpu", "_C_cuda": "cuda"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """One native library: its file, and why it serves nothing (``None`` when it is loaded)."""
+
+    name: str
+    path: Path
+    problem: str | None
+
+    @property
+    def loaded(self) -> bool:
+        return self.problem is None
+
+
+def build_record() -> dict:
+    """What setup.py wrote about the build; empty when there is no record."""
+    try:
+        return json.loads((PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load(name: str) -> Library:
+    path = PACKAGE / f"{name}.so"
+    if os.environ.get("MOS_EXT_DISABLE_NATIVE") == "1":
+        return Library(name, path, "MOS_EXT_DISABLE_NATIVE=1 is set")
+    if not path.exists():
+        reason = build_record().get("skipped", {}).get(name)
+        return Library(name, path, f"not built: {reason}" if reason else "not built (installed with MOS_EXT_BUILD=python?)")
+    if DEVICE_OF[name] == "cuda" and torch.version.cuda is None:
+        return Library(name, path, "built, but the installed torch is a CPU build")
+    if b"mos_ext interface %d." % INTERFACE not in path.read_bytes():
+        return Library(name, path, f"{path.name} was built for another version of mos_ext: build it again")
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return Library(name, path, f"does not load: {' '.join(str(error).split())}")
+    return Library(name, path, None)
+
+
+libraries: dict[str, Library] = {name: _load(name) for name in DEVICE_OF}
+
+
+def cpu_instruction_set() -> str | None:
+    """The instruction set the CPU kernels run with here: "avx512", "avx2" or "baseline"; ``None`` without the library."""
+    library = libraries["_C"]
+    if not library.loaded:
+        return None
+    function = ctypes.CDLL(str(library.path)).mos_ext_cpu_instruction_set
+    function.restype = ctypes.c_char_p
+    return function().decode()

@@ -1,0 +1,146 @@
+"""The mathematics of every operator in readable PyTorch: the oracle of tests and benchmarks, and the operators' default.
+
+Shapes: ``pool`` (n, d/l) shards; ``index`` (r, l) integers below n; a *factor* is the (r, d) matrix they assemble. A of the paper is a factor
+with d = in, B is the transpose of one with d = out. ``x`` (T, in), ``y`` (T, out). Called with float64 tensors these functions are the oracle;
+called with a model's own dtypes they are what plain PyTorch would do, and the error that native kernels may not exceed twofold.
+
+Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", ICLR 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DROPOUT_LEVELS = 1 << 16  # dropout probabilities are multiples of 1 / DROPOUT_LEVELS
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of ``dtype`` are kept in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
+    """The factor ``pool[index]``: l consecutive entries of a row, concatenated left to right, form one rank vector.
+
+    pool (n, d/l), index (r, l) -> (r, d), in the pool's dtype.
+    """
+    return pool[index.long()].reshape(index.shape[0], index.shape[1] * pool.shape[1])
+
+
+def scatter_add(grads: Sequence[Tensor], indices: Sequence[Tensor], num_shards: int) -> Tensor:
+    """Adjoint of :func:`gather_concat` for all modules of one pool: every segment is added to the shard that it came from.
+
+    grads: (r_k, d) each, indices: (r_k, l) each -> (num_shards, d/l) in the accumulation dtype.
+    """
+    shard_size = grads[0].shape[1] // indices[0].shape[1] if indices[0].shape[1] else 0
+    out = grads[0].new_zeros(num_shards, shard_size, dtype=accumulate_dtype(grads[0].dtype))
+    for grad, index in zip(grads, indices, strict=True):
+        out.index_put_((index.long().flatten(),), grad.to(out.dtype).reshape(-1, shard_size), accumulate=True)
+    return out
+
+
+def philox(seed: Tensor, column_group: Tensor, row: Tensor) -> list[Tensor]:
+    """Philox4x32-7 (Salmon et al., SC 2011) with counter (column_group, row_lo, row_hi, 0): four words of 32 bits, in int64."""
+    low = 0xFFFFFFFF
+    c = [column_group + 0 * row, (row & low) + 0 * column_group, (row >> 32) + 0 * column_group, 0 * (row + column_group)]
+    key = [seed & low, (seed >> 32) & low]
+    for _ in range(7):
+        # int64 products wrap modulo 2^64, which leaves both 32-bit halves right once they are masked.
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [((p1 >> 32) & low) ^ c[1] ^ key[0], p1 & low, ((p0 >> 32) & low) ^ c[3] ^ key[1], p0 & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return c
+
+
+def dropout_mask(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
+    """(rows, cols) booleans, True where an element is kept. Depends on seed and position alone: 16 bits of Philox each."""
+    device = seed.device
+    row = torch.arange(rows, device=device).unsqueeze(1)
+    group = torch.arange((cols + 7) // 8, device=device).unsqueeze(0)
+    words = philox(seed, group, row)
+    bits = torch.stack([word >> shift & 0xFFFF for word in words for shift in (0, 16)], dim=-1)
+    return bits.reshape(rows, -1)[:, :cols] >= dropout_threshold(p)
+
+
+def dropout_threshold(p: float) -> int:
+    """The number of 1/65536 steps nearest to p: an element is dropped when its 16 random bits are below it."""
+    return int(p * DROPOUT_LEVELS + 0.5)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x with a fraction p of its elements zeroed and the others divided by 1 - p; p is rounded to the nearest 1/65536."""
+    threshold = dropout_threshold(p)
+    if seed is None or threshold == 0:
+        return x
+    keep_scale = DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold) if threshold < DROPOUT_LEVELS else 0.0
+    return torch.where(dropout_mask(x.shape[0], x.shape[1], p, seed), x * keep_scale, torch.zeros_like(x))
+
+
+def shrink(x: Tensor, pool: Tensor, index: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """S = dropout(x) F^T with F = gather_concat(pool, index): (T, d) -> (T, r) in the accumulation dtype."""
+    factor = gather_concat(pool, index).to(x.dtype)
+    return (dropout(x, p, seed) @ factor.T).to(accumulate_dtype(x.dtype))
+
+
+def expand(s: Tensor, pool: Tensor, index: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * S F: (T, r) -> (T, d) in ``dtype``."""
+    factor = gather_concat(pool, index).to(dtype)
+    return (s * scale).to(dtype) @ factor
+
+
+def expand_backward(dy: Tensor, s: Tensor, pool: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`expand`: dS = scale * dy F^T (T, r) and dF = scale * S^T dy (r, d), both in the accumulation dtype."""
+    factor = gather_concat(pool, index).to(dy.dtype)
+    ds = (dy @ factor.T).to(s.dtype) * scale
+    return ds, ((s * scale).to(dy.dtype).T @ dy).to(s.dtype)
+
+
+def shrink_backward(
+    ds: Tensor, x: Tensor, pool: Tensor, index: Tensor, p: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`shrink`: dx = dropout'(dS F) (T, d) in x's dtype and dF = dS^T dropout(x) (r, d) in the accumulation dtype."""
+    factor = gather_concat(pool, index).to(x.dtype)
+    ds_x = ds.to(x.dtype)
+    return dropout(ds_x @ factor, p, seed), (ds_x.T @ dropout(x, p, seed)).to(ds.dtype)
+
+
+def low_rank(
+    x: Tensor,
+    pool_a: Tensor,
+    index_a: Tensor,
+    pool_b: Tensor,
+    index_b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """delta = scale * (dropout(x) A^T) B^T: (T, in) -> (T, out)."""
+    return expand(shrink(x, pool_a, index_a, p, seed), pool_b, index_b, scale, x.dtype)
+
+
+def delta_weight(pool_a: Tensor, index_a: Tensor, pool_b: Tensor, index_b: Tensor, scale: float) -> Tensor:
+    """The dense (out, in) matrix that an adapter adds to a weight: scale * B A, in the accumulation dtype of the pools."""
+    dtype = accumulate_dtype(pool_a.dtype)
+    b = gather_concat(pool_b, index_b).to(dtype)
+    return scale * (b.T @ gather_concat(pool_a, index_a).to(dtype))
+
+
+def mos_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pool_a: Tensor,
+    index_a: Tensor,
+    pool_b: Tensor,
+    index_b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scale * (dropout(x) A^T) B^T for x of any leading shape; differentiable by ordinary autograd."""
+    flat = x.reshape(-1, x.shape[-1])
+    delta = low_rank(flat, pool_a, index_a, pool_b, index_b, scale, p, seed)
+    return torch.nn.functional.linear(x, weight, bias) + delta.reshape(*x.shape[:-1], -1)

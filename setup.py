@@ -1,0 +1,190 @@
+"""Builds the native libraries of mos_ext; everything declarative is in pyproject.toml.
+
+Two shared libraries, each of which only adds kernels to operators that Python already defines:
+
+    mos_ext/_C.so       CPU kernels      (csrc/cpu)
+    mos_ext/_C_cuda.so  CUDA kernels     (csrc/cuda)
+
+Both use torch's stable ABI and no CPython symbol, so one binary serves every torch >= 2.11 and every Python 3: the wheel is
+tagged py3-none-<platform>. MOS_EXT_BUILD chooses what to build:
+
+    auto    (default) what this machine can build; a failure is recorded in mos_ext/_build_info.json, which
+            `python -m mos_ext` replays, and the Python implementation serves instead
+    python  nothing
+    cpu     _C, and fail if it fails
+    cuda    _C and _C_cuda, and fail if either fails, even beside a CPU-only torch (it compiles and links)
+
+Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS as everywhere in the torch world, and MOS_EXT_WERROR=1 (CI: compiler warnings are errors).
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    torch = None
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "python", "cpu", "cuda")
+MODE = os.environ.get("MOS_EXT_BUILD", "auto")
+if MODE not in MODES:
+    sys.exit(f"MOS_EXT_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
+
+# Real code for every architecture the kernels are tuned or tested for, and PTX so that newer ones can translate it.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest supported
+NO_TORCH = (
+    "mos_ext needs torch to build its native libraries: run `pip install torch` and then "
+    "`pip install --no-build-isolation .` (or set MOS_EXT_BUILD=python to install without them)."
+)
+
+
+def cuda_home():
+    """The CUDA toolkit's folder, or None. nvcc on PATH may be a wrapper script, so it is asked rather than resolved."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    return str(Path(top.group(1)).resolve()) if top else str(Path(nvcc).resolve().parent.parent)
+
+
+def gencode_flags(architectures):
+    """nvcc flags for a TORCH_CUDA_ARCH_LIST. Spelled out here because torch, left to itself, asks the GPU, and there may be none."""
+    flags = []
+    for entry in re.split(r"[;\s]+", architectures.strip()):
+        number, _, ptx = entry.partition("+")
+        cc = number.replace(".", "")
+        flags.append(f"-gencode=arch=compute_{cc},code=sm_{cc}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{cc},code=compute_{cc}")
+    return flags
+
+
+def why_no_cuda():
+    """Why `auto` leaves _C_cuda out, or None when it should be built."""
+    if torch.version.cuda is None:
+        return "the installed torch is a CPU build"
+    if cuda_home() is None:
+        return "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)"
+    return None
+
+
+def sources(folder, *suffixes):
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).iterdir() if p.suffix in suffixes)
+
+
+def extension(name, *, cuda):
+    warnings = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MOS_EXT_WERROR") == "1" else [])
+    # torch's headers as system headers: their warnings are not ours.
+    system = [f for path in cpp_extension.include_paths() for f in ("-isystem", path)]
+    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *warnings, *system]
+    if not cuda:
+        return Extension(
+            name,
+            sources("cpu", ".cpp"),
+            depends=sources("cpu", ".h") + sources("common", ".h"),
+            library_dirs=cpp_extension.library_paths(),
+            libraries=["torch_cpu"],
+            extra_compile_args={"cxx": cxx},
+            language="c++",
+        )
+    home = cuda_home() or ""
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    return Extension(
+        name,
+        sources("cuda", ".cpp", ".cu"),
+        depends=sources("cuda", ".h", ".cuh") + sources("common", ".h"),
+        include_dirs=[f"{home}/include"],
+        library_dirs=[*cpp_extension.library_paths(), f"{home}/lib64", f"{home}/lib"],
+        # The runtime is linked in: the library must load whatever CUDA minor version torch brought.
+        libraries=["torch_cpu", "cudart_static", "rt", "dl", "pthread"],
+        extra_compile_args={
+            "cxx": [*cxx, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden", *gencode_flags(architectures)],
+        },
+        language="c++",
+    )
+
+
+class NoTorch(build_ext):
+    """Only the build itself needs torch; metadata and sdist do not."""
+
+    def run(self):
+        sys.exit(NO_TORCH)
+
+
+def native_build():
+    """torch's BuildExtension, one library at a time, with a record of what happened."""
+
+    class NativeBuild(cpp_extension.BuildExtension):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, no_python_abi_suffix=True, **kwargs)
+
+        def run(self):
+            self.record = {"mode": MODE, "torch": torch.__version__, "built": [], "skipped": {}}
+            if MODE == "cpu":
+                self.record["skipped"]["_C_cuda"] = "MOS_EXT_BUILD=cpu"
+            super().run()
+            package = ROOT / "mos_ext" if self.inplace or self.editable_mode else Path(self.build_lib) / "mos_ext"
+            package.mkdir(parents=True, exist_ok=True)
+            for name in self.record["skipped"]:  # a library of an earlier build must not outlive its source
+                (package / f"{name}.so").unlink(missing_ok=True)
+            (package / "_build_info.json").write_text(json.dumps(self.record, indent=1) + "\n")
+
+        def build_extensions(self):
+            built, every = [], list(self.extensions)
+            for ext in every:
+                name = ext.name.rpartition(".")[2]
+                try:
+                    if name == "_C_cuda" and MODE == "auto" and why_no_cuda():
+                        raise RuntimeError(why_no_cuda())
+                    if name == "_C_cuda":
+                        cpp_extension.CUDA_HOME = cuda_home()
+                    self.extensions = [ext]
+                    super().build_extensions()
+                except Exception as error:
+                    if MODE != "auto":
+                        raise
+                    reason = " ".join(str(error).split())
+                    self.record["skipped"][name] = reason
+                    self.announce(f"mos_ext: {name} is not built: {reason}", level=3)
+                else:
+                    built.append(ext)
+                    self.record["built"].append(name)
+            self.extensions = built
+
+    return NativeBuild
+
+
+class PlatformWheel(bdist_wheel):
+    """No CPython symbol inside: any Python 3 of this platform."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
+if MODE == "python":
+    setup()
+elif torch is None:
+    setup(ext_modules=[Extension("mos_ext._C", [])], cmdclass={"build_ext": NoTorch, "bdist_wheel": PlatformWheel})
+else:
+    extensions = [extension("mos_ext._C", cuda=False)]
+    if MODE != "cpu":
+        extensions.append(extension("mos_ext._C_cuda", cuda=True))
+    setup(ext_modules=extensions, cmdclass={"build_ext": native_build(), "bdist_wheel": PlatformWheel})
