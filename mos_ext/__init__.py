@@ -1,0 +1,33 @@
+"""Mixture of Shards (MoS) adapters for PyTorch, with native kernels.
+
+    import mos_ext
+    model = mos_ext.adapt(model, mos_ext.MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1))
+
+See the README for a tour, ``python -m mos_ext`` for what was built.
+"""
+
+from . import functional, reference
+from ._version import __version__
+from .adapt import ParameterReport, adapt, disabled, merge, parameter_report, unmerge
+from .checkpoint import export_lora, load_adapter, save_adapter
+from .config import MoSConfig
+from .linear import MoSLinear
+from .pools import ShardPool
+
+__all__ = [
+    "MoSConfig",
+    "MoSLinear",
+    "ParameterReport",
+    "ShardPool",
+    "__version__",
+    "adapt",
+    "disabled",
+    "export_lora",
+    "functional",
+    "load_adapter",
+    "merge",
+    "parameter_report",
+    "reference",
+    "save_adapter",
+    "unmerge",
+]

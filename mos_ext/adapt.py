@@ -1,0 +1,227 @@
+"""Whole models: adapt, switch off, merge, report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import MoSConfig
+from .linear import MoSLinear
+from .planner import LinearType, plan
+from .pools import ShardPool
+
+POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
+
+
+class Adapter(nn.Module):
+    """The pools of an adapted model, at ``model.mos_pools``: one :class:`ShardPool` per linear type, in the plan's order.
+
+    Attributes:
+        config: the :class:`MoSConfig`. linear_types: which modules share which pool.
+    """
+
+    def __init__(self, config: MoSConfig, linear_types: Sequence[LinearType], pools: Sequence[ShardPool]) -> None:
+        super().__init__()
+        self.config, self.linear_types = config, tuple(linear_types)
+        for linear_type, pool in zip(linear_types, pools, strict=True):
+            # An identifier, for state_dict keys that every tool can handle: model_layers_self_attn_q_proj_4096_4096.
+            key = re.sub(r"\W+", "_", linear_type.name).strip("_")
+            while key in self._modules:
+                key += "_"
+            self.add_module(key, pool)
+
+    @property
+    def pools(self) -> list[ShardPool]:
+        return [pool for pool in self.children() if isinstance(pool, ShardPool)]
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of an adapted model. ValueError for any other."""
+    adapter = getattr(model, POOLS, None)
+    if not isinstance(adapter, Adapter):
+        raise ValueError(f"model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain {type(model).__name__}")
+    return adapter
+
+
+def mos_layers(model: nn.Module) -> Iterator[tuple[str, MoSLinear]]:
+    """The adapted layers of a model, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, MoSLinear):
+            yield name, module
+
+
+def adapt(model: nn.Module, config: MoSConfig) -> nn.Module:
+    """Puts a MoS adapter on a model, in place: freezes every parameter, swaps the target linears for :class:`MoSLinear`, adds the pools.
+
+    Afterwards the trainable parameters are the pools (``model.mos_pools``) and nothing else, and the outputs are those of the
+    base model until the pools are trained.
+
+    Args:
+        model: any module; LLaMA-, GPT-2- (``Conv1D``), BERT- and ViT-style transformers are tested.
+        config: see :class:`MoSConfig`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: the model is adapted already, no module matches ``target_modules`` (the message lists what exists), ``shards_per_vector``
+            does not divide a module's features, or a linear type has too few modules for the ranks (with the nearest valid values).
+        TypeError: an argument or a selected module of the wrong type. The model is unchanged after any error.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, MoSConfig):
+        raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
+    check_unadapted(model)
+    return install(model, config, plan(model, config))
+
+
+def check_unadapted(model: nn.Module) -> None:
+    if hasattr(model, POOLS) or any(True for _ in mos_layers(model)):
+        raise ValueError("model must not be adapted yet, got one with MoSLinear layers; start from the base model")
+
+
+def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearType]) -> nn.Module:
+    """Builds the pools and layers of a plan. Everything that can fail happens before the model is touched."""
+    modules = dict(model.named_modules())
+    pools, layers = [], {}
+    for linear_type in linear_types:
+        pool = ShardPool(
+            config,
+            linear_type.in_features,
+            linear_type.out_features,
+            len(linear_type.modules),
+            tables=linear_type.tables,
+            device=modules[linear_type.modules[0]].weight.device,
+        )
+        pools.append(pool)
+        for k, name in enumerate(linear_type.modules):
+            layers[modules[name]] = MoSLinear.from_linear(modules[name], pool=pool, layer=k, register_pool=False)
+    adapter = Adapter(config, linear_types, pools)
+
+    model.requires_grad_(False)
+    for parent in modules.values():
+        # By identity, wherever it occurs: a module tied to two places is replaced in both.
+        found = {key: layers[child] for key, child in parent._modules.items() if child in layers}
+        for key, layer in found.items():
+            setattr(parent, key, layer)
+        if found and isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fused inference path reads weights instead of calling layers; this is how torch itself turns that off.
+            parent.activation_relu_or_gelu = 0
+    model.add_module(POOLS, adapter)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """``with mos_ext.disabled(model):`` the adapted model computes what the base model computes, bit for bit.
+
+    Raises:
+        ValueError: the model is not adapted, or is merged.
+    """
+    adapter_of(model)
+    layers = [layer for _, layer in mos_layers(model)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("model must not be merged inside disabled(): call mos_ext.unmerge(model) first")
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Adds every adapter to its weight: merged layers cost nothing over the base. In place, exact to the rounding of one addition.
+
+    Raises:
+        ValueError: the model is not adapted, or a merged weight would not be finite (then no layer is merged).
+    """
+    adapter_of(model)
+    done: list[MoSLinear] = []
+    for name, layer in mos_layers(model):
+        if layer.merged:
+            continue
+        try:
+            layer.merge()
+        except ValueError as error:
+            for other in done:
+                other.unmerge()
+            raise ValueError(f"{name}: {error}") from None
+        done.append(layer)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Takes the adapters out of the weights again; equal to the original weights up to one rounding in the weights' dtype."""
+    adapter_of(model)
+    for _, layer in mos_layers(model):
+        layer.unmerge()
+    return model
+
+
+@dataclass(frozen=True)
+class TypeReport:
+    """One linear type in a :class:`ParameterReport`. ``trainable`` counts both pools."""
+
+    name: str
+    num_layers: int
+    num_shards: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """What an adapter costs: ``print`` it for a table.
+
+    Attributes:
+        trainable: parameters with ``requires_grad``; total: all parameters, pools included.
+        equivalent_rank: the LoRA rank with as many trainable parameters. r: the LoRA rank that the adapter expands to.
+        lora_parameters: what LoRA of rank r would train on the same modules.
+        types: per linear type.
+    """
+
+    trainable: int
+    total: int
+    equivalent_rank: int
+    r: int
+    lora_parameters: int
+    types: tuple[TypeReport, ...]
+
+    def __str__(self) -> str:
+        width = max(len(t.name) for t in self.types)
+        lines = [f"{'linear type':<{width}}  layers  shards   trainable"]
+        lines += [f"{t.name:<{width}}  {t.num_layers:>6}  {t.num_shards:>6}  {t.trainable:>10,}" for t in self.types]
+        lines.append(
+            f"trainable {self.trainable:,} of {self.total:,} parameters ({100 * self.trainable / self.total:.3f}%): the budget of LoRA "
+            f"rank {self.equivalent_rank}, the rank of LoRA rank {self.r} ({self.lora_parameters:,} parameters)"
+        )
+        return "\n".join(lines)
+
+
+def parameter_report(model: nn.Module) -> ParameterReport:
+    """Counts an adapted model's parameters, per linear type and in all; also on the meta device.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    adapter = adapter_of(model)
+    types = tuple(
+        TypeReport(t.name, len(t.modules), pool.a.shape[0], pool.a.numel() + pool.b.numel())
+        for t, pool in zip(adapter.linear_types, adapter.pools, strict=True)
+    )
+    config = adapter.config
+    return ParameterReport(
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+        equivalent_rank=config.equivalent_rank,
+        r=config.r,
+        lora_parameters=sum(config.r * len(t.modules) * (t.in_features + t.out_features) for t in adapter.linear_types),
+        types=types,
+    )

@@ -1,0 +1,160 @@
+"""What an adapter is: the ranks, the sharding, the draw and the modules, validated once and immutable afterwards."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+ROUTINGS = ("random", "balanced")
+POOL_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _real(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{name} must be a finite number, got {value!r}")
+
+
+def _patterns(name: str, value: object) -> str | tuple[str, ...]:
+    """A regular expression as it is; a collection of names as a tuple."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{name} must be a valid regular expression, got {value!r} ({error})") from None
+        return value
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+    names = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+    if not all(isinstance(n, str) for n in names):
+        raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+    return names
+
+
+@dataclass(frozen=True)
+class MoSConfig:
+    """Configuration of a Mixture-of-Shards adapter.
+
+    Args:
+        r: active rank, the rank of every assembled A and B. 1 to 256.
+        equivalent_rank: the LoRA rank with the same number of trainable parameters (``e``); it sizes the pools, e * L * l shards for L layers.
+        shards_per_vector: shards that make one rank vector (``l``); must divide in_features and out_features of every adapted module.
+        private_rank: ranks of each layer that no other layer shares (``p``).
+        alpha: the adapter's product is scaled by alpha / r.
+        dropout: probability in [0, 1) with which an element of the adapter's input is dropped in training; rounded to the nearest 1/65536.
+        target_modules: ``"all-linear"`` (every supported linear inside a numbered block, so heads and poolers are left out), a list of
+            module names or name endings (``["q_proj", "mlp.down_proj"]``), or a regular expression that matches whole names.
+        exclude_modules: names or a regular expression to leave out, read like ``target_modules``.
+        pair_dissociation: draw the indices of B independently of those of A. ``False`` gives B the indices of A.
+        routing: ``"random"``, the paper's draw, or ``"balanced"``: every public shard is used equally often, up to one.
+        pool_dtype: ``"float32"`` (default) whatever the base model's dtype, or ``"float64"``, ``"bfloat16"``, ``"float16"``; a torch.dtype also works.
+        seed: of the index tables, which are the same on every platform and for every version of torch. (Initial values come from
+            torch's own generator, as for every layer.)
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+
+    The paper's ablations are configurations too, for L layers: pure sharing is ``r = e * L, private_rank=0, shards_per_vector=1,
+    pair_dissociation=False``; vanilla LoRA of rank e is ``r = private_rank = equivalent_rank = e``; subset selection alone is
+    ``private_rank=0, shards_per_vector=1, pair_dissociation=False``; and each of the other strategies switches with its own field.
+
+    Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", ICLR 2025, sections 3 and 4.
+    """
+
+    r: int = 16
+    equivalent_rank: int = 8
+    shards_per_vector: int = 4
+    private_rank: int = 1
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | list[str] = ()
+    pair_dissociation: bool = True
+    routing: str = "random"
+    pool_dtype: str | torch.dtype = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _integer("r", self.r, 1)
+        if self.r > 256:
+            raise ValueError(f"r must be at most 256, got {self.r}")
+        _integer("equivalent_rank", self.equivalent_rank, 1)
+        _integer("shards_per_vector", self.shards_per_vector, 1)
+        _integer("private_rank", self.private_rank, 0)
+        if self.private_rank > self.equivalent_rank:
+            raise ValueError(
+                f"private_rank must be at most equivalent_rank={self.equivalent_rank}, got {self.private_rank}"
+            )
+        if self.private_rank > self.r:
+            raise ValueError(f"private_rank must be at most r={self.r}, got {self.private_rank}")
+        if self.private_rank == self.equivalent_rank and self.r != self.equivalent_rank:
+            raise ValueError(
+                f"r must equal equivalent_rank={self.equivalent_rank} when private_rank equals it (no shard is public), got {self.r}"
+            )
+        _real("alpha", self.alpha)
+        _real("dropout", self.dropout)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        _boolean("pair_dissociation", self.pair_dissociation)
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {self.routing!r}")
+        _integer("seed", self.seed, 0)
+        dtype = self.pool_dtype
+        name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+        if name not in POOL_DTYPES:
+            raise ValueError(f"pool_dtype must be one of {', '.join(POOL_DTYPES)}, got {dtype!r}")
+        object.__setattr__(self, "pool_dtype", name)
+        object.__setattr__(self, "target_modules", _patterns("target_modules", self.target_modules))
+        object.__setattr__(self, "exclude_modules", _patterns("exclude_modules", self.exclude_modules))
+        if not self.target_modules:
+            raise ValueError(f"target_modules must name at least one module, got {self.target_modules!r}")
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by: alpha / r."""
+        return self.alpha / self.r
+
+    @property
+    def torch_pool_dtype(self) -> torch.dtype:
+        """``pool_dtype`` as a torch.dtype."""
+        return POOL_DTYPES[str(self.pool_dtype)]
+
+    def num_shards(self, num_layers: int) -> int:
+        """Shards of one pool, n = e * L * l."""
+        return self.equivalent_rank * num_layers * self.shards_per_vector
+
+    def num_public_shards(self, num_layers: int) -> int:
+        """Shards of one pool that any layer may use, (e - p) * L * l."""
+        return (self.equivalent_rank - self.private_rank) * num_layers * self.shards_per_vector
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; :meth:`from_dict` reverses it."""
+        out = asdict(self)
+        for key in ("target_modules", "exclude_modules"):
+            if not isinstance(out[key], str):
+                out[key] = list(out[key])
+        return out
+
+    @classmethod
+    def from_dict(cls, values: dict) -> MoSConfig:
+        """The configuration of :meth:`to_dict`; unknown or missing fields are a ValueError."""
+        names = {f.name for f in fields(cls)}
+        if set(values) != names:
+            unknown, missing = sorted(set(values) - names), sorted(names - set(values))
+            raise ValueError(f"an MoSConfig must have exactly its own fields, got unknown {unknown} and missing {missing}")
+        return cls(**values)

@@ -1,0 +1,74 @@
+"""What this installation can do, measured rather than assumed. Every probe is guarded: a report must not fail."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+
+from ._version import __version__
+from .ops import loader
+from .ops.checks import why_not_native
+
+OPERATORS = ("gather_concat", "scatter_add", "shrink", "expand", "expand_", "expand_backward", "shrink_backward", "shrink_backward_")
+OPTIONAL = ("safetensors", "transformers", "peft")
+
+
+def _guarded(probe: Callable[[], object]) -> str:
+    try:
+        return str(probe())
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda_device() -> str:
+    if torch.version.cuda is None:
+        return "none (torch is a CPU build)"
+    if not torch.cuda.is_available():
+        return f"none visible (torch is built for CUDA {torch.version.cuda})"
+    return f"{torch.cuda.get_device_name()} (torch CUDA {torch.version.cuda})"
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, name -> value; benchmarks put it in every row."""
+    return {
+        "mos_ext": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": f"{_guarded(torch.backends.cpu.get_cpu_capability)}, {torch.get_num_threads()} threads",
+        "gpu": _guarded(_cuda_device),
+        **{name: _version(name) for name in OPTIONAL},
+    }
+
+
+def report() -> str:
+    """The text of ``python -m mos_ext`` without its self-test: environment, libraries, and who computes each operator."""
+    lines = [f"{name:<14} {value}" for name, value in environment().items()]
+    record = loader.build_record()
+    build = f"MOS_EXT_BUILD={record['mode']}, against torch {record['torch']}" if record else "no record (nothing was built here)"
+    lines += ["", f"build          {build}"]
+    for name, library in loader.libraries.items():
+        lines.append(f"{name:<14} {library.problem or f'loaded from {library.path}'}")
+    if loader.libraries["_C"].loaded:
+        lines.append(f"{'cpu kernels':<14} {_guarded(loader.cpu_instruction_set)}")
+    lines.append("")
+    for device in dict.fromkeys(loader.DEVICE_OF.values()):
+        python = {op: reason for op in OPERATORS if (reason := why_not_native(op, device))}
+        native = [op for op in OPERATORS if op not in python]
+        lines.append(f"{f'{device} native':<14} {', '.join(native) or 'none'}")
+        for reason in dict.fromkeys(python.values()):
+            missing = [op for op in python if python[op] == reason]
+            lines.append(f"{f'{device} python':<14} {', '.join(missing) if len(missing) < len(OPERATORS) else 'all operators'}: {reason}")
+    return "\n".join(lines)
+
+

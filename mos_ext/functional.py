@@ -1,0 +1,129 @@
+"""The operators for users: arguments are checked, shapes are free, autocast is honoured; then ``torch.ops.mos_ext`` computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # noqa: F401  (defines torch.ops.mos_ext)
+from .ops.autograd import MoSLinear as _MoSLinear
+from .ops.checks import check_activation, check_float, check_index, check_shape
+
+ops = torch.ops.mos_ext
+
+
+def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
+    """Assembles a low-rank factor from shards: ``pool[index]``, the l shards of a row concatenated left to right.
+
+    Args:
+        pool: (n, d/l) shards, float.
+        index: (r, l) int32, entries in [0, n).
+
+    Returns:
+        (r, d) in the pool's dtype. Differentiable in ``pool``; the gradient is a deterministic ordered scatter-add.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+
+    Source: MoS (ICLR 2025), section 3.2: ``A = pool_a[I_a].reshape(r, in)``, ``B = pool_b[I_b].reshape(r, out).T``.
+    """
+    check_float("pool", pool)
+    check_shape("pool", pool, (None, None))
+    check_index("index", index, pool.shape[0])
+    check_shape("index", index, (None, None))
+    return ops.gather_concat(pool, index)
+
+
+def mos_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pool_a: Tensor,
+    index_a: Tensor,
+    pool_b: Tensor,
+    index_b: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = x W^T + bias + scale * (dropout(x) A^T) B^T`` with A and B read from shard pools: the operator itself.
+
+    Args:
+        x: (..., in), float64, float32, bfloat16 or float16; any leading shape, any strides.
+        weight: (out, in), of x's dtype. bias: (out,) or None.
+        pool_a: (n_a, in/l), pool_b: (n_b, out/l): float32, or x's dtype. float32 pools under bf16/fp16 x are converted inside the kernel.
+        index_a, index_b: (r, l) int32, entries in [0, n); 1 <= r <= 256.
+        scale: alpha / r.
+        dropout: probability in [0, 1), applied to the low-rank branch only; 0 for evaluation. Rounded to the nearest 1/65536.
+        seed: (1,) int64 on x's device that determines the dropout mask; None draws one from torch's generator.
+
+    Returns:
+        (..., out) in x's dtype (autocast's dtype under autocast). Differentiable in x, weight, bias and both pools; bitwise
+        deterministic. Sums are kept in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    check_float("weight", weight)
+    check_shape("weight", weight, (None, None))
+    out_features, in_features = weight.shape
+    if bias is not None:
+        check_shape("bias", bias, (out_features,))
+    for side, pool, index, features in (("a", pool_a, index_a, in_features), ("b", pool_b, index_b, out_features)):
+        check_float(f"pool_{side}", pool)
+        check_shape(f"pool_{side}", pool, (None, None))
+        check_index(f"index_{side}", index, pool.shape[0])
+        check_shape(f"index_{side}", index, (index_a.shape[0], index_a.shape[1]))
+        if index.shape[1] * pool.shape[1] != features:
+            raise ValueError(
+                f"pool_{side} must have shards of {features}/{index.shape[1]} elements, got the shape {tuple(pool.shape)}"
+            )
+    if not 1 <= index_a.shape[0] <= 256:
+        raise ValueError(f"index_a must have 1 to 256 rows, the rank, got {index_a.shape[0]}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    return fused(x, weight, bias, pool_a, pool_b, index_a, index_b, float(scale), dropout=dropout, seed=seed)
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pool_a: Tensor,
+    pool_b: Tensor,
+    index_a: Tensor,
+    index_b: Tensor,
+    scale: float,
+    *,
+    handle_a: Tensor | None = None,
+    handle_b: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """:func:`mos_linear` without the checks of what a layer checked when it was made, and with gradient handles (``ops/autograd.py``)."""
+    x, weight, bias = _autocast(x, weight, bias)
+    check_activation(x, weight.shape[1], pool_a)
+    if dropout > 0.0 and seed is None:
+        # A tensor, not a number: no synchronisation, and every replay of a captured CUDA graph draws anew.
+        seed = torch.randint(0, 2**62, (1,), device=x.device)
+    flat = x.reshape(-1, x.shape[-1])
+    inputs = (flat, weight, bias, pool_a, pool_b, handle_a, handle_b)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        y, _ = _MoSLinear.apply(*inputs, index_a, index_b, scale, dropout, seed)
+    else:
+        y, _ = _MoSLinear.forward(*inputs, index_a, index_b, scale, dropout, seed)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does to ``F.linear``: x, weight and bias in its dtype, float64 untouched. Pools keep theirs."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)

@@ -1,0 +1,180 @@
+"""The layer: a frozen (or trainable) linear and its low-rank product from a shared pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .config import MoSConfig
+from .functional import fused
+from .planner import features_of, is_conv1d
+from .pools import ShardPool
+
+
+class MoSLinear(nn.Module):
+    """``nn.Linear`` plus a Mixture-of-Shards adapter: ``y = x W^T + bias + (alpha/r) * (dropout(x) A^T) B^T``.
+
+    Works alone, or with others on one :class:`ShardPool`::
+
+        layer = MoSLinear(512, 512, config=MoSConfig(r=4, equivalent_rank=4))     # a pool of its own
+        pool = ShardPool(MoSConfig(r=16, equivalent_rank=4), 512, 512, num_layers=8)
+        layers = [MoSLinear(512, 512, pool=pool, layer=k) for k in range(8)]        # eight layers, one pool
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        pool: the shared pool; None makes one for this layer alone, from ``config``.
+        layer: which layer of the pool this is, 0 <= layer < pool.num_layers.
+        config: only without ``pool``.
+        register_pool: whether the pool is a submodule of this layer, so that ``parameters()`` and ``state_dict()`` of the layer include it.
+            ``mos_ext.adapt`` registers each pool once on the model instead.
+
+    Shape: x (..., in_features) -> (..., out_features), in x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule and the value.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        pool: ShardPool | None = None,
+        layer: int = 0,
+        config: MoSConfig | None = None,
+        register_pool: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._setup(base, pool, layer, config, register_pool)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        pool: ShardPool | None = None,
+        layer: int = 0,
+        config: MoSConfig | None = None,
+        register_pool: bool = True,
+    ) -> MoSLinear:
+        """The adapted form of an ``nn.Linear`` or a transformers ``Conv1D``: the same weight and bias parameters (not copies), hooks and mode.
+
+        Raises:
+            TypeError: any other module. ValueError: a pool of other features.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._setup(linear, pool, layer, config, register_pool)
+        return self
+
+    def _setup(
+        self, linear: nn.Module, pool: ShardPool | None, layer: int, config: MoSConfig | None, register_pool: bool
+    ) -> None:
+        features = features_of(linear)
+        if features is None:
+            raise TypeError(f"linear must be a torch.nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+        self.in_features, self.out_features = features
+        self.fan_in_fan_out = is_conv1d(linear)  # the weight is stored as (in, out)
+        self.register_parameter("weight", linear.weight)
+        self.register_parameter("bias", linear.bias)
+        if pool is None:
+            if config is None:
+                raise ValueError("config must be given when there is no pool, got None")
+            pool = ShardPool(config, *features, device=linear.weight.device)
+        elif config is not None and config != pool.config:
+            raise ValueError("config must be left out, or equal the pool's, when a pool is given")
+        if (pool.in_features, pool.out_features) != features:
+            raise ValueError(
+                f"pool must be for {features[0]} -> {features[1]} features, got {pool.in_features} -> {pool.out_features}"
+            )
+        if not 0 <= layer < pool.num_layers:
+            raise ValueError(f"layer must be in [0, {pool.num_layers}), got {layer}")
+        self.layer = layer
+        if register_pool:
+            self.pool = pool
+        else:
+            object.__setattr__(self, "pool", pool)  # past nn.Module: a reference, not a submodule
+        self.enabled, self.merged = True, False
+        self.train(linear.training)
+        # What is hooked to the base keeps firing, and its handles keep removing: the very same dictionaries.
+        for name in vars(linear):
+            if name.startswith(("_forward", "_backward", "_is_full_backward")):
+                setattr(self, name, getattr(linear, name))
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.pool.config.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.T if self.fan_in_fan_out else self.weight
+        if self.merged or not self.enabled:
+            return nn.functional.linear(x, weight, self.bias)
+        pool, layer = self.pool, self.layer
+        # Values come from detached pools, gradients go through the handles. Without a handle nobody wants a gradient.
+        return fused(
+            x,
+            weight,
+            self.bias,
+            pool.a.detach(),
+            pool.b.detach(),
+            pool.index_a[layer],
+            pool.index_b[layer],
+            self.scale,
+            handle_a=pool.handle("a", layer),
+            handle_b=pool.handle("b", layer),
+            dropout=pool.config.dropout if self.training else 0.0,
+        )
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), assembled, in the pools' dtype: the layer's LoRA matrices without the scale."""
+        pool, k = self.pool, self.layer
+        a = reference.gather_concat(pool.a, pool.index_a[k])
+        return a, reference.gather_concat(pool.b, pool.index_b[k]).T
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """(alpha/r) * B A, shaped like ``weight``, in the accumulation dtype of the pools."""
+        pool, k = self.pool, self.layer
+        delta = reference.delta_weight(pool.a, pool.index_a[k], pool.b, pool.index_b[k], self.scale)
+        return delta.T if self.fan_in_fan_out else delta
+
+    def merge(self) -> None:
+        """Adds the adapter to ``weight``, after which the layer costs what the base costs. Nothing happens when it is merged already.
+
+        Raises:
+            ValueError: the merged weight would not be finite; the layer stays as it was.
+        """
+        if not self.merged:
+            self._add_to_weight(1.0)
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Takes the adapter out of ``weight`` again, exact to the rounding of one addition in the weight's dtype."""
+        if self.merged:
+            self._add_to_weight(-1.0)
+            self.merged = False
+
+    @torch.no_grad()
+    def _add_to_weight(self, sign: float) -> None:
+        delta = self.delta_weight()
+        # One rounding, at the end: the sum is formed in the wider of both dtypes.
+        merged = self.weight.to(torch.promote_types(self.weight.dtype, delta.dtype)).add(delta, alpha=sign).to(self.weight.dtype)
+        if merged.device.type != "meta" and not torch.isfinite(merged).all():
+            raise ValueError(f"the weight must be finite after {'merge' if sign > 0 else 'unmerge'}, got inf or NaN")
+        self.weight.copy_(merged)
+
+    def extra_repr(self) -> str:
+        c = self.pool.config
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={c.r}, "
+            f"equivalent_rank={c.equivalent_rank}, shards_per_vector={c.shards_per_vector}, layer={self.layer} of {self.pool.num_layers}"
+        )

@@ -1,0 +1,57 @@
+"""What operators may be given, and who computes them: each rule once, as an error that names argument, rule and value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import loader
+from .schema import NAMESPACE
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
+    """``None`` in ``shape`` is any size."""
+    if tensor.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)):
+        wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+        raise ValueError(f"{name} must have the shape {wanted}, got {tuple(tensor.shape)}")
+
+
+def check_index(name: str, index: Tensor, num_shards: int) -> None:
+    """An (r, l) int32 table with entries in [0, num_shards). Reads the values, so call it where a table is made, not per launch."""
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {index.dtype}")
+    if index.dim() < 2:
+        raise ValueError(f"{name} must have the shape (r, l), got {tuple(index.shape)}")
+    if index.device.type == "meta" or index.numel() == 0:
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= num_shards:
+        raise ValueError(f"{name} must be in [0, {num_shards}), got {low if low < 0 else high}")
+
+
+def check_activation(x: Tensor, in_features: int, pool: Tensor) -> None:
+    """x (..., in) of a float dtype, on the pool's device; the pool float32 or of the same dtype."""
+    check_float("x", x)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have {in_features} features in its last dimension, got the shape {tuple(x.shape)}")
+    if pool.device != x.device:
+        raise ValueError(f"x must be on the device of the pool, {pool.device}, got {x.device}")
+    if pool.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"pool must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
+
+
+def why_not_native(op: str, device_type: str) -> str | None:
+    """Why the operator ``op`` runs as plain PyTorch on a device type, in one sentence; ``None`` when a native kernel runs."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", device_type.upper()):
+        return None
+    for name, library in loader.libraries.items():
+        if loader.DEVICE_OF[name] == device_type:
+            return f"{name} is {library.problem}" if library.problem else f"{name} has no kernel for {op}"
+    return f"there are no native kernels for {device_type} tensors"
