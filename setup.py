@@ -92,7 +92,7 @@ def extension(name, *, cuda):
     warnings = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MOS_EXT_WERROR") == "1" else [])
     # torch's headers as system headers: their warnings are not ours.
     system = [f for path in cpp_extension.include_paths() for f in ("-isystem", path)]
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *warnings, *system]
+    cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *warnings, *system]
     if not cuda:
         return Extension(
             name,

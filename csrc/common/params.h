@@ -32,6 +32,14 @@ struct Factor {
   int64_t cols() const { return shards_per_vector * shard_size; }
 };
 
+// One module's share of a pool gradient: the gradient (rank, cols) of its factor, and the table it
+// was gathered with.
+struct FactorGradient {
+  Matrix grad;
+  const int32_t* index;
+  int64_t shards_per_vector;
+};
+
 // Dropout regenerated from a counter (philox.h), never stored. threshold == 0 keeps everything.
 struct Dropout {
   uint64_t seed;

@@ -61,4 +61,14 @@ inline Factor factor_of(const Tensor& pool, const Tensor& index) {
           index.size(0),         index.size(1)};
 }
 
+// One module of a scatter_add; grad comes from rows_contiguous and both must outlive it.
+inline FactorGradient factor_gradient_of(const Tensor& grad, const Tensor& index, int64_t shard_size,
+                                         ScalarType dtype) {
+  STD_TORCH_CHECK(index.dim() == 2 && index.is_contiguous() && index.scalar_type() == ScalarType::Int &&
+                      grad.size(0) == index.size(0) && grad.size(1) == index.size(1) * shard_size &&
+                      grad.scalar_type() == dtype,
+                  "grads must be (r, l * shard_size) of one dtype and indices (r, l) int32");
+  return {matrix_of(grad), static_cast<const int32_t*>(index.const_data_ptr()), index.size(1)};
+}
+
 }  // namespace mos

@@ -48,10 +48,9 @@ void scatter_shards(const std::vector<FactorGradient>& modules, const Matrix& po
 
 }  // namespace
 
-int64_t first_bad_index(const Factor& factor) {
-  const int64_t entries = factor.rank * factor.shards_per_vector;
+int64_t first_bad_index(const int32_t* index, int64_t entries, int64_t num_shards) {
   for (int64_t q = 0; q < entries; ++q) {
-    if (factor.index[q] < 0 || factor.index[q] >= factor.num_shards) return q;
+    if (index[q] < 0 || index[q] >= num_shards) return q;
   }
   return -1;
 }

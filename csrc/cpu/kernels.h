@@ -10,19 +10,11 @@
 
 namespace mos::cpu {
 
-// Position of the first entry outside [0, num_shards), or -1.
-int64_t first_bad_index(const Factor& factor);
+// Position of the first of `entries` indices outside [0, num_shards), or -1.
+int64_t first_bad_index(const int32_t* index, int64_t entries, int64_t num_shards);
 
 // out (rank, cols) = the assembled factor, in the pool's dtype.
 void gather_concat(const Factor& factor, const Matrix& out, const ParallelFor& parallel);
-
-// One module's share of a pool gradient: the gradient (rank, cols) of its factor, and the table it
-// was gathered with.
-struct FactorGradient {
-  Matrix grad;
-  const int32_t* index;
-  int64_t shards_per_vector;
-};
 
 // Adjoint of gather_concat for every module of a pool at once: pool_grad[m] = the sum, in the order
 // of `modules` and of positions, of all segments whose index is m. Overwrites pool_grad

@@ -23,7 +23,7 @@ struct FactorArgument {
       : pool(torch::stable::contiguous(pool_in)),
         index(torch::stable::contiguous(index_in)),
         view(factor_of(pool, index)) {
-    const int64_t bad = first_bad_index(view);
+    const int64_t bad = first_bad_index(view.index, view.rank * view.shards_per_vector, view.num_shards);
     STD_TORCH_CHECK(bad < 0, "index must be in [0, ", view.num_shards, "), got ", view.index[bad], " at entry ", bad);
   }
 };
@@ -60,15 +60,10 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
   for (size_t k = 0; k < grads.size(); ++k) {
     grads[k] = rows_contiguous(grads[k]);
     indices[k] = torch::stable::contiguous(indices[k]);
-    const Tensor &grad = grads[k], &index = indices[k];
-    STD_TORCH_CHECK(index.dim() == 2 && index.scalar_type() == ScalarType::Int && grad.size(0) == index.size(0) &&
-                        grad.size(1) == index.size(1) * shard_size && grad.scalar_type() == grads[0].scalar_type(),
-                    "grads must be (r, l * shard_size) of one dtype and indices (r, l) int32");
-    const Factor table{nullptr,       dtype_of(grad), num_shards,
-                       shard_size,    shard_size,     static_cast<const int32_t*>(index.const_data_ptr()),
-                       index.size(0), index.size(1)};
-    STD_TORCH_CHECK(first_bad_index(table) < 0, "index must be in [0, ", num_shards, ")");
-    modules.push_back({matrix_of(grad), table.index, table.shards_per_vector});
+    modules.push_back(factor_gradient_of(grads[k], indices[k], shard_size, grads[0].scalar_type()));
+    const FactorGradient& table = modules.back();
+    STD_TORCH_CHECK(first_bad_index(table.index, table.grad.rows * table.shards_per_vector, num_shards) < 0,
+                    "index must be in [0, ", num_shards, ")");
   }
   Tensor out = torch::stable::new_empty(grads[0], {num_shards, shard_size}, accumulate_type(grads[0]));
   scatter_add(modules, matrix_of(out), torch_parallel);
