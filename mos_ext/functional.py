@@ -119,7 +119,7 @@ def fused(
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast does to ``F.linear``: x, weight and bias in its dtype, float64 untouched. Pools keep theirs."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
 

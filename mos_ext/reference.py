@@ -143,4 +143,4 @@ def mos_linear(
     """y = x W^T + bias + scale * (dropout(x) A^T) B^T for x of any leading shape; differentiable by ordinary autograd."""
     flat = x.reshape(-1, x.shape[-1])
     delta = low_rank(flat, pool_a, index_a, pool_b, index_b, scale, p, seed)
-    return torch.nn.functional.linear(x, weight, bias) + delta.reshape(*x.shape[:-1], -1)
+    return torch.nn.functional.linear(x, weight, bias) + delta.reshape(*x.shape[:-1], weight.shape[0])

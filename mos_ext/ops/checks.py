@@ -19,7 +19,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 def check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
     """``None`` in ``shape`` is any size."""
     if tensor.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)):
-        wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+        wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{name} must have the shape {wanted}, got {tuple(tensor.shape)}")
 
 

@@ -1,0 +1,85 @@
+"""Small transformers of every style the library is tested on, made locally."""
+
+import warnings
+
+import torch
+from torch import nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # other people's deprecations at import
+    import transformers
+
+
+def _build(cls, config, seed=0):
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cls(config).eval()
+
+
+def llama(layers=4, **kwargs):
+    config = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    return _build(transformers.LlamaForCausalLM, transformers.LlamaConfig(num_hidden_layers=layers, **{**config, **kwargs}))
+
+
+def gpt2(layers=3):
+    config = transformers.GPT2Config(
+        n_layer=layers, n_embd=48, n_head=4, vocab_size=96, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return _build(transformers.GPT2LMHeadModel, config)
+
+
+def bert(layers=3):
+    config = transformers.BertConfig(
+        num_hidden_layers=layers, hidden_size=48, num_attention_heads=4, intermediate_size=96, vocab_size=96, max_position_embeddings=64
+    )
+    return _build(transformers.BertForSequenceClassification, config)
+
+
+def vit(layers=3):
+    config = transformers.ViTConfig(
+        num_hidden_layers=layers, hidden_size=48, num_attention_heads=4, intermediate_size=96, image_size=16, patch_size=8
+    )
+    return _build(transformers.ViTForImageClassification, config)
+
+
+def inputs(name):
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16)}
+    return {"input_ids": torch.randint(1, 96, (2, 11))}
+
+
+BUILDERS = {"llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit}
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def stack(layers=3, width=24, dtype=torch.float32):
+    """Plain residual blocks: small enough to differentiate by hand."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(width) for _ in range(layers))).to(dtype)
+
+
+def randomize(model, std=0.1):
+    """Non-zero pools, so that an adapter does something."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for pool in model.mos_pools.pools:
+            pool.a.normal_(std=std)
+            pool.b.normal_(std=std)
+    return model

@@ -1,0 +1,194 @@
+"""functional.mos_linear: the fused forward and backward as users call it."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mos_ext import reference
+from mos_ext.functional import gather_concat, mos_linear
+from mos_ext.testing import Case, assert_error_ratio, check_case, random_case
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 9), (2, 3, 5), (3, 0)], ids=str)
+def test_forward_and_gradients(rows, dtype, bias, device):
+    check_case(random_case(rows, 40, 24, 6, 4, dtype=dtype, bias=bias, device=device))
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float32])
+def test_low_precision_pools(pool_dtype, device):
+    check_case(random_case(33, 256, 320, 16, 4, dtype=torch.bfloat16, pool_dtype=pool_dtype, device=device))
+
+
+@given(
+    rows=st.integers(0, 40),
+    l=st.integers(1, 6),
+    a=st.integers(1, 12),
+    b=st.integers(1, 12),
+    r=st.integers(1, 20),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape(rows, l, a, b, r, seed):
+    check_case(random_case(rows, a * l, b * l, r, l, seed=seed))
+
+
+def test_gradcheck(device):
+    case = random_case((2, 3), 8, 6, 3, 2, dtype=torch.float64, device=device).requires_grad_()
+    for dropout in (0.0, 0.4):
+        seed = torch.tensor([9], device=device)
+        x, weight, bias, pool_a, index_a, pool_b, index_b, scale = case.arguments()
+
+        def f(x, weight, bias, pool_a, pool_b, dropout=dropout, seed=seed, index_a=index_a, index_b=index_b, scale=scale):
+            return mos_linear(x, weight, bias, pool_a, index_a, pool_b, index_b, scale, dropout=dropout, seed=seed)
+
+        assert torch.autograd.gradcheck(f, (x, weight, bias, pool_a, pool_b))
+
+
+def test_every_combination_of_wanted_gradients(device):
+    base = random_case(9, 24, 16, 4, 2, device=device)
+    full = Case(*base.arguments()).requires_grad_()
+    dy = torch.randn(9, 16, device=device)
+    everything = torch.autograd.grad(mos_linear(*full.arguments()), full.differentiable(), dy)
+    for wanted in itertools.product((False, True), repeat=5):
+        case = Case(*(t.detach().clone() if isinstance(t, torch.Tensor) else t for t in base.arguments()))
+        leaves = case.differentiable()
+        for leaf, want in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(want)
+        y = mos_linear(*case.arguments())
+        assert y.requires_grad == any(wanted)
+        if any(wanted):
+            y.backward(dy)
+        for leaf, want, expected in zip(leaves, wanted, everything, strict=True):
+            assert (leaf.grad is None) != want
+            if want:
+                # The write and the accumulate forms round alike in float32.
+                torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=0)
+
+
+def test_saves_only_x_and_s(device):
+    """T * r float32 besides x, the weight and the pools: no copy of x, no delta, no mask, no assembled A or B."""
+    case = random_case(64, 96, 128, 8, 4, dtype=torch.bfloat16, device=device)
+    case.pool_a.requires_grad_()
+    case.pool_b.requires_grad_()
+    case.x.requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in case.arguments() if isinstance(t, torch.Tensor)}
+    saved = []
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = mos_linear(*case.arguments(), dropout=0.1, seed=torch.tensor([1], device=device))
+    assert sorted((tuple(t.shape), t.dtype) for t in saved) == [((1,), torch.int64), ((64, 8), torch.float32)]
+    y.sum().backward()
+
+
+def test_dropout(device):
+    case = random_case(64, 128, 96, 8, 4, device=device)
+    seed = torch.tensor([77], device=device)
+    with_seed = mos_linear(*case.arguments(), dropout=0.3, seed=seed)
+    exact = reference.mos_linear(*case.exact().arguments(), 0.3, seed)
+    assert_error_ratio(with_seed, reference.mos_linear(*case.arguments(), 0.3, seed), exact)
+    assert torch.equal(with_seed, mos_linear(*case.arguments(), dropout=0.3, seed=seed))
+    # Without a seed, torch's generator decides: the same after manual_seed, another one otherwise.
+    torch.manual_seed(5)
+    first, second = mos_linear(*case.arguments(), dropout=0.3), mos_linear(*case.arguments(), dropout=0.3)
+    torch.manual_seed(5)
+    assert torch.equal(first, mos_linear(*case.arguments(), dropout=0.3))
+    assert not torch.equal(first, second)
+
+
+def test_dropout_is_unbiased():
+    """The mean over 400 masks is within six standard errors of the product without dropout."""
+    case = random_case(4, 64, 32, 4, 2)
+    exact = reference.low_rank(case.x, case.pool_a, case.index_a, case.pool_b, case.index_b, 1.0)
+    zero = torch.zeros_like(case.weight)
+    rest = (case.pool_a, case.index_a, case.pool_b, case.index_b, 1.0)
+    samples = torch.stack([mos_linear(case.x, zero, None, *rest, dropout=0.5) for _ in range(400)])
+    assert ((samples.mean(0) - exact).abs() < 6 * samples.std(0) / 400**0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, device):
+    """Like F.linear: x and weight in the autocast dtype, the result too; pools stay float32 and get float32 gradients."""
+    case = random_case((2, 17), 48, 32, 4, 4, device=device).requires_grad_()
+    with torch.autocast(device, dtype):
+        y = mos_linear(*case.arguments())
+        assert y.dtype == torch.nn.functional.linear(case.x, case.weight).dtype == dtype
+    y.float().sum().backward()
+    low = Case(*(t.detach() if isinstance(t, torch.Tensor) else t for t in case.arguments()))
+    low.x, low.weight, low.bias = low.x.to(dtype), low.weight.to(dtype), low.bias.to(dtype)
+    assert torch.equal(y, mos_linear(*low.arguments()))
+    assert case.pool_a.grad.dtype == case.x.grad.dtype == case.weight.grad.dtype == torch.float32
+    wide = random_case(3, 48, 32, 4, 4, dtype=torch.float64, device=device)
+    with torch.autocast(device, dtype):
+        assert mos_linear(*wide.arguments()).dtype == torch.float64
+
+
+def test_one_step_of_a_pool_is_bitwise_reproducible(device):
+    case = random_case(300, 256, 128, 16, 4, dtype=torch.bfloat16, device=device).requires_grad_()
+    grads = [torch.autograd.grad(mos_linear(*case.arguments()), case.differentiable(), torch.ones(300, 128, device=device, dtype=torch.bfloat16)) for _ in range(3)]
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+def test_under_torch_func(device):
+    """functional transforms take the same gradients, through the same autograd node."""
+    case = random_case(5, 12, 8, 3, 2, dtype=torch.float64, device=device)
+    x, weight, bias, pool_a, index_a, pool_b, index_b, scale = case.arguments()
+
+    def loss(pool_a, pool_b):
+        return mos_linear(x, weight, bias, pool_a, index_a, pool_b, index_b, scale).square().sum()
+
+    got = torch.func.grad(loss, argnums=(0, 1))(pool_a, pool_b)
+    leaves = [pool_a.clone().requires_grad_(), pool_b.clone().requires_grad_()]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+BAD = {
+    "x of integers": (lambda c: setattr(c, "x", c.x.int()), TypeError, r"x must be float64, .* got torch.int32"),
+    "x complex": (lambda c: setattr(c, "x", c.x.to(torch.complex64)), TypeError, r"x must be float64.* got torch.complex64"),
+    "x features": (lambda c: setattr(c, "x", c.x[:, :5]), ValueError, r"x must have 12 features in its last dimension, got the shape \(4, 5\)"),
+    "x scalar": (lambda c: setattr(c, "x", torch.tensor(1.0)), ValueError, r"x must have 12 features"),
+    "weight shape": (lambda c: setattr(c, "weight", c.weight[0]), ValueError, r"weight must have the shape \(any, any\), got \(12,\)"),
+    "bias shape": (lambda c: setattr(c, "bias", c.bias[:3]), ValueError, r"bias must have the shape \(8,\), got \(3,\)"),
+    "pool dtype": (lambda c: setattr(c, "pool_a", c.pool_a.double()), TypeError, r"pool must be float32 or have the dtype of x, torch.float32, got torch.float64"),
+    "pool device": (lambda c: setattr(c, "x", c.x.to("meta")), ValueError, r"x must be on the device of the pool, cpu, got meta"),
+    "pool_a shape": (lambda c: setattr(c, "pool_a", c.pool_a[:, :2]), ValueError, r"pool_a must have shards of 12/2 elements, got the shape \(12, 2\)"),
+    "pool_b integers": (lambda c: setattr(c, "pool_b", c.pool_b.int()), TypeError, r"pool_b must be float64"),
+    "index dtype": (lambda c: setattr(c, "index_a", c.index_a.long()), TypeError, r"index_a must be int32, got torch.int64"),
+    "index low": (lambda c: c.index_a.__setitem__((0, 0), -3), ValueError, r"index_a must be in \[0, 12\), got -3"),
+    "index high": (lambda c: c.index_b.__setitem__((2, 1), 12), ValueError, r"index_b must be in \[0, 12\), got 12"),
+    "ranks differ": (lambda c: setattr(c, "index_b", c.index_b[:2]), ValueError, r"index_b must have the shape \(3, 2\), got \(2, 2\)"),
+    "no rank": (lambda c: (setattr(c, "index_a", c.index_a[:0]), setattr(c, "index_b", c.index_b[:0])), ValueError, r"index_a must have 1 to 256 rows, the rank, got 0"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(what):
+    change, error, message = BAD[what]
+    case = random_case(4, 12, 8, 3, 2)
+    change(case)
+    with pytest.raises(error, match=message):
+        mos_linear(*case.arguments())
+
+
+def test_more_bad_input():
+    case = random_case(4, 12, 8, 3, 2)
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
+        mos_linear(*case.arguments(), dropout=1.0)
+    with pytest.raises(ValueError, match=r"index must be in \[0, 12\), got 99"):
+        gather_concat(case.pool_a, torch.tensor([[0, 99]], dtype=torch.int32))
+
+
+def test_gather_concat_for_users(device):
+    case = random_case(4, 12, 8, 3, 2, device=device)
+    assert torch.equal(gather_concat(case.pool_a, case.index_a), reference.gather_concat(case.pool_a, case.index_a))

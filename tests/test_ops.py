@@ -1,0 +1,259 @@
+"""The operator floor: every operator against the float64 oracle by the error-ratio rule, and against what dispatchers expect of operators."""
+
+import pytest
+import torch
+from mos_ext import reference
+from mos_ext.ops.checks import why_not_native
+from mos_ext.testing import assert_error_ratio, random_case
+
+ops = torch.ops.mos_ext
+
+DTYPES = [
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+]
+# (T, d, r, l): single elements, remainders of every tile (4 and 16 rows, 32 and 256 columns, even ranks), shards of one element,
+# more rows than one block, the largest rank, and realistic sizes.
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 6, 2, 3),
+    (5, 24, 3, 24),
+    (17, 257, 5, 1),
+    (64, 96, 16, 4),
+    (129, 520, 33, 8),
+    (1030, 40, 7, 5),
+    (7, 512, 256, 2),
+    (300, 1024, 16, 4),
+]
+
+
+def double(*tensors):
+    return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{str(d[0])[6:]}-{str(d[1])[6:]}")
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_parity(shape, dtypes, p, device):
+    (rows, d, r, l), (dtype, pool_dtype) = shape, dtypes
+    case = random_case(rows, d, d, r, l, dtype=dtype, pool_dtype=pool_dtype, device=device)
+    x, pool, index = case.x, case.pool_a, case.index_a
+    y = random_case(rows, d, d, r, l, dtype=dtype, device=device, seed=1).x
+    seed = torch.tensor([1234567891011], device=device)
+
+    def check(name, *arguments, also=()):
+        got = getattr(ops, name)(*arguments)
+        plain = getattr(reference, name)(*arguments)
+        exact = getattr(reference, name)(*double(*arguments))
+        for i, triple in enumerate(zip(*(t if isinstance(t, tuple) else (t,) for t in (got, plain, exact)), strict=True)):
+            assert_error_ratio(*triple, what=f"{name}[{i}]")
+        return got
+
+    s = check("shrink", x, pool, index, p, seed)
+    ds = torch.randn_like(s)
+    check("shrink_backward", ds, x, pool, index, p, seed)
+    check("expand_backward", y, s, pool, index, 0.7)
+    got = ops.expand(s, pool, index, 0.7, dtype)
+    plain = reference.expand(s, pool, index, 0.7, dtype)
+    exact = reference.expand(*double(s, pool), index, 0.7, torch.float64)
+    assert_error_ratio(got, plain, exact, "expand")
+
+    # In place: what was there plus what the functional form gives, with one rounding.
+    accumulated = y.clone()
+    ops.expand_(accumulated, s, pool, index, 0.7)
+    assert_error_ratio(accumulated, y + plain, y.double() + exact, "expand_")
+    dx = y.clone()
+    factor = ops.shrink_backward_(dx, ds, x, pool, index, p, seed)
+    plain_dx, plain_factor = reference.shrink_backward(ds, x, pool, index, p, seed)
+    exact_dx, exact_factor = reference.shrink_backward(*double(ds, x, pool), index, p, seed)
+    assert_error_ratio(dx, y + plain_dx, y.double() + exact_dx, "shrink_backward_ dx")
+    assert_error_ratio(factor, plain_factor, exact_factor, "shrink_backward_ factor")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gather_is_exact_and_scatter_is_its_adjoint(dtype, device):
+    case = random_case(1, 60, 60, 7, 5, num_shards=40, dtype=dtype, pool_dtype=dtype, device=device)
+    assert torch.equal(ops.gather_concat(case.pool_a, case.index_a), reference.gather_concat(case.pool_a, case.index_a))
+    # Repeated shards inside a module, shards that nobody uses, and several modules of different ranks.
+    generator = torch.Generator().manual_seed(0)
+    indices = [torch.randint(0, 30, (r, 5), generator=generator, dtype=torch.int32).to(device) for r in (3, 1, 8)]
+    grads = [torch.randn(len(i), 60, generator=generator).to(dtype).to(device) for i in indices]
+    got = ops.scatter_add(grads, indices, 40)
+    plain = reference.scatter_add(grads, indices, 40)
+    assert_error_ratio(got, plain, reference.scatter_add([g.double() for g in grads], indices, 40))
+    assert got.dtype == reference.accumulate_dtype(dtype)
+    assert not got[30:].any()
+    # <gather(p), g> == <p, scatter(g)>
+    pool = case.pool_a.double()
+    forward = sum((ops.gather_concat(pool, i) * g.double()).sum() for i, g in zip(indices, grads, strict=True))
+    adjoint = (pool * ops.scatter_add([g.double() for g in grads], indices, 40)).sum()
+    torch.testing.assert_close(forward, adjoint, rtol=1e-12, atol=1e-12)
+
+
+def arguments_of(name, device, dtype=torch.float32):
+    """Small valid arguments of an operator."""
+    case = random_case(5, 12, 12, 3, 2, dtype=dtype, device=device)
+    x, pool, index = case.x, case.pool_a, case.index_a
+    s = reference.shrink(x, pool, index)
+    seed = torch.tensor([3], device=device)
+    factor = torch.randn(3, 12, device=device, dtype=s.dtype)
+    return {
+        "gather_concat": (pool, index),
+        "scatter_add": ([factor, factor], [index, index], 12),
+        "shrink": (x, pool, index, 0.2, seed),
+        "expand": (s, pool, index, 0.5, dtype),
+        "expand_": (x.clone(), s, pool, index, 0.5),
+        "expand_backward": (x, s, pool, index, 0.5),
+        "shrink_backward": (s, x, pool, index, 0.2, seed),
+        "shrink_backward_": (x.clone(), s, x, pool, index, 0.2, seed),
+    }[name]
+
+
+NAMES = ["gather_concat", "scatter_add", "shrink", "expand", "expand_", "expand_backward", "shrink_backward", "shrink_backward_"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(name, dtype, device):
+    torch.library.opcheck(getattr(ops, name).default, arguments_of(name, device, dtype))
+
+
+@pytest.mark.parametrize("name", ["gather_concat", "shrink", "expand"])
+def test_opcheck_with_gradients(name, device):
+    arguments = [
+        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments_of(name, device)
+    ]
+    torch.library.opcheck(getattr(ops, name).default, tuple(arguments))
+
+
+@pytest.mark.parametrize("name", ["gather_concat", "shrink", "expand"])
+def test_gradcheck(name, device):
+    arguments = [
+        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments_of(name, device, torch.float64)
+    ]
+    assert torch.autograd.gradcheck(getattr(ops, name), arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_native_kernels_serve_this_build(name):
+    """Guards the suite itself: without this, a library that fails to load would leave every parity test comparing the reference with itself."""
+    assert why_not_native(name, "cpu") is None
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("gather_concat", "scatter_add")])
+def test_strides(name, device):
+    """Transposed, sliced and expanded inputs give what contiguous copies give, bit for bit."""
+
+    def views(t):
+        yield t.clone().T.contiguous().T if t.dim() == 2 else t
+        if t.dim() == 2 and t.is_floating_point():
+            wide = torch.full((t.shape[0], 2 * t.shape[1] + 1), float("nan"), dtype=t.dtype, device=t.device)
+            wide[:, 1::2] = t
+            yield wide[:, 1::2]
+            tall = torch.full((2 * t.shape[0], t.shape[1] + 3), float("nan"), dtype=t.dtype, device=t.device)
+            tall[::2, 2:-1] = t
+            yield tall[::2, 2:-1]
+
+    arguments = arguments_of(name, device)
+    mutated = name.endswith("_")
+    expected_arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    expected = getattr(ops, name)(*expected_arguments)
+    for position, argument in enumerate(arguments):
+        if not isinstance(argument, torch.Tensor):
+            continue
+        for view in views(argument):
+            used = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+            used[position] = view
+            got = getattr(ops, name)(*used)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+            if mutated:
+                torch.testing.assert_close(used[0], expected_arguments[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["expand_", "shrink_backward_"])
+def test_in_place_writes_nothing_else(name, device):
+    """Sentinels around the view that is written: NaN before, NaN after."""
+    arguments = list(arguments_of(name, device))
+    target = arguments[0]
+    rows, cols = target.shape
+    frame = torch.full((rows + 4, cols + 6), float("nan"), device=device)
+    frame[2:-2, 3:-3] = target
+    arguments[0] = frame[2:-2, 3:-3]
+    getattr(ops, name)(*arguments)
+    written = torch.zeros_like(frame, dtype=torch.bool)
+    written[2:-2, 3:-3] = True
+    assert torch.isfinite(frame[written]).all()
+    assert torch.isnan(frame[~written]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_not_written(name, device):
+    arguments = arguments_of(name, device)
+    flat = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+    copies = [t.clone() for t in flat]
+    getattr(ops, name)(*arguments)
+    for i, (tensor, copy) in enumerate(zip(flat, copies, strict=True)):
+        assert torch.equal(tensor, copy) or (name.endswith("_") and i == 0)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_empty(rows, device):
+    case = random_case(rows, 12, 12, 3, 2, device=device)
+    x, pool, index = case.x, case.pool_a, case.index_a
+    s = ops.shrink(x, pool, index, 0.0, None)
+    assert s.shape == (rows, 3)
+    assert ops.expand(s, pool, index, 1.0, torch.float32).shape == (rows, 12)
+    for result in (ops.expand_backward(x, s, pool, index, 1.0), ops.shrink_backward(s, x, pool, index, 0.0, None)):
+        assert result[1].shape == (3, 12)
+        assert rows or not result[1].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bitwise_deterministic(name, device):
+    arguments = arguments_of(name, device, torch.bfloat16)
+
+    def run():
+        used = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        out = getattr(ops, name)(*used)
+        return [used[0]] + (list(out) if isinstance(out, tuple) else [] if out is None else [out])
+
+    first = run()
+    for _ in range(3):
+        for a, b in zip(first, run(), strict=True):
+            if isinstance(a, torch.Tensor):
+                assert torch.equal(a, b)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    case = random_case(2100, 1100, 1100, 16, 4, dtype=torch.bfloat16)
+    x, pool, index = case.x, case.pool_a, case.index_a
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            s = ops.shrink(x, pool, index, 0.0, None)
+            dx, da = ops.shrink_backward(s, x, pool, index, 0.0, None)
+            ds, db = ops.expand_backward(x, s, pool, index, 1.0)
+            results.append((s, dx, da, ds, db, ops.scatter_add([da, db], [index, index], len(pool))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_index_out_of_range_is_refused_before_memory_is_touched():
+    case = random_case(5, 12, 12, 3, 2)
+    for bad in (-1, 12, 2**31 - 1):
+        index = case.index_a.clone()
+        index[1, 1] = bad
+        with pytest.raises((RuntimeError, IndexError), match=r"index must be in \[0, 12\)"):
+            ops.shrink(case.x, case.pool_a, index, 0.0, None)
+        with pytest.raises((RuntimeError, IndexError), match=r"index must be in \[0, 12\)"):
+            ops.scatter_add([torch.ones(3, 12)], [index], 12)
