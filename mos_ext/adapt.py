@@ -34,6 +34,10 @@ class Adapter(nn.Module):
                 key += "_"
             self.add_module(key, pool)
 
+    def forward(self, x):
+        """x itself: an adapted ``nn.Sequential`` holds the adapter as its last child, and calls it."""
+        return x
+
     @property
     def pools(self) -> list[ShardPool]:
         return [pool for pool in self.children() if isinstance(pool, ShardPool)]

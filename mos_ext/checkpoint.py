@@ -92,7 +92,10 @@ def _name_or_path(model: nn.Module) -> str | None:
 
 
 def _save(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict, header: dict[str, str]) -> None:
-    """Both files of a checkpoint: complete under temporary names first, then moved over the old ones."""
+    """Both files of a checkpoint: complete under temporary names first, then moved over the old ones.
+
+    ``header`` has one entry: safetensors writes several in random order, and equal adapters should be equal files.
+    """
     torch_io = _safetensors().torch
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -101,7 +104,7 @@ def _save(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict, hea
     whole = {k: v.contiguous().clone() for k, v in tensors.items()}
     writers: dict[str, Callable[[Path], Any]] = {
         # save, not save_file: that one makes the file unreadable for everybody else, whatever the umask.
-        WEIGHTS: lambda file: file.write_bytes(torch_io.save(whole, metadata={"format": "pt", **header})),
+        WEIGHTS: lambda file: file.write_bytes(torch_io.save(whole, metadata=header)),
         CONFIG: lambda file: file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"),
     }
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
@@ -235,13 +238,11 @@ def _check_pools(linear_types: list[LinearType], config: MoSConfig, tensors: dic
 
 # ------------------------------------------------------------------------------------------------ export
 
+# Only tasks for which PEFT adds no trained head of its own: with SEQ_CLS, say, it would look for a classifier in the file.
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
 }
 
 
@@ -296,7 +297,7 @@ def export_lora(
         "modules_to_save": None,
         "inference_mode": True,
     }
-    _save(path, tensors, config, {})
+    _save(path, tensors, config, {"format": "pt"})
 
 
 def _lora_targets(model: nn.Module, adapted: set[str]) -> list[str]:

@@ -60,9 +60,8 @@ class ShardPool(nn.Module):
         dtype = config.torch_pool_dtype
         self.a = nn.Parameter(torch.empty(n, in_features // l, dtype=dtype, device=device))
         self.b = nn.Parameter(torch.empty(n, out_features // l, dtype=dtype, device=device))
-        self._handles: dict[str, tuple[Tensor, ...]] = {}
-        self._handles_of: dict[str, Tensor] = {}
         self.reset_parameters()
+        self._renew_handles()
 
     def reset_parameters(self) -> None:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)) with the full ``in``, whatever l; B = 0."""
@@ -75,23 +74,38 @@ class ShardPool(nn.Module):
         pool: Tensor = getattr(self, side)
         if not (torch.is_grad_enabled() and pool.requires_grad):
             return None
-        if not isinstance(pool, nn.Parameter):
-            # functional_call and torch.func put other tensors here for one call: nothing to keep.
+        handles = self._handles[side]
+        if self._handles_of[side] is pool and handles[layer].requires_grad:
+            return handles[layer]
+        if torch.compiler.is_compiling() or not isinstance(pool, nn.Parameter):
+            # Nothing to keep: a traced handle belongs to its graph, and functional_call puts other tensors here for one call only.
             return factor_handles(pool, [getattr(self, f"index_{side}")[layer]])[0]
-        if self._handles_of.get(side) is not pool:
-            self._handles[side] = factor_handles(pool, list(getattr(self, f"index_{side}")))
-            self._handles_of[side] = pool
+        self._renew_handles()
         return self._handles[side][layer]
+
+    def _renew_handles(self) -> None:
+        """One set of handles for the parameters as they are now. Made ahead of the first forward pass, so that tracers find them."""
+        with torch.enable_grad():
+            self._handles = {side: factor_handles(getattr(self, side), list(getattr(self, f"index_{side}"))) for side in "ab"}
+        for handle in (*self._handles["a"], *self._handles["b"]):
+            # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a leaf unless the
+            # gradient is there. Nobody reads or accumulates this one, and like the handle it has no storage of its own.
+            handle.grad = handle.detach()
+        self._handles_of = {side: getattr(self, side) for side in "ab"}
 
     def _apply(self, fn, recurse=True):
         # .to(), .half(), ... may keep the Parameter and swap its data: handles of another device or dtype would refuse gradients.
         super()._apply(fn, recurse)
-        self._handles, self._handles_of = {}, {}
+        self._renew_handles()
         return self
 
     def __getstate__(self) -> dict:
         # Handles belong to a graph of this very parameter: copies and pickles make their own.
-        return {**self.__dict__, "_handles": {}, "_handles_of": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_handles", "_handles_of")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._renew_handles()
 
     def extra_repr(self) -> str:
         c = self.config

@@ -1,0 +1,361 @@
+"""Layers and whole models: adapt, switch off, merge, report, and the method's semantics on real architectures."""
+
+import warnings
+
+import mos_ext
+import pytest
+import torch
+from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
+from models import BUILDERS, gpt2, inputs, llama, randomize, stack
+from torch import nn
+
+SMALL = MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1)
+ARCHITECTURES = sorted(BUILDERS)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_new_adapter_changes_nothing(name):
+    model, batch = BUILDERS[name](), inputs(name)
+    before = logits(model, batch)
+    assert mos_ext.adapt(model, SMALL) is model
+    assert torch.equal(logits(model, batch), before)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trained_disabled_merged_unmerged(name):
+    model, batch = BUILDERS[name](), inputs(name)
+    base, weights = logits(model, batch), {k: v.clone() for k, v in model.state_dict().items()}
+    randomize(mos_ext.adapt(model, SMALL))
+    adapted = logits(model, batch)
+    assert (adapted - base).abs().max() > 1e-3
+    with mos_ext.disabled(model) as same:
+        assert same is model
+        assert torch.equal(logits(model, batch), base)
+    assert torch.equal(logits(model, batch), adapted)
+    assert mos_ext.merge(model) is model
+    torch.testing.assert_close(logits(model, batch), adapted, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    mos_ext.merge(model)  # again: nothing happens
+    assert mos_ext.unmerge(model) is model
+    for key, value in model.state_dict().items():
+        if key in weights:
+            torch.testing.assert_close(value, weights[key], rtol=1e-6, atol=1e-7)  # one rounding
+    torch.testing.assert_close(logits(model, batch), adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trainable_parameters_are_the_pools_and_nothing_else(name):
+    model = mos_ext.adapt(BUILDERS[name](), SMALL)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"mos_pools.{n}" for n, _ in model.mos_pools.named_parameters()}
+    assert all(n.endswith((".a", ".b")) for n in trainable)
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if n in trainable)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_base_state_dict_keeps_its_keys(name):
+    model = BUILDERS[name]()
+    before = model.state_dict()
+    mos_ext.adapt(model, SMALL)
+    after = model.state_dict()
+    assert [k for k in after if not k.startswith("mos_pools.")] == list(before)
+    assert all(after[k].data_ptr() == before[k].data_ptr() for k in before)
+    assert len(after) == len(before) + 4 * len(model.mos_pools.pools)
+
+
+def test_adapted_model_computes_the_definition():
+    """float64, layer by layer, against dense matrices built from pools and tables."""
+    model = randomize(mos_ext.adapt(stack(dtype=torch.float64), MoSConfig(r=5, equivalent_rank=3, shards_per_vector=3, private_rank=2, alpha=7, pool_dtype="float64")))
+    x = torch.randn(4, 24, dtype=torch.float64)
+    want = x
+    for block in list(model)[:3]:
+        up, down = (
+            layer.weight + 7 / 5 * (reference.gather_concat(layer.pool.b, layer.pool.index_b[layer.layer]).T @ reference.gather_concat(layer.pool.a, layer.pool.index_a[layer.layer]))
+            for layer in (block.up, block.down)
+        )
+        want = want + torch.relu(want @ up.T + block.up.bias) @ down.T + block.down.bias
+    torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
+    layer = model[0].up
+    a, b = layer.factors()
+    assert (a.shape, b.shape) == ((5, 24), (48, 5))
+    torch.testing.assert_close(layer.delta_weight(), 7 / 5 * b @ a)
+
+
+class TestAblations:
+    """The paper's strategies, switched off one by one."""
+
+    def deltas(self, config, layers=3):
+        model = randomize(mos_ext.adapt(stack(layers), config))
+        return model, [block.up for block in list(model)[:layers]]
+
+    def test_pure_sharing_uses_the_whole_pool_in_every_layer(self):
+        e, layers = 2, 3
+        config = MoSConfig(r=e * layers, equivalent_rank=e, shards_per_vector=1, private_rank=0, pair_dissociation=False)
+        _, ups = self.deltas(config)
+        for layer in ups:
+            dense = config.scale * layer.pool.b.T @ layer.pool.a
+            torch.testing.assert_close(layer.delta_weight(), dense, rtol=1e-5, atol=1e-6)  # float32, another order of ranks
+
+    def test_all_private_is_vanilla_lora(self):
+        config = MoSConfig(r=4, equivalent_rank=4, shards_per_vector=1, private_rank=4)
+        _, ups = self.deltas(config)
+        for k, layer in enumerate(ups):
+            own = slice(4 * k, 4 * k + 4)
+            a, b = layer.factors()
+            assert torch.equal(a, layer.pool.a[own])
+            assert torch.equal(b, layer.pool.b[own].T)
+
+    def test_pair_dissociation(self):
+        for on in (True, False):
+            _, ups = self.deltas(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=0, pair_dissociation=on))
+            assert torch.equal(ups[0].pool.index_a, ups[0].pool.index_b) != on
+
+    def test_vector_sharding(self):
+        for l in (1, 2, 4, 8):
+            _, ups = self.deltas(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=l, private_rank=1))
+            assert ups[0].pool.a.shape == (3 * 3 * l, 24 // l)
+
+    def test_privatization(self):
+        _, ups = self.deltas(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=2))
+        tables = ups[0].pool.index_a
+        private = tables[:, 2:].flatten(1)
+        assert len(private.unique()) == private.numel()
+        _, ups = self.deltas(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=0))
+        assert ups[0].pool.index_a.max() < 18
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone():
+    model, batch = llama(), inputs("llama")
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    mos_ext.adapt(model, SMALL)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in weights.items())
+
+
+def test_dropout_only_in_training():
+    model = randomize(mos_ext.adapt(llama(), MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, dropout=0.5)))
+    batch = inputs("llama")
+    assert torch.equal(logits(model, batch), logits(model, batch))
+    model.train()
+    assert not torch.equal(logits(model, batch), logits(model, batch))
+    torch.manual_seed(1)
+    first = logits(model, batch)
+    torch.manual_seed(1)
+    assert torch.equal(first, logits(model, batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_low_precision_and_double_models(dtype):
+    model = randomize(mos_ext.adapt(llama().to(dtype), SMALL))
+    batch = inputs("llama")
+    assert logits(model, batch).dtype == dtype
+    model(**batch).logits.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.mos_pools.parameters())
+    layer = model.model.layers[0].self_attn.q_proj
+    before = layer.weight.clone()
+    layer.merge()
+    want = (before.double() + layer.delta_weight().double()).to(dtype)
+    torch.testing.assert_close(layer.weight, want, rtol=torch.finfo(dtype).eps, atol=0)  # one rounding, not two
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, before, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps * want.abs().max().item())
+
+
+def test_autocast():
+    model, batch = randomize(mos_ext.adapt(llama(), SMALL)), inputs("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.mos_pools.parameters())
+
+
+def test_conv1d_keeps_its_layout():
+    model = randomize(mos_ext.adapt(gpt2(), SMALL))
+    layer = model.transformer.h[0].attn.c_attn
+    assert isinstance(layer, MoSLinear)
+    assert (layer.in_features, layer.out_features) == (48, 144)
+    assert layer.weight.shape == layer.delta_weight().shape == (48, 144)
+
+
+def test_report():
+    model = mos_ext.adapt(llama(), MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2))
+    report = mos_ext.parameter_report(model)
+    assert report.trainable == 3 * 4 * (128 + 96 + 96 + 128 + 160 + 160 + 160)
+    assert report.lora_parameters == report.trainable * 4 // 3
+    assert (report.equivalent_rank, report.r) == (3, 4)
+    assert report.total == sum(p.numel() for p in model.parameters())
+    text = str(report)
+    assert "model.layers.*.self_attn.q_proj[64->64]" in text
+    assert f"trainable {report.trainable:,} of {report.total:,}" in text
+    assert "the budget of LoRA rank 3, the rank of LoRA rank 4" in text
+
+
+def test_modules_tied_to_two_places():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"x": nn.ModuleList([shared, nn.Linear(8, 8)]), "y": nn.ModuleList([shared])})
+    mos_ext.adapt(model, MoSConfig(r=1, equivalent_rank=1, private_rank=0, shards_per_vector=2))
+    assert isinstance(model["x"][0], MoSLinear)
+    assert model["x"][0] is model["y"][0]
+
+
+def test_torch_s_fused_encoder_path_does_not_skip_the_adapter():
+    """nn.TransformerEncoderLayer reads the weights of its linears instead of calling them, in eval mode without gradients."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 16)
+    mos_ext.adapt(encoder, MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2, target_modules=["linear1", "linear2"]))
+    with torch.no_grad():
+        before = encoder(x)
+        randomize(encoder)
+        without_grad = encoder(x)
+    assert not torch.allclose(before, without_grad)
+    torch.testing.assert_close(encoder(x), without_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_of_the_base_keep_firing():
+    model, seen = stack(), []
+    handle = model[0].up.register_forward_hook(lambda module, args, out: seen.append(type(module).__name__))
+    mos_ext.adapt(model, SMALL)
+    model(torch.randn(2, 24))
+    assert seen == ["MoSLinear"]
+    handle.remove()
+    model(torch.randn(2, 24))
+    assert seen == ["MoSLinear"]
+
+
+# ------------------------------------------------------------------------------------------------ the layer alone
+
+
+def test_standalone_layer():
+    config = MoSConfig(r=4, equivalent_rank=4, shards_per_vector=2, private_rank=1)
+    layer = MoSLinear(16, 24, config=config)
+    assert {n for n, _ in layer.named_parameters()} == {"weight", "bias", "pool.a", "pool.b"}
+    x = torch.randn(3, 16)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert MoSLinear(16, 24, bias=False, config=config).bias is None
+    assert "in_features=16, out_features=24, bias=True, r=4" in repr(layer)
+
+
+def test_layers_that_share_a_pool():
+    pool = ShardPool(MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, private_rank=1), 16, 16, num_layers=3)
+    model = nn.Sequential(*(MoSLinear(16, 16, pool=pool, layer=k) for k in range(3)))
+    assert sum(p is pool.a for p in model.parameters()) == 1
+    model(torch.randn(2, 16)).sum().backward()
+    assert pool.b.grad is not None
+    assert all(layer.pool is pool for layer in model)
+
+
+def test_from_linear_shares_the_parameters():
+    linear = nn.Linear(8, 8).eval()
+    layer = MoSLinear.from_linear(linear, config=MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2))
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not layer.training
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def unchanged(model, call, error, message):
+    """The call raises, and the model is bit for bit what it was."""
+    state, modules = {k: v.clone() for k, v in model.state_dict().items()}, [(n, type(m)) for n, m in model.named_modules()]
+    grads = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        call()
+    assert [(n, type(m)) for n, m in model.named_modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (MoSConfig(target_modules=["nothing"]), ValueError, "target_modules must match"),
+        (MoSConfig(r=4, equivalent_rank=4, shards_per_vector=5), ValueError, "shards_per_vector must divide"),
+        (MoSConfig(r=99, equivalent_rank=2), ValueError, "r must be at most"),
+        (MoSConfig(target_modules=["embed_tokens"]), TypeError, "target_modules must select"),
+        ({"r": 4}, TypeError, "config must be a MoSConfig, got dict"),
+    ],
+)
+def test_bad_adapt(config, error, message):
+    model = llama()
+    unchanged(model, lambda: mos_ext.adapt(model, config), error, message)
+
+
+def test_adapting_twice():
+    model = randomize(mos_ext.adapt(llama(), SMALL))
+    unchanged(model, lambda: mos_ext.adapt(model, SMALL), ValueError, "model must not be adapted yet")
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+        mos_ext.adapt(3, SMALL)
+
+
+def test_calls_that_need_an_adapter():
+    model = llama()
+    for call in (mos_ext.merge, mos_ext.unmerge, mos_ext.parameter_report, lambda m: mos_ext.disabled(m).__enter__()):
+        with pytest.raises(ValueError, match="model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain LlamaForCausalLM"):
+            call(model)
+
+
+def test_disabled_while_merged():
+    model = mos_ext.merge(mos_ext.adapt(llama(), SMALL))
+    with pytest.raises(ValueError, match="model must not be merged inside disabled"), mos_ext.disabled(model):
+        pass
+
+
+def test_disabled_is_undone_after_an_error():
+    model = mos_ext.adapt(llama(), SMALL)
+    with pytest.raises(KeyError), mos_ext.disabled(model):
+        raise KeyError
+    assert all(layer.enabled for layer in model.modules() if isinstance(layer, MoSLinear))
+
+
+def test_merge_is_all_or_nothing():
+    model = randomize(mos_ext.adapt(llama(), SMALL))
+    with torch.no_grad():
+        model.mos_pools.pools[-1].b[-1] = float("inf")  # a private shard of the last layer's down_proj
+    unmerged = [layer.weight.clone() for layer in model.modules() if isinstance(layer, MoSLinear)]
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.down_proj: the weight must be finite after merge"):
+        mos_ext.merge(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, MoSLinear)]
+    assert not any(layer.merged for layer in layers)
+    for layer, weight in zip(layers, unmerged, strict=True):
+        torch.testing.assert_close(layer.weight, weight, rtol=1e-6, atol=1e-7)
+
+
+def test_bad_layers():
+    pool = ShardPool(MoSConfig(r=2, equivalent_rank=2), 8, 8, 2)
+    for call, error, message in (
+        (lambda: MoSLinear(8, 8), ValueError, "config must be given when there is no pool, got None"),
+        (lambda: MoSLinear(8, 12, pool=pool), ValueError, "pool must be for 8 -> 12 features, got 8 -> 8"),
+        (lambda: MoSLinear(8, 8, pool=pool, layer=2), ValueError, r"layer must be in \[0, 2\), got 2"),
+        (lambda: MoSLinear(8, 8, pool=pool, config=MoSConfig()), ValueError, "config must be left out, or equal the pool's"),
+        (lambda: MoSLinear.from_linear(nn.ReLU(), pool=pool), TypeError, "linear must be a torch.nn.Linear or a transformers Conv1D, got ReLU"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_mismatched_inputs_of_a_layer():
+    layer = MoSLinear(8, 8, config=MoSConfig(r=2, equivalent_rank=2))
+    with pytest.raises(ValueError, match=r"x must have 8 features in its last dimension, got the shape \(3, 7\)"):
+        layer(torch.randn(3, 7))
+    with pytest.raises(TypeError, match="x must be float64, float32, bfloat16 or float16, got torch.int64"):
+        layer(torch.ones(3, 8, dtype=torch.long))
+    layer.pool.to(torch.float64)
+    with pytest.raises(TypeError, match="pool must be float32 or have the dtype of x, torch.float32, got torch.float64"):
+        layer(torch.randn(3, 8))
+    layer.pool.to("meta")
+    with pytest.raises(ValueError, match="x must be on the device of the pool, meta, got cpu"):
+        layer(torch.randn(3, 8))

@@ -1,0 +1,63 @@
+"""MoSConfig: defaults, round trips, and an error for every rule."""
+
+import dataclasses
+
+import pytest
+import torch
+from mos_ext import MoSConfig
+
+BAD = [
+    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+    ({"r": 257}, ValueError, "r must be at most 256, got 257"),
+    ({"r": 2.0}, TypeError, "r must be an integer, got 2.0"),
+    ({"r": True}, TypeError, "r must be an integer, got True"),
+    ({"equivalent_rank": 0}, ValueError, "equivalent_rank must be at least 1, got 0"),
+    ({"shards_per_vector": -1}, ValueError, "shards_per_vector must be at least 1, got -1"),
+    ({"private_rank": -1}, ValueError, "private_rank must be at least 0, got -1"),
+    ({"private_rank": 9}, ValueError, "private_rank must be at most equivalent_rank=8, got 9"),
+    ({"private_rank": 3, "r": 2}, ValueError, "private_rank must be at most r=2, got 3"),
+    ({"private_rank": 8, "r": 9}, ValueError, "r must equal equivalent_rank=8 when private_rank equals it"),
+    ({"alpha": float("nan")}, TypeError, "alpha must be a finite number, got nan"),
+    ({"alpha": "16"}, TypeError, "alpha must be a finite number, got '16'"),
+    ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+    ({"dropout": -0.1}, ValueError, r"dropout must be in \[0, 1\), got -0.1"),
+    ({"pair_dissociation": 1}, TypeError, "pair_dissociation must be True or False, got 1"),
+    ({"routing": "best"}, ValueError, "routing must be one of random, balanced, got 'best'"),
+    ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+    ({"pool_dtype": "int8"}, ValueError, "pool_dtype must be one of float64, float32, bfloat16, float16, got 'int8'"),
+    ({"target_modules": []}, ValueError, r"target_modules must name at least one module, got \(\)"),
+    ({"target_modules": 3}, TypeError, "target_modules must be a string or a list of strings, got 3"),
+    ({"target_modules": ["q", 3]}, TypeError, "target_modules must be a string or a list of strings"),
+    ({"target_modules": "("}, ValueError, "target_modules must be a valid regular expression, got '\\('"),
+    ({"exclude_modules": "["}, ValueError, "exclude_modules must be a valid regular expression"),
+]
+
+
+@pytest.mark.parametrize(("values", "error", "message"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_values(values, error, message):
+    with pytest.raises(error, match=message):
+        MoSConfig(**values)
+
+
+def test_derived_numbers():
+    config = MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1, alpha=16)
+    assert config.scale == 1.0
+    assert config.num_shards(32) == 1024
+    assert config.num_public_shards(32) == 896
+    assert MoSConfig(pool_dtype=torch.bfloat16).pool_dtype == "bfloat16"
+    assert MoSConfig(pool_dtype="float64").torch_pool_dtype == torch.float64
+    assert MoSConfig(target_modules={"v", "q"}).target_modules == ("q", "v")
+
+
+def test_is_immutable_and_comparable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoSConfig().r = 3
+    assert MoSConfig() == MoSConfig()
+    assert MoSConfig() != MoSConfig(seed=1)
+
+
+def test_round_trip():
+    config = MoSConfig(target_modules=["q_proj", "v_proj"], exclude_modules=r".*\.0\..*", pool_dtype=torch.bfloat16)
+    assert MoSConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match=r"unknown \['rank'\] and missing \['r'\]"):
+        MoSConfig.from_dict({("rank" if k == "r" else k): v for k, v in config.to_dict().items()})
