@@ -21,8 +21,8 @@ struct Vec {
   static inline void store(T* p, type v) { *reinterpret_cast<type*>(p) = v; }
   // Lanes are added by halves: always the same order.
   static inline T sum(type v) {
-    T lane[width];
-    *reinterpret_cast<type __attribute__((aligned(alignof(T))))*>(lane) = v;
+    alignas(MOS_VECTOR_BYTES) T lane[width];
+    store(lane, v);
     for (int half = width / 2; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
     }

@@ -1,5 +1,6 @@
-// Test-only bindings of the torch-free CPU kernels: NumPy in, NumPy out (in place). Built by tests/test_kernels.py, never shipped.
-// bf16 and fp16 travel as uint16 bit patterns next to a dtype name. Tasks run one after another, forwards or backwards.
+// Test-only bindings of the torch-free CPU kernels: NumPy in, NumPy out (in place). Built by tests/test_kernels.py,
+// never shipped. bf16 and fp16 travel as uint16 bit patterns next to a dtype name. Tasks run one after another,
+// forwards or backwards.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -28,12 +29,13 @@ DType dtype_named(const std::string& name) {
 Matrix matrix(const std::optional<py::array>& a, DType dtype) {
   if (!a) return {};
   const int64_t size = a->itemsize();
-  return {const_cast<void*>(a->data()), dtype, a->shape(0), a->shape(1), a->shape(0) > 1 ? a->strides(0) / size : a->shape(1)};
+  return {const_cast<void*>(a->data()), dtype, a->shape(0), a->shape(1),
+          a->shape(0) > 1 ? a->strides(0) / size : a->shape(1)};
 }
 
 Factor factor(const py::array& pool, DType dtype, const py::array_t<int32_t>& index) {
-  return {pool.data(),     dtype,          pool.shape(0),  pool.shape(1), pool.strides(0) / pool.itemsize(), index.data(),
-          index.shape(0), index.shape(1)};
+  return {pool.data(),  dtype,          pool.shape(0), pool.shape(1), pool.strides(0) / pool.itemsize(),
+          index.data(), index.shape(0), index.shape(1)};
 }
 
 ParallelFor in_order(bool reversed) {
@@ -53,7 +55,8 @@ PYBIND11_MODULE(mos_kernels, m) {
     py::array_t<float> out(values.size());
     for (py::ssize_t i = 0; i < values.size(); ++i) {
       const float v = values.data()[i];
-      out.mutable_data()[i] = dtype == "bf16" ? static_cast<float>(bf16_t::round(v)) : static_cast<float>(f16_t::round(v));
+      out.mutable_data()[i] =
+          dtype == "bf16" ? static_cast<float>(bf16_t::round(v)) : static_cast<float>(f16_t::round(v));
     }
     return out;
   });
@@ -61,10 +64,11 @@ PYBIND11_MODULE(mos_kernels, m) {
     const PhiloxBlock b = philox(seed, group, row);
     return std::vector<uint32_t>(b.word, b.word + 4);
   });
-  m.def("gather_concat", [](const py::array& pool, const std::string& dtype, const py::array_t<int32_t>& index, py::array out) {
-    const DType d = dtype_named(dtype);
-    cpu::gather_concat(factor(pool, d, index), matrix(out, d), in_order(false));
-  });
+  m.def("gather_concat",
+        [](const py::array& pool, const std::string& dtype, const py::array_t<int32_t>& index, py::array out) {
+          const DType d = dtype_named(dtype);
+          cpu::gather_concat(factor(pool, d, index), matrix(out, d), in_order(false));
+        });
   m.def("scatter_add", [](const std::vector<py::array>& grads, const std::string& dtype,
                           const std::vector<py::array_t<int32_t>>& indices, py::array pool_grad, bool reversed) {
     std::vector<FactorGradient> modules;
@@ -76,10 +80,10 @@ PYBIND11_MODULE(mos_kernels, m) {
   });
   m.def(
       "low_rank_pass",
-      [](const py::array& pool, const std::string& pool_dtype, const py::array_t<int32_t>& index, const std::string& dtype,
-         std::optional<py::array> in, std::optional<py::array> s, std::optional<py::array> projected,
-         std::optional<py::array> factor_grad, std::optional<py::array> out, bool accumulate, double scale, double dropout,
-         uint64_t seed, bool reversed) {
+      [](const py::array& pool, const std::string& pool_dtype, const py::array_t<int32_t>& index,
+         const std::string& dtype, std::optional<py::array> in, std::optional<py::array> s,
+         std::optional<py::array> projected, std::optional<py::array> factor_grad, std::optional<py::array> out,
+         bool accumulate, double scale, double dropout, uint64_t seed, bool reversed) {
         cpu::LowRankPass pass{factor(pool, dtype_named(pool_dtype), index), {seed, dropout_threshold(dropout)}, scale};
         pass.in = matrix(in, dtype_named(dtype));
         pass.out = matrix(out, dtype_named(dtype));
@@ -89,8 +93,8 @@ PYBIND11_MODULE(mos_kernels, m) {
         pass.accumulate = accumulate;
         cpu::low_rank_pass(pass, in_order(reversed));
       },
-      py::kw_only(), py::arg("pool"), py::arg("pool_dtype"), py::arg("index"), py::arg("dtype"), py::arg("input") = py::none(),
-      py::arg("s") = py::none(), py::arg("projected") = py::none(), py::arg("factor_grad") = py::none(),
-      py::arg("out") = py::none(), py::arg("accumulate") = false, py::arg("scale") = 1.0, py::arg("dropout") = 0.0,
-      py::arg("seed") = 0, py::arg("reversed") = false);
+      py::kw_only(), py::arg("pool"), py::arg("pool_dtype"), py::arg("index"), py::arg("dtype"),
+      py::arg("input") = py::none(), py::arg("s") = py::none(), py::arg("projected") = py::none(),
+      py::arg("factor_grad") = py::none(), py::arg("out") = py::none(), py::arg("accumulate") = false,
+      py::arg("scale") = 1.0, py::arg("dropout") = 0.0, py::arg("seed") = 0, py::arg("reversed") = false);
 }

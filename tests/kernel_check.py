@@ -1,0 +1,104 @@
+"""Every CPU kernel against NumPy on small integers, where any order of summation gives the same bits. test_kernels.py runs it in a
+process of its own: the instruction set is chosen once per process, and sanitizers must be loaded first."""
+
+import mos_kernels as K
+import numpy as np
+
+rng = np.random.default_rng(0)
+
+def to_bits(x, dtype):
+    if dtype in ("f32", "f64"):
+        return x.astype(np.float32 if dtype == "f32" else np.float64)
+    if dtype == "f16":
+        return x.astype(np.float16).view(np.uint16)
+    u = x.astype(np.float32).view(np.uint32)
+    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
+
+def to_float(x, dtype):
+    if dtype == "f16":
+        return x.view(np.float16).astype(np.float64)
+    if dtype == "bf16":
+        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return x.astype(np.float64)
+
+def integers(*shape):
+    # Small integers: every product and sum is exact in every type, so any order of summation gives the same bits.
+    return rng.integers(-3, 4, shape).astype(np.float64)
+
+cases = 0
+for dtype in ("f32", "f64", "bf16", "f16"):
+    for pool_dtype in {"f32", dtype}:
+        for rows, shard, r, l in ((0, 3, 1, 1), (1, 1, 1, 1), (3, 5, 2, 3), (17, 257, 5, 1), (33, 24, 16, 4), (131, 65, 33, 8), (1030, 8, 3, 5)):
+            d, n = shard * l, 2 * r * l
+            sums = np.float64 if dtype == "f64" else np.float32
+            pool = integers(n, shard)
+            index = rng.permutation(n)[: r * l].reshape(r, l).astype(np.int32)
+            factor = pool[index].reshape(r, d)
+            x, s, y = integers(rows, d), integers(rows, r), integers(rows, d)
+            common = dict(pool=to_bits(pool, pool_dtype), pool_dtype=pool_dtype, index=index, dtype=dtype)
+            for reversed_ in (False, True):
+                # Sentinels: NaN around what may be written.
+                def frame(*shape):
+                    outer = np.full((shape[0] + 2, shape[1]), 77.0, sums)
+                    return outer, outer[1:-1]
+                projected_frame, projected = frame(rows, r)
+                grad_frame, grad = frame(r, d)
+                wide = np.full((rows + 2, d + 3), to_bits(np.array([5.0]), dtype)[0])
+                out = wide[1:-1, 1:-2]
+                out[...] = to_bits(y, dtype)
+                K.low_rank_pass(**common, input=to_bits(x, dtype), s=s.astype(sums), projected=projected, factor_grad=grad, out=out,
+                                accumulate=True, scale=2.0, reversed=reversed_)
+                assert (projected == 2 * x @ factor.T).all(), (dtype, rows, r)
+                assert (grad == 2 * s.T @ x).all()
+                want = y + 2 * s @ factor
+                assert (np.asarray(out) == to_bits(want, dtype)).all()
+                assert (projected_frame[[0, -1]] == 77).all() and (grad_frame[[0, -1]] == 77).all()
+                edge = to_bits(np.array([5.0]), dtype)[0]
+                assert (wide[[0, -1]] == edge).all() and (wide[:, 0] == edge).all() and (wide[:, -2:] == edge).all()
+                K.low_rank_pass(**common, s=s.astype(sums), out=out, scale=1.0, reversed=reversed_)
+                assert (np.asarray(out) == to_bits(s @ factor, dtype)).all()
+                pool_grad = np.full((n, shard), 9.0, sums)
+                K.scatter_add([grad, grad], "f64" if dtype == "f64" else "f32", [index, index], pool_grad, reversed_)
+                want = np.zeros((n, shard))
+                np.add.at(want, index.ravel(), 2 * (2 * s.T @ x).reshape(r * l, shard))
+                assert (pool_grad == want).all()
+                cases += 1
+            gathered = np.empty((r, d), common["pool"].dtype)
+            K.gather_concat(common["pool"], pool_dtype, index, gathered)
+            assert (gathered == common["pool"][index].reshape(r, d)).all()
+
+            # Dropout keeps what the counter says, whatever the tile.
+            ones, eye = to_bits(np.ones((rows, d)), dtype), np.zeros((r, d), sums)
+            if rows and d <= 300:
+                masked = np.zeros((rows, d))
+                bits = np.empty((rows, d), np.int64)
+                for t in range(rows if rows < 40 else 0):
+                    for c in range(d):
+                        word = K.philox(2**61 + 5, c // 8, t)[c % 8 // 2]
+                        bits[t, c] = word >> 16 * (c % 2) & 0xFFFF
+                if rows < 40:
+                    keep = bits >= 32768
+                    K.low_rank_pass(**common, input=ones, s=np.ones((rows, r), sums), factor_grad=eye, dropout=0.5, seed=2**61 + 5)
+                    assert (eye[0] == 2 * keep.sum(0)).all()
+
+# Conversions: every half and bfloat16 survives, halfway cases go to even, and specials stay special.
+every = np.arange(2**16, dtype=np.uint16)
+for dtype in ("f16", "bf16"):
+    values = to_float(every, dtype).astype(np.float32)
+    back = K.round_trip(dtype, values)
+    assert ((back == values) | (np.isnan(back) & np.isnan(values))).all()
+    finite = np.sort(np.unique(values[np.isfinite(values)]))
+    between = (finite[1:].astype(np.float64) + finite[:-1]) / 2
+    probes = np.concatenate([between, np.nextafter(between.astype(np.float32), np.float32(np.inf)), [65519.9, 65520.0, 1e30, 3.3e38, 1e-45, -1e-30, np.inf]]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        want = probes.astype(np.float16).astype(np.float32) if dtype == "f16" else None
+    if want is not None:
+        assert (K.round_trip(dtype, probes) == want).all()
+    else:
+        ties = (finite[1:].view(np.uint32) >> 16) & 1
+        positive = finite[:-1] >= 0
+        rounded = K.round_trip(dtype, between.astype(np.float32))
+        expected = np.where(ties == 0, finite[1:], finite[:-1])
+        assert (rounded[positive] == expected[positive]).all()
+assert K.first_bad_index(np.array([0, 3, 2], np.int32), 3) == 1 and K.first_bad_index(np.array([0, 1, 2], np.int32), 3) == -1
+print(K.instruction_set(), cases)
