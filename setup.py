@@ -153,6 +153,8 @@ def native_build():
                 try:
                     if name == "_C_cuda" and MODE == "auto" and why_no_cuda():
                         raise RuntimeError(why_no_cuda())
+                    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
+                        raise RuntimeError(f"there is no C++ compiler: {cpp_extension.get_cxx_compiler()} was not found")
                     if name == "_C_cuda":
                         cpp_extension.CUDA_HOME = cuda_home()
                     self.extensions = [ext]
@@ -161,6 +163,9 @@ def native_build():
                     if MODE != "auto":
                         raise
                     reason = " ".join(str(error).split())
+                    if "Error compiling" in reason:  # torch prints the compiler's words and raises these
+                        mode = "cuda" if name == "_C_cuda" else "cpu"
+                        reason = f"it did not compile; MOS_EXT_BUILD={mode} pip install -v shows why ({reason})"
                     self.record["skipped"][name] = reason
                     self.announce(f"mos_ext: {name} is not built: {reason}", level=3)
                 else:

@@ -48,7 +48,7 @@ def _load(name: str) -> Library:
     if DEVICE_OF[name] == "cuda" and torch.version.cuda is None:
         return Library(name, path, "built, but the installed torch is a CPU build")
     if b"mos_ext interface %d." % INTERFACE not in path.read_bytes():
-        return Library(name, path, f"{path.name} was built for another version of mos_ext: build it again")
+        return Library(name, path, f"{path.name} is damaged or was built for another version of mos_ext: build it again")
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:

@@ -1,0 +1,211 @@
+"""Installing: every way of building, and every way in which a build or a library can fail, each in a fresh copy of the sources."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mos_ext
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ["csrc", "mos_ext", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"]
+
+
+def run(*command, cwd, check=True, **env):
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MOS_EXT_WERROR")}
+    out = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**environment, "MAX_JOBS": "2", **{k: str(v) for k, v in env.items()}}, capture_output=True, text=True, check=False
+    )
+    text = out.stdout + out.stderr
+    assert not check or out.returncode == 0, text
+    return out.returncode, text
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what is in the sdist, with no build in it."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def wheel(tree, **env):
+    """Builds a wheel without isolation and unpacks it; the wheel's name, where it is, and the record of the build."""
+    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", "out", ".", cwd=tree, **env)
+    (built,) = (tree / "out").glob("*.whl")
+    site = tree / "site"
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(site)
+    record = site / "mos_ext" / "_build_info.json"
+    return built.name, site, json.loads(record.read_text()) if record.exists() else {}
+
+
+def report(site, check=True, **env):
+    """`python -m mos_ext` of an unpacked wheel."""
+    return run(sys.executable, "-m", "mos_ext", cwd=site, check=check, **env)
+
+
+def test_sdist_and_wheel(tree):
+    """sdist -> wheel -> installed: the native library is in it, tagged for every Python 3, and runs."""
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", "dist", ".", cwd=tree)
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
+    run("tar", "xzf", sdist, cwd=tree)
+    name, site, record = wheel(tree / sdist.name.removesuffix(".tar.gz"), MOS_EXT_BUILD="cpu")
+    assert "-py3-none-linux" in name
+    assert record["built"] == ["_C"]
+    assert record["skipped"] == {"_C_cuda": "MOS_EXT_BUILD=cpu"}
+    _, text = report(site)
+    assert f"loaded from {site / 'mos_ext' / '_C.so'}" in text
+    assert "cpu native     gather_concat, scatter_add, shrink" in text
+    assert "self-test      passed" in text
+    assert (site / "mos_ext" / "py.typed").exists()
+    assert not list(site.rglob("*.cpp"))
+
+
+def test_python_only(tree):
+    name, site, record = wheel(tree, MOS_EXT_BUILD="python")
+    assert name.endswith("-py3-none-any.whl")
+    assert record == {}
+    assert not list(site.rglob("*.so"))
+    _, text = report(site)
+    assert "_C             not built (installed with MOS_EXT_BUILD=python?)" in text
+    assert "cpu python     all operators: _C is not built" in text
+    assert "self-test      passed" in text
+
+
+@pytest.fixture
+def no_compiler(tmp_path):
+    """PATH with ninja and nothing that compiles."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("ninja", "sh", "bash", "tar", "uname", "env", "which"):
+        if found := shutil.which(tool):
+            (folder / tool).symlink_to(found)
+    return {"PATH": str(folder), "CUDA_HOME": "", "CXX": "c++"}
+
+
+def test_auto_without_a_compiler(tree, no_compiler):
+    """A working install and a truthful report."""
+    _, site, record = wheel(tree, MOS_EXT_BUILD="auto", **no_compiler)
+    assert record["built"] == []
+    assert set(record["skipped"]) == {"_C", "_C_cuda"}
+    _, text = report(site)
+    assert "_C             not built: " in text
+    assert record["skipped"]["_C"] == "there is no C++ compiler: c++ was not found"
+    assert "self-test      passed" in text
+
+
+def test_cpu_without_a_compiler_fails(tree, no_compiler):
+    code, text = run(sys.executable, "setup.py", "build_ext", cwd=tree, check=False, MOS_EXT_BUILD="cpu", **no_compiler)
+    assert code != 0
+    assert "there is no C++ compiler: c++ was not found" in text
+
+
+def test_a_compile_error_is_recorded(tree):
+    file = tree / "csrc" / "cpu" / "gather.cpp"
+    file.write_text(file.read_text() + "\nnonsense;\n")
+    _, site, record = wheel(tree, MOS_EXT_BUILD="auto")
+    assert record["skipped"]["_C"] == "it did not compile; MOS_EXT_BUILD=cpu pip install -v shows why (Error compiling objects for extension)"
+    assert "self-test      passed" in report(site)[1]
+
+
+def test_auto_removes_a_library_it_could_not_rebuild(tree, no_compiler):
+    """In place: a stale library must not outlive the sources it was built from."""
+    (tree / "mos_ext" / "_C.so").write_bytes(b"old")
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, **no_compiler)
+    assert not (tree / "mos_ext" / "_C.so").exists()
+
+
+def test_a_mismatched_nvcc(tree, tmp_path):
+    """torch for CUDA 11.8 beside whatever toolkit this machine has: _C is built, _C_cuda is not, and the reason says why."""
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.version.cuda = '11.8'\n")
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, MOS_EXT_BUILD="auto", PYTHONPATH=tmp_path)
+    record = json.loads((tree / "mos_ext" / "_build_info.json").read_text())
+    assert record["built"] == ["_C"]
+    expected = "mismatches the version" if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "no CUDA toolkit was found"
+    assert expected in record["skipped"]["_C_cuda"]
+
+
+@pytest.mark.parametrize("command", [["setup.py", "build_ext"], ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "out", "."]])
+def test_without_torch(tree, tmp_path, command):
+    """One clear sentence."""
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "torch.py").write_text("raise ImportError('hidden')\n")
+    code, text = run(sys.executable, *command, cwd=tree, check=False, PYTHONPATH=tmp_path / "hide")
+    assert code != 0
+    assert "mos_ext needs torch to build its native libraries: run `pip install torch` and then `pip install --no-build-isolation .`" in text
+
+
+def test_unknown_mode(tree):
+    code, text = run(sys.executable, "setup.py", "build_ext", cwd=tree, check=False, MOS_EXT_BUILD="fast")
+    assert code != 0
+    assert "MOS_EXT_BUILD must be one of auto, python, cpu, cuda, got 'fast'" in text
+
+
+# ------------------------------------------------------------------------------------------------ libraries that do not serve
+
+
+def copied_package(tmp_path, library):
+    """This installation's package with another _C.so."""
+    package = tmp_path / "mos_ext"
+    shutil.copytree(Path(mos_ext.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    if library is None:
+        (package / "_C.so").unlink()
+    else:
+        (package / "_C.so").write_bytes(library((package / "_C.so").read_bytes()))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("library", "reason"),
+    [
+        (None, "not built"),
+        (lambda good: b"mos_ext interface 1. but no library", "does not load: "),
+        (lambda good: good[: len(good) // 8], "_C.so is damaged or was built for another version of mos_ext: build it again"),
+        (
+            lambda good: good.replace(b"mos_ext interface 1.", b"mos_ext interface 0."),
+            "_C.so is damaged or was built for another version of mos_ext: build it again",
+        ),
+    ],
+    ids=["missing", "garbage", "truncated", "another version"],
+)
+def test_fallback(tmp_path, library, reason):
+    site = copied_package(tmp_path, library)
+    _, text = report(site)
+    assert f"_C             {reason}" in text
+    assert "cpu native     none" in text
+    assert "self-test      passed" in text
+
+
+def test_a_wrong_result_fails_the_self_test(tmp_path):
+    """The exit code is worth something: a reference that computes something else is noticed."""
+    site = copied_package(tmp_path, lambda good: good)
+    file = site / "mos_ext" / "reference.py"
+    file.write_text(file.read_text().replace("return (dropout(x, p, seed) @ factor.T)", "return 1.01 * (dropout(x, p, seed) @ factor.T)"))
+    code, text = report(site, check=False)
+    assert code == 1
+    assert "self-test      FAILED" in text
+
+
+def test_the_suite_without_native_kernels():
+    """What users without a compiler get passes the same tests of the operator, the pools and the models."""
+    files = ["tests/test_functional.py", "tests/test_pools.py", "tests/test_adapt.py"]
+    _, text = run(sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files, cwd=ROOT, MOS_EXT_DISABLE_NATIVE="1")
+    assert " passed" in text
+
+
+def test_report_of_this_installation():
+    code, text = run(sys.executable, "-m", "mos_ext", cwd=ROOT)
+    assert code == 0
+    assert f"mos_ext        {mos_ext.__version__}" in text
+    assert "self-test      passed: " in text
