@@ -5,8 +5,8 @@ Two shared libraries, each of which only adds kernels to operators that Python a
     mos_ext/_C.so       CPU kernels      (csrc/cpu)
     mos_ext/_C_cuda.so  CUDA kernels     (csrc/cuda)
 
-Both use torch's stable ABI and no CPython symbol, so one binary serves every torch >= 2.11 and every Python 3: the wheel is
-tagged py3-none-<platform>. MOS_EXT_BUILD chooses what to build:
+Both use torch's stable ABI and no CPython symbol, so one binary serves every torch >= 2.11 and every Python 3: the
+wheel is tagged py3-none-<platform>. MOS_EXT_BUILD chooses what to build:
 
     auto    (default) what this machine can build; a failure is recorded in mos_ext/_build_info.json, which
             `python -m mos_ext` replays, and the Python implementation serves instead
@@ -14,7 +14,8 @@ tagged py3-none-<platform>. MOS_EXT_BUILD chooses what to build:
     cpu     _C, and fail if it fails
     cuda    _C and _C_cuda, and fail if either fails, even beside a CPU-only torch (it compiles and links)
 
-Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS as everywhere in the torch world, and MOS_EXT_WERROR=1 (CI: compiler warnings are errors).
+Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS as everywhere in the torch world, and MOS_EXT_WERROR=1 (CI:
+    compiler warnings are errors).
 """
 
 import json
@@ -64,7 +65,10 @@ def cuda_home():
 
 
 def gencode_flags(architectures):
-    """nvcc flags for a TORCH_CUDA_ARCH_LIST. Spelled out here because torch, left to itself, asks the GPU, and there may be none."""
+    """nvcc flags for a TORCH_CUDA_ARCH_LIST.
+
+    Spelled out here because torch, left to itself, asks the GPU, and there may be none.
+    """
     flags = []
     for entry in re.split(r"[;\s]+", architectures.strip()):
         number, _, ptx = entry.partition("+")
@@ -154,7 +158,9 @@ def native_build():
                     if name == "_C_cuda" and MODE == "auto" and why_no_cuda():
                         raise RuntimeError(why_no_cuda())
                     if shutil.which(cpp_extension.get_cxx_compiler()) is None:
-                        raise RuntimeError(f"there is no C++ compiler: {cpp_extension.get_cxx_compiler()} was not found")
+                        raise RuntimeError(
+                            f"there is no C++ compiler: {cpp_extension.get_cxx_compiler()} was not found"
+                        )
                     if name == "_C_cuda":
                         cpp_extension.CUDA_HOME = cuda_home()
                     self.extensions = [ext]

@@ -3,12 +3,15 @@
     python examples/finetune.py --model meta-llama/Llama-3.2-1B --data notes.txt --output my-adapter
     python examples/finetune.py                                     # no downloads: see below
 
-With --model and --data: any Hugging Face causal LM (a directory or a name) and any text or JSONL files. The script evaluates, trains, evaluates
-again, saves the adapter, exports it as standard LoRA, checks that the exported and the merged model compute the same logits, generates a
-sample and draws loss.png. --compare-lora trains LoRA (PEFT) at the same trainable budget beside it.
+With --model and --data: any Hugging Face causal LM (a directory or a name) and any text or JSONL files. The script
+evaluates, trains, evaluates again, saves the adapter, exports it as standard LoRA, checks that the exported and the
+merged model compute the same logits, generates a sample and draws loss.png. --compare-lora trains LoRA (PEFT) at the
+same trainable budget beside it.
 
-Without arguments it makes everything itself, in at most four minutes on two cores: it trains a small Llama on Python's own
-standard library for about a minute, then adapts it to the English of Python's reference manual (pydoc_data.topics), with MoS and with LoRA.
+Without arguments it makes everything itself, in at most four minutes on two cores: it trains a small Llama on Python's
+    own
+standard library for about a minute, then adapts it to the English of Python's reference manual (pydoc_data.topics),
+with MoS and with LoRA.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ def read_texts(files: list[Path], text_field: str) -> str:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
             missing = next((i for i, row in enumerate(rows, 1) if not isinstance(row.get(text_field), str)), None)
             if missing is not None:
-                sys.exit(f"--text-field must name a string in every line, got none for {text_field!r} in {file}:{missing}")
+                sys.exit(
+                    f"--text-field must name a string in every line, got none for {text_field!r} in {file}:{missing}"
+                )
             parts += [row[text_field] for row in rows]
         else:
             parts.append(content)
@@ -100,7 +105,7 @@ class Run:
 
 
 def train(model: nn.Module, blocks: Tensor, run: Run, args: argparse.Namespace, steps: int, lr: float) -> None:
-    """AdamW with a linear schedule and 3% warm-up, the paper's recipe, on random batches that depend on --seed alone."""
+    """AdamW, linear schedule, 3% warm-up: the paper's recipe, on random batches that depend on --seed alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     warmup = max(1, int(0.03 * steps))
@@ -130,7 +135,7 @@ def train(model: nn.Module, blocks: Tensor, run: Run, args: argparse.Namespace, 
 
 
 def standard_library_source(limit: int) -> str:
-    """Source text of Python's standard library, `limit` characters of it, without the manual that the demo adapts to."""
+    """`limit` characters of the source of Python's standard library, without the manual that the demo adapts to."""
     folder = Path(os.__file__).parent
     text = ""
     for file in sorted(folder.glob("*.py")) + sorted(folder.glob("[a-z]*/*.py")):
@@ -143,12 +148,14 @@ def standard_library_source(limit: int) -> str:
 
 
 def make_demo_model(folder: Path, args: argparse.Namespace) -> None:
-    """Trains a byte-level BPE tokenizer and a 1.1 M parameter Llama on the standard library and saves both to `folder`."""
+    """Trains a byte-level BPE tokenizer and a 1.1 M parameter Llama on the standard library; saves both to `folder`."""
     from tokenizers import ByteLevelBPETokenizer
 
     source = standard_library_source(3_000_000)
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(source.splitlines(), vocab_size=2048, min_frequency=2, special_tokens=["<eos>"], show_progress=False)
+    bpe.train_from_iterator(
+        source.splitlines(), vocab_size=2048, min_frequency=2, special_tokens=["<eos>"], show_progress=False
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>")
     config = LlamaConfig(
         vocab_size=2048,
@@ -179,7 +186,9 @@ def load_model(name: str, args: argparse.Namespace) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(args.device).eval()
 
 
-def adapt_with_mos(name: str, train_blocks: Tensor, eval_blocks: Tensor, args: argparse.Namespace) -> tuple[Run, nn.Module]:
+def adapt_with_mos(
+    name: str, train_blocks: Tensor, eval_blocks: Tensor, args: argparse.Namespace
+) -> tuple[Run, nn.Module]:
     model = load_model(name, args)
     config = mos_ext.MoSConfig(
         r=args.r,
@@ -204,7 +213,9 @@ def adapt_with_mos(name: str, train_blocks: Tensor, eval_blocks: Tensor, args: a
     return run, model
 
 
-def adapt_with_lora(name: str, train_blocks: Tensor, eval_blocks: Tensor, targets: list[str], args: argparse.Namespace) -> Run:
+def adapt_with_lora(
+    name: str, train_blocks: Tensor, eval_blocks: Tensor, targets: list[str], args: argparse.Namespace
+) -> Run:
     """LoRA from PEFT with as many trainable parameters: rank equivalent_rank on the same modules."""
     from peft import LoraConfig, get_peft_model
 
@@ -271,7 +282,9 @@ def draw(runs: list[Run], file: Path) -> None:
     for run in runs:
         window = max(1, len(run.losses) // 30)
         smooth = [statistics.fmean(run.losses[max(0, i - window + 1) : i + 1]) for i in range(len(run.losses))]
-        axes.plot(smooth, label=f"{run.name}: {run.trainable:,} parameters, evaluation {run.before:.3f} to {run.after:.3f}")
+        axes.plot(
+            smooth, label=f"{run.name}: {run.trainable:,} parameters, evaluation {run.before:.3f} to {run.after:.3f}"
+        )
     axes.set(xlabel="step", ylabel="training loss (moving average)")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -285,7 +298,10 @@ def print_table(base_loss: float, runs: list[Run]) -> None:
     print(f"{'frozen base':<12} {0:>10} {'':>10} {base_loss:>12.4f} {base_loss:>11.4f} {'':>9}")
     for run in runs:
         size = f"{run.adapter_bytes / 1000:,.1f} kB"
-        print(f"{run.name:<12} {run.trainable:>10,} {size:>10} {run.before:>12.4f} {run.after:>11.4f} {run.step_ms:>6.0f} ms")
+        print(
+            f"{run.name:<12} {run.trainable:>10,} {size:>10} {run.before:>12.4f} "
+            f"{run.after:>11.4f} {run.step_ms:>6.0f} ms"
+        )
     if len(runs) == 2:
         best, other = sorted(runs, key=lambda run: run.after)
         print(
@@ -300,7 +316,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", type=Path, help="text or .jsonl files; Python's manual when left out")
     parser.add_argument("--text-field", default="text", help="the field of .jsonl lines (default: text)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="directory for everything written")
-    parser.add_argument("--compare-lora", action="store_true", help="also train LoRA at the same budget (always in the demo)")
+    parser.add_argument(
+        "--compare-lora", action="store_true", help="also train LoRA at the same budget (always in the demo)"
+    )
     parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--base-steps", type=int, default=300, help="of the demo's own model")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -313,7 +331,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--private-rank", type=int, default=1)
     parser.add_argument("--alpha", type=float, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--target-modules", default="all-linear", help="all-linear, a regular expression, or names joined by commas")
+    parser.add_argument(
+        "--target-modules", default="all-linear", help="all-linear, a regular expression, or names joined by commas"
+    )
     parser.add_argument("--prompt", default="The ")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -1,4 +1,7 @@
-"""``python -m mos_ext``: what was built and what was not, a self-test of about two seconds, and an exit code that says if it passed."""
+"""``python -m mos_ext``:
+
+what was built and what was not, a self-test of about two seconds, and an exit code that says if it passed.
+"""
 
 from __future__ import annotations
 

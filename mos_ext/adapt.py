@@ -18,7 +18,7 @@ POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
 
 
 class Adapter(nn.Module):
-    """The pools of an adapted model, at ``model.mos_pools``: one :class:`ShardPool` per linear type, in the plan's order.
+    """The pools of an adapted model, at ``model.mos_pools``: one :class:`ShardPool` per linear type, in plan order.
 
     Attributes:
         config: the :class:`MoSConfig`. linear_types: which modules share which pool.
@@ -47,7 +47,9 @@ def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of an adapted model. ValueError for any other."""
     adapter = getattr(model, POOLS, None)
     if not isinstance(adapter, Adapter):
-        raise ValueError(f"model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain {type(model).__name__}")
+        raise ValueError(
+            f"model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain {type(model).__name__}"
+        )
     return adapter
 
 
@@ -59,10 +61,11 @@ def mos_layers(model: nn.Module) -> Iterator[tuple[str, MoSLinear]]:
 
 
 def adapt(model: nn.Module, config: MoSConfig) -> nn.Module:
-    """Puts a MoS adapter on a model, in place: freezes every parameter, swaps the target linears for :class:`MoSLinear`, adds the pools.
+    """Puts a MoS adapter on a model, in place.
 
-    Afterwards the trainable parameters are the pools (``model.mos_pools``) and nothing else, and the outputs are those of the
-    base model until the pools are trained.
+    Freezes every parameter, swaps the target linears for :class:`MoSLinear` and adds the pools. Afterwards the
+    trainable parameters are the pools (``model.mos_pools``) and nothing else, and the outputs are those of the base
+    model until the pools are trained.
 
     Args:
         model: any module; LLaMA-, GPT-2- (``Conv1D``), BERT- and ViT-style transformers are tested.
@@ -72,8 +75,9 @@ def adapt(model: nn.Module, config: MoSConfig) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: the model is adapted already, no module matches ``target_modules`` (the message lists what exists), ``shards_per_vector``
-            does not divide a module's features, or a linear type has too few modules for the ranks (with the nearest valid values).
+        ValueError: the model is adapted already, no module matches ``target_modules`` (the message lists what exists),
+            ``shards_per_vector`` does not divide a module's features, or a linear type has too few modules for the
+            ranks (with the nearest valid values).
         TypeError: an argument or a selected module of the wrong type. The model is unchanged after any error.
     """
     if not isinstance(model, nn.Module):
@@ -142,7 +146,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Adds every adapter to its weight: merged layers cost nothing over the base. In place, exact to the rounding of one addition.
+    """Adds every adapter to its weight, in place, exact to the rounding of one addition: no cost over the base.
 
     Raises:
         ValueError: the model is not adapted, or a merged weight would not be finite (then no layer is merged).
@@ -163,7 +167,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Takes the adapters out of the weights again; equal to the original weights up to one rounding in the weights' dtype."""
+    """Takes the adapters out of the weights again, exact to the rounding of one addition in the weights' dtype."""
     adapter_of(model)
     for _, layer in mos_layers(model):
         layer.unmerge()
@@ -203,7 +207,8 @@ class ParameterReport:
         lines = [f"{'linear type':<{width}}  layers  shards   trainable"]
         lines += [f"{t.name:<{width}}  {t.num_layers:>6}  {t.num_shards:>6}  {t.trainable:>10,}" for t in self.types]
         lines.append(
-            f"trainable {self.trainable:,} of {self.total:,} parameters ({100 * self.trainable / self.total:.3f}%): the budget of LoRA "
+            f"trainable {self.trainable:,} of {self.total:,} parameters "
+            f"({100 * self.trainable / self.total:.3f}%): the budget of LoRA "
             f"rank {self.equivalent_rank}, the rank of LoRA rank {self.r} ({self.lora_parameters:,} parameters)"
         )
         return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Adapters on disk: MoS checkpoints of a few megabytes, and exact exports to standard LoRA.
 
-A checkpoint is a directory with ``adapter_model.safetensors`` (each pool once, the index tables in the smallest integer type, so
-that no file depends on a generator) and ``adapter_config.json``. The same configuration is in the safetensors header: a directory whose two
-files do not belong together, after an interrupted save say, is refused.
+A checkpoint is a directory with ``adapter_model.safetensors`` (each pool once, the index tables in the smallest
+integer type, so that no file depends on a generator) and ``adapter_config.json``. The same configuration is in the
+safetensors header: a directory whose two files do not belong together, after an interrupted save say, is refused.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
 
     Args:
         model: an adapted model; merged or not makes no difference.
-        path: a directory, made if needed. Files of an earlier save are replaced only once the new ones are complete on disk.
+        path: a directory, made if needed. Files of an earlier save are replaced only once the new ones are complete on
+            disk.
         dtype: what the pools are stored in; None keeps theirs. bfloat16 halves the file.
 
     Raises:
-        ValueError: the model is not adapted, or its pools are on the meta device. TypeError: ``dtype`` is not a float type.
+        ValueError: the model is not adapted, or its pools are on the meta device. TypeError: ``dtype`` is not a float
+            type.
     """
     if dtype is not None and dtype not in POOL_DTYPES.values():
         raise TypeError(f"dtype must be one of {', '.join(POOL_DTYPES)} or None, got {dtype}")
@@ -69,7 +71,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     tensors = {}
     for linear_type, pool in zip(adapter.linear_types, adapter.pools, strict=True):
         if pool.a.device.type == "meta":
-            raise ValueError(f"model must have its values in memory to be saved, got {linear_type.name} on the meta device")
+            raise ValueError(
+                f"model must have its values in memory to be saved, got {linear_type.name} on the meta device"
+            )
         smallest = _smallest_integer(pool.a.shape[0] - 1)
         for name, tensor, target in (
             ("pool_a", pool.a, dtype),
@@ -135,8 +139,9 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the files are truncated, of another format version, of two different saves, or for another model, or their
-            index tables contradict their configuration. Nothing is loaded in part: after an error the model is unchanged.
+        ValueError: the files are truncated, of another format version, of two different saves, or for another model,
+            or their index tables contradict their configuration. Nothing is loaded in part: after an error the model
+            is unchanged.
     """
     if not isinstance(base_model, nn.Module):
         raise TypeError(f"base_model must be a torch.nn.Module, got {type(base_model).__name__}")
@@ -148,9 +153,7 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     stored = _read_config(folder / CONFIG)
     try:
         config = MoSConfig.from_dict(stored["config"])
-        types = {
-            (t["role"], t["in_features"], t["out_features"]): tuple(t["modules"]) for t in stored["linear_types"]
-        }
+        types = {(t["role"], t["in_features"], t["out_features"]): tuple(t["modules"]) for t in stored["linear_types"]}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} must hold a valid MoS configuration, got {error}") from None
     tensors = _read_tensors(folder / WEIGHTS, stored)
@@ -172,7 +175,11 @@ def _read_config(file: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{file} must be JSON, got {error}") from None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        got = f"a {stored['peft_type']} adapter of PEFT" if isinstance(stored, dict) and "peft_type" in stored else "something else"
+        got = (
+            f"a {stored['peft_type']} adapter of PEFT"
+            if isinstance(stored, dict) and "peft_type" in stored
+            else "something else"
+        )
         raise ValueError(f"{file} must describe a mos_ext adapter, got {got}")
     if stored.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{file} must have format_version {FORMAT_VERSION}, got {stored.get('format_version')}")
@@ -188,7 +195,9 @@ def _read_tensors(file: Path, stored: dict) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} must be a complete safetensors file, got {error}") from None
     if header is None or json.loads(header) != stored:
-        raise ValueError(f"{file} must come from the same save as {CONFIG} beside it, got another configuration in its header")
+        raise ValueError(
+            f"{file} must come from the same save as {CONFIG} beside it, got another configuration in its header"
+        )
     return tensors
 
 
@@ -196,13 +205,18 @@ def _check_model(model: nn.Module, config: MoSConfig, types: dict, folder: Path)
     try:
         here = group_modules(model, config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder} must be an adapter for this model, a {type(model).__name__}, got: {error}") from None
+        raise ValueError(
+            f"{folder} must be an adapter for this model, a {type(model).__name__}, got: {error}"
+        ) from None
     if here != types:
         different = sorted({type_name(*key) for key in set(here) ^ set(types)})
         if not different:
             key = next(key for key in types if here[key] != types[key])
             different = [f"{type_name(*key)} with {len(types[key])} modules where this model has {len(here[key])}"]
-        raise ValueError(f"{folder} must be an adapter for this model, a {type(model).__name__}, got one that differs in {', '.join(different)}")
+        raise ValueError(
+            f"{folder} must be an adapter for this model, a {type(model).__name__}, got one "
+            f"that differs in {', '.join(different)}"
+        )
 
 
 def _stored_type(key: tuple, modules: tuple[str, ...], config: MoSConfig, tensors: dict, folder: Path) -> LinearType:
@@ -213,7 +227,10 @@ def _stored_type(key: tuple, modules: tuple[str, ...], config: MoSConfig, tensor
     for side in ("index_a", "index_b"):
         table = tensors.get(f"{name}.{side}")
         if table is None or table.is_floating_point():
-            raise ValueError(f"{folder / WEIGHTS} must hold an integer tensor {name}.{side}, got {'none' if table is None else table.dtype}")
+            raise ValueError(
+                f"{folder / WEIGHTS} must hold an integer tensor {name}.{side}, got "
+                f"{'none' if table is None else table.dtype}"
+            )
         tables.append(table.numpy().astype(np.int32))
     try:
         check_tables(config, IndexTables(*tables), len(modules))
@@ -225,20 +242,25 @@ def _stored_type(key: tuple, modules: tuple[str, ...], config: MoSConfig, tensor
 def _check_pools(linear_types: list[LinearType], config: MoSConfig, tensors: dict, folder: Path) -> None:
     expected = {f"{t.name}.{tensor}" for t in linear_types for tensor in _TENSORS}
     if set(tensors) != expected:
-        raise ValueError(f"{folder / WEIGHTS} must hold the tensors of its configuration, got a difference in {sorted(set(tensors) ^ expected)}")
+        raise ValueError(
+            f"{folder / WEIGHTS} must hold the tensors of its configuration, got a difference "
+            f"in {sorted(set(tensors) ^ expected)}"
+        )
     for t in linear_types:
         n, l = config.num_shards(len(t.modules)), config.shards_per_vector
         for side, features in (("pool_a", t.in_features), ("pool_b", t.out_features)):
             pool = tensors[f"{t.name}.{side}"]
             if pool.shape != (n, features // l) or pool.dtype not in POOL_DTYPES.values():
                 raise ValueError(
-                    f"{folder / WEIGHTS} must hold {t.name}.{side} as floats of shape {(n, features // l)}, got {pool.dtype} {tuple(pool.shape)}"
+                    f"{folder / WEIGHTS} must hold {t.name}.{side} as floats of shape {(n, features // l)}, "
+                    f"got {pool.dtype} {tuple(pool.shape)}"
                 )
 
 
 # ------------------------------------------------------------------------------------------------ export
 
-# Only tasks for which PEFT adds no trained head of its own: with SEQ_CLS, say, it would look for a classifier in the file.
+# Only tasks for which PEFT adds no trained head of its own: with SEQ_CLS, say, it would look for a classifier in the
+# file.
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -249,10 +271,10 @@ _TASKS = {
 def export_lora(
     model: nn.Module, path: str | os.PathLike, *, rank: int | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes the adapter as a PEFT LoRA checkpoint that PEFT, vLLM and other LoRA servers load; the logits are the same.
+    """Writes the adapter as a PEFT LoRA checkpoint, which PEFT and LoRA servers load; the logits are the same.
 
-    ``lora_A = A``, ``lora_B = (alpha/r) * B`` and ``lora_alpha = r``, so that the result does not depend on how a server scales. The file is as
-    large as LoRA of rank r: use :func:`save_adapter` to keep an adapter.
+    ``lora_A = A``, ``lora_B = (alpha/r) * B`` and ``lora_alpha = r``, so that the result does not depend on how a
+    server scales. The file is as large as LoRA of rank r: use :func:`save_adapter` to keep an adapter.
 
     Args:
         model: an adapted model; merged or not makes no difference.
@@ -275,7 +297,10 @@ def export_lora(
         for name, layer in layers.items():
             a, b = layer.factors()
             target = dtype or a.dtype
-            padded_a, padded_b = a.new_zeros(rank, a.shape[1], dtype=target), b.new_zeros(b.shape[0], rank, dtype=target)
+            padded_a, padded_b = (
+                a.new_zeros(rank, a.shape[1], dtype=target),
+                b.new_zeros(b.shape[0], rank, dtype=target),
+            )
             padded_a[:r], padded_b[:, :r] = a, layer.scale * b
             tensors[f"base_model.model.{name}.lora_A.weight"] = padded_a.cpu()
             tensors[f"base_model.model.{name}.lora_B.weight"] = padded_b.cpu()
@@ -301,7 +326,7 @@ def export_lora(
 
 
 def _lora_targets(model: nn.Module, adapted: set[str]) -> list[str]:
-    """Last name components where those select exactly the adapted modules (servers like them short), full names otherwise."""
+    """Last name components where they select exactly the adapted modules (servers like them short), else full names."""
     leaves = {name.rpartition(".")[2] for name in adapted}
     selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
     return sorted(leaves if selected == adapted else adapted)

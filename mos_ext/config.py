@@ -52,28 +52,35 @@ class MoSConfig:
 
     Args:
         r: active rank, the rank of every assembled A and B. 1 to 256.
-        equivalent_rank: the LoRA rank with the same number of trainable parameters (``e``); it sizes the pools, e * L * l shards for L layers.
-        shards_per_vector: shards that make one rank vector (``l``); must divide in_features and out_features of every adapted module.
+        equivalent_rank: the LoRA rank with the same number of trainable parameters (``e``); it sizes the pools, e * L
+            * l shards for L layers.
+        shards_per_vector: shards that make one rank vector (``l``); must divide in_features and out_features of every
+            adapted module.
         private_rank: ranks of each layer that no other layer shares (``p``).
         alpha: the adapter's product is scaled by alpha / r.
-        dropout: probability in [0, 1) with which an element of the adapter's input is dropped in training; rounded to the nearest 1/65536.
-        target_modules: ``"all-linear"`` (every supported linear inside a numbered block, so heads and poolers are left out), a list of
-            module names or name endings (``["q_proj", "mlp.down_proj"]``), or a regular expression that matches whole names.
+        dropout: probability in [0, 1) with which an element of the adapter's input is dropped in training; rounded to
+            the nearest 1/65536.
+        target_modules: ``"all-linear"`` (every supported linear inside a numbered block, so heads and poolers are left
+            out), a list of module names or name endings (``["q_proj", "mlp.down_proj"]``), or a regular expression
+            that matches whole names.
         exclude_modules: names or a regular expression to leave out, read like ``target_modules``.
         pair_dissociation: draw the indices of B independently of those of A. ``False`` gives B the indices of A.
         routing: ``"random"``, the paper's draw, or ``"balanced"``: every public shard is used equally often, up to one.
-        pool_dtype: ``"float32"`` (default) whatever the base model's dtype, or ``"float64"``, ``"bfloat16"``, ``"float16"``; a torch.dtype also works.
-        seed: of the index tables, which are the same on every platform and for every version of torch. (Initial values come from
-            torch's own generator, as for every layer.)
+        pool_dtype: ``"float32"`` (default) whatever the base model's dtype, or ``"float64"``, ``"bfloat16"``,
+            ``"float16"``; a torch.dtype also works.
+        seed: of the index tables, which are the same on every platform and for every version of torch. (Initial values
+            come from torch's own generator, as for every layer.)
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
 
-    The paper's ablations are configurations too, for L layers: pure sharing is ``r = e * L, private_rank=0, shards_per_vector=1,
-    pair_dissociation=False``; vanilla LoRA of rank e is ``r = private_rank = equivalent_rank = e``; subset selection alone is
-    ``private_rank=0, shards_per_vector=1, pair_dissociation=False``; and each of the other strategies switches with its own field.
+    The paper's ablations are configurations too, for L layers: pure sharing is ``r = e * L, private_rank=0,
+    shards_per_vector=1, pair_dissociation=False``; vanilla LoRA of rank e is ``r = private_rank = equivalent_rank =
+    e``; subset selection alone is ``private_rank=0, shards_per_vector=1, pair_dissociation=False``; and each of the
+    other strategies switches with its own field.
 
-    Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", ICLR 2025, sections 3 and 4.
+    Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", ICLR
+        2025, sections 3 and 4.
     """
 
     r: int = 16
@@ -104,7 +111,8 @@ class MoSConfig:
             raise ValueError(f"private_rank must be at most r={self.r}, got {self.private_rank}")
         if self.private_rank == self.equivalent_rank and self.r != self.equivalent_rank:
             raise ValueError(
-                f"r must equal equivalent_rank={self.equivalent_rank} when private_rank equals it (no shard is public), got {self.r}"
+                f"r must equal equivalent_rank={self.equivalent_rank} when private_rank equals it "
+                f"(no shard is public), got {self.r}"
             )
         _real("alpha", self.alpha)
         _real("dropout", self.dropout)
@@ -156,5 +164,7 @@ class MoSConfig:
         names = {f.name for f in fields(cls)}
         if set(values) != names:
             unknown, missing = sorted(set(values) - names), sorted(names - set(values))
-            raise ValueError(f"an MoSConfig must have exactly its own fields, got unknown {unknown} and missing {missing}")
+            raise ValueError(
+                f"an MoSConfig must have exactly its own fields, got unknown {unknown} and missing {missing}"
+            )
         return cls(**values)

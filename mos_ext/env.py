@@ -12,7 +12,16 @@ from ._version import __version__
 from .ops import loader
 from .ops.checks import why_not_native
 
-OPERATORS = ("gather_concat", "scatter_add", "shrink", "expand", "expand_", "expand_backward", "shrink_backward", "shrink_backward_")
+OPERATORS = (
+    "gather_concat",
+    "scatter_add",
+    "shrink",
+    "expand",
+    "expand_",
+    "expand_backward",
+    "shrink_backward",
+    "shrink_backward_",
+)
 OPTIONAL = ("safetensors", "transformers", "peft")
 
 
@@ -52,10 +61,17 @@ def environment() -> dict[str, str]:
 
 
 def report() -> str:
-    """The text of ``python -m mos_ext`` without its self-test: environment, libraries, and who computes each operator."""
+    """The text of ``python -m mos_ext`` without its self-test:
+
+    environment, libraries, and who computes each operator.
+    """
     lines = [f"{name:<14} {value}" for name, value in environment().items()]
     record = loader.build_record()
-    build = f"MOS_EXT_BUILD={record['mode']}, against torch {record['torch']}" if record else "no record (nothing was built here)"
+    build = (
+        f"MOS_EXT_BUILD={record['mode']}, against torch {record['torch']}"
+        if record
+        else "no record (nothing was built here)"
+    )
     lines += ["", f"build          {build}"]
     for name, library in loader.libraries.items():
         lines.append(f"{name:<14} {library.problem or f'loaded from {library.path}'}")
@@ -68,7 +84,8 @@ def report() -> str:
         lines.append(f"{f'{device} native':<14} {', '.join(native) or 'none'}")
         for reason in dict.fromkeys(python.values()):
             missing = [op for op in python if python[op] == reason]
-            lines.append(f"{f'{device} python':<14} {', '.join(missing) if len(missing) < len(OPERATORS) else 'all operators'}: {reason}")
+            lines.append(
+                f"{f'{device} python':<14} "
+                f"{', '.join(missing) if len(missing) < len(OPERATORS) else 'all operators'}: {reason}"
+            )
     return "\n".join(lines)
-
-

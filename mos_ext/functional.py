@@ -1,4 +1,7 @@
-"""The operators for users: arguments are checked, shapes are free, autocast is honoured; then ``torch.ops.mos_ext`` computes."""
+"""The operators for users:
+
+arguments are checked, shapes are free, autocast is honoured; then ``torch.ops.mos_ext`` computes.
+"""
 
 from __future__ import annotations
 
@@ -52,15 +55,17 @@ def mos_linear(
     Args:
         x: (..., in), float64, float32, bfloat16 or float16; any leading shape, any strides.
         weight: (out, in), of x's dtype. bias: (out,) or None.
-        pool_a: (n_a, in/l), pool_b: (n_b, out/l): float32, or x's dtype. float32 pools under bf16/fp16 x are converted inside the kernel.
+        pool_a: (n_a, in/l), pool_b: (n_b, out/l): float32, or x's dtype. float32 pools under bf16/fp16 x are converted
+            inside the kernel.
         index_a, index_b: (r, l) int32, entries in [0, n); 1 <= r <= 256.
         scale: alpha / r.
-        dropout: probability in [0, 1), applied to the low-rank branch only; 0 for evaluation. Rounded to the nearest 1/65536.
+        dropout: probability in [0, 1), applied to the low-rank branch only; 0 for evaluation. Rounded to the nearest
+            1/65536.
         seed: (1,) int64 on x's device that determines the dropout mask; None draws one from torch's generator.
 
     Returns:
-        (..., out) in x's dtype (autocast's dtype under autocast). Differentiable in x, weight, bias and both pools; bitwise
-        deterministic. Sums are kept in float32 (float64 for float64).
+        (..., out) in x's dtype (autocast's dtype under autocast). Differentiable in x, weight, bias and both pools;
+        bitwise deterministic. Sums are kept in float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
@@ -77,7 +82,8 @@ def mos_linear(
         check_shape(f"index_{side}", index, (index_a.shape[0], index_a.shape[1]))
         if index.shape[1] * pool.shape[1] != features:
             raise ValueError(
-                f"pool_{side} must have shards of {features}/{index.shape[1]} elements, got the shape {tuple(pool.shape)}"
+                f"pool_{side} must have shards of {features}/{index.shape[1]} elements, got the "
+                f"shape {tuple(pool.shape)}"
             )
     if not 1 <= index_a.shape[0] <= 256:
         raise ValueError(f"index_a must have 1 to 256 rows, the rank, got {index_a.shape[0]}")
@@ -101,7 +107,7 @@ def fused(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """:func:`mos_linear` without the checks of what a layer checked when it was made, and with gradient handles (``ops/autograd.py``)."""
+    """:func:`mos_linear` without what a layer checked once, and with gradient handles (``ops/autograd.py``)."""
     x, weight, bias = _autocast(x, weight, bias)
     check_activation(x, weight.shape[1], pool_a)
     if dropout > 0.0 and seed is None:

@@ -26,8 +26,8 @@ class MoSLinear(nn.Module):
         pool: the shared pool; None makes one for this layer alone, from ``config``.
         layer: which layer of the pool this is, 0 <= layer < pool.num_layers.
         config: only without ``pool``.
-        register_pool: whether the pool is a submodule of this layer, so that ``parameters()`` and ``state_dict()`` of the layer include it.
-            ``mos_ext.adapt`` registers each pool once on the model instead.
+        register_pool: whether the pool is a submodule of this layer, so that ``parameters()`` and ``state_dict()`` of
+            the layer include it. ``mos_ext.adapt`` registers each pool once on the model instead.
 
     Shape: x (..., in_features) -> (..., out_features), in x's dtype.
 
@@ -65,7 +65,9 @@ class MoSLinear(nn.Module):
         config: MoSConfig | None = None,
         register_pool: bool = True,
     ) -> MoSLinear:
-        """The adapted form of an ``nn.Linear`` or a transformers ``Conv1D``: the same weight and bias parameters (not copies), hooks and mode.
+        """The adapted form of an ``nn.Linear`` or a transformers ``Conv1D``.
+
+        Weight, bias, hooks and mode are the same objects, not copies.
 
         Raises:
             TypeError: any other module. ValueError: a pool of other features.
@@ -93,7 +95,8 @@ class MoSLinear(nn.Module):
             raise ValueError("config must be left out, or equal the pool's, when a pool is given")
         if (pool.in_features, pool.out_features) != features:
             raise ValueError(
-                f"pool must be for {features[0]} -> {features[1]} features, got {pool.in_features} -> {pool.out_features}"
+                f"pool must be for {features[0]} -> {features[1]} features, got "
+                f"{pool.in_features} -> {pool.out_features}"
             )
         if not 0 <= layer < pool.num_layers:
             raise ValueError(f"layer must be in [0, {pool.num_layers}), got {layer}")
@@ -148,7 +151,7 @@ class MoSLinear(nn.Module):
         return delta.T if self.fan_in_fan_out else delta
 
     def merge(self) -> None:
-        """Adds the adapter to ``weight``, after which the layer costs what the base costs. Nothing happens when it is merged already.
+        """Adds the adapter to ``weight``: the layer then costs what the base costs. Nothing happens when it is merged.
 
         Raises:
             ValueError: the merged weight would not be finite; the layer stays as it was.
@@ -167,7 +170,11 @@ class MoSLinear(nn.Module):
     def _add_to_weight(self, sign: float) -> None:
         delta = self.delta_weight()
         # One rounding, at the end: the sum is formed in the wider of both dtypes.
-        merged = self.weight.to(torch.promote_types(self.weight.dtype, delta.dtype)).add(delta, alpha=sign).to(self.weight.dtype)
+        merged = (
+            self.weight.to(torch.promote_types(self.weight.dtype, delta.dtype))
+            .add(delta, alpha=sign)
+            .to(self.weight.dtype)
+        )
         if merged.device.type != "meta" and not torch.isfinite(merged).all():
             raise ValueError(f"the weight must be finite after {'merge' if sign > 0 else 'unmerge'}, got inf or NaN")
         self.weight.copy_(merged)
@@ -176,5 +183,6 @@ class MoSLinear(nn.Module):
         c = self.pool.config
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={c.r}, "
-            f"equivalent_rank={c.equivalent_rank}, shards_per_vector={c.shards_per_vector}, layer={self.layer} of {self.pool.num_layers}"
+            f"equivalent_rank={c.equivalent_rank}, shards_per_vector={c.shards_per_vector}, "
+            f"layer={self.layer} of {self.pool.num_layers}"
         )

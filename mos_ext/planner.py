@@ -42,7 +42,8 @@ def type_name(role: str, in_features: int, out_features: int) -> str:
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a linear layer that can be adapted, else None.
 
-    Exact types only: a subclass (a quantised linear, ``MultiheadAttention.out_proj``) may not be computed by ``x W^T + b``, or not be called at all.
+    Exact types only: a subclass (a quantised linear, ``MultiheadAttention.out_proj``) may not be computed by ``x W^T +
+        b``, or not be called at all.
     ``Conv1D`` of transformers is recognised by name, because transformers is not a dependency.
     """
     if type(module) is nn.Linear:
@@ -99,13 +100,15 @@ def select_modules(model: nn.Module, config: MoSConfig) -> list[tuple[str, nn.Mo
         if every_linear:
             rule += " inside a numbered block (name the modules to adapt others)"
         raise ValueError(
-            f"target_modules must {rule}, got {config.target_modules!r} with exclude_modules={config.exclude_modules!r}; "
+            f"target_modules must {rule}, got {config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r}; "
             f"the model has: {', '.join(existing) or 'no linear module'}"
         )
     for name, module in named:
         if features_of(module) is None:
             raise TypeError(
-                f"target_modules must select torch.nn.Linear or transformers Conv1D modules, got {name}, a {type(module).__name__}"
+                f"target_modules must select torch.nn.Linear or transformers Conv1D modules, got {name}, "
+                f"a {type(module).__name__}"
             )
     return named
 
@@ -124,7 +127,8 @@ def plan(model: nn.Module, config: MoSConfig) -> list[LinearType]:
     """Groups the selected modules by role and shape and draws each group's tables. Reads the model, changes nothing.
 
     Raises:
-        ValueError, TypeError: nothing to adapt, l does not divide a module's features, or a group is too small for the ranks.
+        ValueError, TypeError: nothing to adapt, l does not divide a module's features, or a group is too small for the
+            ranks.
     """
     types = []
     for (role, fan_in, fan_out), modules in group_modules(model, config).items():

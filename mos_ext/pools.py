@@ -25,7 +25,8 @@ class ShardPool(nn.Module):
         device: of pools and tables.
 
     Attributes:
-        a: parameter (n, in/l), U(-1/sqrt(in), 1/sqrt(in)) at first. b: parameter (n, out/l), zeros at first, so a new adapter changes nothing.
+        a: parameter (n, in/l), U(-1/sqrt(in), 1/sqrt(in)) at first. b: parameter (n, out/l), zeros at first, so a new
+            adapter changes nothing.
         index_a, index_b: buffers (L, r, l) int32.
 
     Raises:
@@ -47,7 +48,12 @@ class ShardPool(nn.Module):
     ) -> None:
         super().__init__()
         check_ranks(config, in_features, out_features, num_layers)
-        self.config, self.in_features, self.out_features, self.num_layers = config, in_features, out_features, num_layers
+        self.config, self.in_features, self.out_features, self.num_layers = (
+            config,
+            in_features,
+            out_features,
+            num_layers,
+        )
         l, n = config.shards_per_vector, config.num_shards(num_layers)
         if tables is None:
             tables = draw_tables(config, linear_type, num_layers)
@@ -70,7 +76,7 @@ class ShardPool(nn.Module):
         nn.init.zeros_(self.b)
 
     def handle(self, side: str, layer: int) -> Tensor | None:
-        """The stand-in through which a layer's factor gradient reaches pool ``side`` (``ops/autograd.py``), or None when none is wanted."""
+        """Stand-in that carries a layer's factor gradient to pool ``side`` (``ops/autograd.py``); None if unwanted."""
         pool: Tensor = getattr(self, side)
         if not (torch.is_grad_enabled() and pool.requires_grad):
             return None
@@ -78,23 +84,31 @@ class ShardPool(nn.Module):
         if self._handles_of[side] is pool and handles[layer].requires_grad:
             return handles[layer]
         if torch.compiler.is_compiling() or not isinstance(pool, nn.Parameter):
-            # Nothing to keep: a traced handle belongs to its graph, and functional_call puts other tensors here for one call only.
+            # Nothing to keep: a traced handle belongs to its graph, and functional_call puts other tensors here for
+            # one call only.
             return factor_handles(pool, [getattr(self, f"index_{side}")[layer]])[0]
         self._renew_handles()
         return self._handles[side][layer]
 
     def _renew_handles(self) -> None:
-        """One set of handles for the parameters as they are now. Made ahead of the first forward pass, so that tracers find them."""
+        """One set of handles for the parameters as they are now.
+
+        Made ahead of the first forward pass, so that tracers find them.
+        """
         with torch.enable_grad():
-            self._handles = {side: factor_handles(getattr(self, side), list(getattr(self, f"index_{side}"))) for side in "ab"}
+            self._handles = {
+                side: factor_handles(getattr(self, side), list(getattr(self, f"index_{side}"))) for side in "ab"
+            }
         for handle in (*self._handles["a"], *self._handles["b"]):
-            # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a leaf unless the
-            # gradient is there. Nobody reads or accumulates this one, and like the handle it has no storage of its own.
+            # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a
+            # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no
+            # storage of its own.
             handle.grad = handle.detach()
         self._handles_of = {side: getattr(self, side) for side in "ab"}
 
     def _apply(self, fn, recurse=True):
-        # .to(), .half(), ... may keep the Parameter and swap its data: handles of another device or dtype would refuse gradients.
+        # .to(), .half(), ... may keep the Parameter and swap its data: handles of another device or dtype would refuse
+        # gradients.
         super()._apply(fn, recurse)
         self._renew_handles()
         return self
@@ -111,6 +125,6 @@ class ShardPool(nn.Module):
         c = self.config
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, num_layers={self.num_layers}, "
-            f"num_shards={self.a.shape[0]}, r={c.r}, equivalent_rank={c.equivalent_rank}, shards_per_vector={c.shards_per_vector}"
+            f"num_shards={self.a.shape[0]}, r={c.r}, equivalent_rank={c.equivalent_rank}, "
+            f"shards_per_vector={c.shards_per_vector}"
         )
-

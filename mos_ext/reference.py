@@ -1,8 +1,10 @@
-"""The mathematics of every operator in readable PyTorch: the oracle of tests and benchmarks, and the operators' default.
+"""The mathematics of every operator in readable PyTorch: the oracle of tests and benchmarks, the operators' default.
 
-Shapes: ``pool`` (n, d/l) shards; ``index`` (r, l) integers below n; a *factor* is the (r, d) matrix they assemble. A of the paper is a factor
-with d = in, B is the transpose of one with d = out. ``x`` (T, in), ``y`` (T, out). Called with float64 tensors these functions are the oracle;
-called with a model's own dtypes they are what plain PyTorch would do, and the error that native kernels may not exceed twofold.
+Shapes: ``pool`` (n, d/l) shards; ``index`` (r, l) integers below n; a *factor* is the (r, d) matrix they assemble. A
+    of the paper is a factor
+with d = in, B is the transpose of one with d = out. ``x`` (T, in), ``y`` (T, out). Called with float64 tensors these
+functions are the oracle; called with a model's own dtypes they are what plain PyTorch would do, and the error that
+native kernels may not exceed twofold.
 
 Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", ICLR 2025.
 """
@@ -31,7 +33,7 @@ def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
 
 
 def scatter_add(grads: Sequence[Tensor], indices: Sequence[Tensor], num_shards: int) -> Tensor:
-    """Adjoint of :func:`gather_concat` for all modules of one pool: every segment is added to the shard that it came from.
+    """Adjoint of :func:`gather_concat` for all modules of one pool: every segment is added to the shard it came from.
 
     grads: (r_k, d) each, indices: (r_k, l) each -> (num_shards, d/l) in the accumulation dtype.
     """
@@ -43,9 +45,17 @@ def scatter_add(grads: Sequence[Tensor], indices: Sequence[Tensor], num_shards: 
 
 
 def philox(seed: Tensor, column_group: Tensor, row: Tensor) -> list[Tensor]:
-    """Philox4x32-7 (Salmon et al., SC 2011) with counter (column_group, row_lo, row_hi, 0): four words of 32 bits, in int64."""
+    """Philox4x32-7 (Salmon et al., SC 2011) with counter (column_group, row_lo, row_hi, 0):
+
+    four words of 32 bits, in int64.
+    """
     low = 0xFFFFFFFF
-    c = [column_group + 0 * row, (row & low) + 0 * column_group, (row >> 32) + 0 * column_group, 0 * (row + column_group)]
+    c = [
+        column_group + 0 * row,
+        (row & low) + 0 * column_group,
+        (row >> 32) + 0 * column_group,
+        0 * (row + column_group),
+    ]
     key = [seed & low, (seed >> 32) & low]
     for _ in range(7):
         # int64 products wrap modulo 2^64, which leaves both 32-bit halves right once they are masked.
@@ -56,7 +66,10 @@ def philox(seed: Tensor, column_group: Tensor, row: Tensor) -> list[Tensor]:
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
-    """(rows, cols) booleans, True where an element is kept. Depends on seed and position alone: 16 bits of Philox each."""
+    """(rows, cols) booleans, True where an element is kept.
+
+    Depends on seed and position alone: 16 bits of Philox each.
+    """
     device = seed.device
     row = torch.arange(rows, device=device).unsqueeze(1)
     group = torch.arange((cols + 7) // 8, device=device).unsqueeze(0)
@@ -71,7 +84,7 @@ def dropout_threshold(p: float) -> int:
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x with a fraction p of its elements zeroed and the others divided by 1 - p; p is rounded to the nearest 1/65536."""
+    """x with a fraction p of its elements zeroed and the others divided by 1 - p, p rounded to the nearest 1/65536."""
     threshold = dropout_threshold(p)
     if seed is None or threshold == 0:
         return x
@@ -92,7 +105,10 @@ def expand(s: Tensor, pool: Tensor, index: Tensor, scale: float, dtype: torch.dt
 
 
 def expand_backward(dy: Tensor, s: Tensor, pool: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`expand`: dS = scale * dy F^T (T, r) and dF = scale * S^T dy (r, d), both in the accumulation dtype."""
+    """Gradients of :func:`expand`:
+
+    dS = scale * dy F^T (T, r) and dF = scale * S^T dy (r, d), both in the accumulation dtype.
+    """
     factor = gather_concat(pool, index).to(dy.dtype)
     ds = (dy @ factor.T).to(s.dtype) * scale
     return ds, ((s * scale).to(dy.dtype).T @ dy).to(s.dtype)
@@ -101,7 +117,10 @@ def expand_backward(dy: Tensor, s: Tensor, pool: Tensor, index: Tensor, scale: f
 def shrink_backward(
     ds: Tensor, x: Tensor, pool: Tensor, index: Tensor, p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`shrink`: dx = dropout'(dS F) (T, d) in x's dtype and dF = dS^T dropout(x) (r, d) in the accumulation dtype."""
+    """Gradients of :func:`shrink`:
+
+    dx = dropout'(dS F) (T, d) in x's dtype and dF = dS^T dropout(x) (r, d) in the accumulation dtype.
+    """
     factor = gather_concat(pool, index).to(x.dtype)
     ds_x = ds.to(x.dtype)
     return dropout(ds_x @ factor, p, seed), (ds_x.T @ dropout(x, p, seed)).to(ds.dtype)
@@ -122,7 +141,10 @@ def low_rank(
 
 
 def delta_weight(pool_a: Tensor, index_a: Tensor, pool_b: Tensor, index_b: Tensor, scale: float) -> Tensor:
-    """The dense (out, in) matrix that an adapter adds to a weight: scale * B A, in the accumulation dtype of the pools."""
+    """The dense (out, in) matrix that an adapter adds to a weight:
+
+    scale * B A, in the accumulation dtype of the pools.
+    """
     dtype = accumulate_dtype(pool_a.dtype)
     b = gather_concat(pool_b, index_b).to(dtype)
     return scale * (b.T @ gather_concat(pool_a, index_a).to(dtype))
@@ -140,7 +162,7 @@ def mos_linear(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scale * (dropout(x) A^T) B^T for x of any leading shape; differentiable by ordinary autograd."""
+    """y = x W^T + bias + scale * (dropout(x) A^T) B^T for x of any leading shape, differentiable by plain autograd."""
     flat = x.reshape(-1, x.shape[-1])
     delta = low_rank(flat, pool_a, index_a, pool_b, index_b, scale, p, seed)
     return torch.nn.functional.linear(x, weight, bias) + delta.reshape(*x.shape[:-1], weight.shape[0])

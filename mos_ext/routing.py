@@ -1,8 +1,8 @@
-"""The router of MoS: static index tables, drawn once from a seed, the same on every platform and for every version of NumPy and torch.
+"""The router of MoS: static index tables, drawn once from a seed, the same everywhere and for every version of torch.
 
-The generator is SplitMix64 used as a counter-based hash: shard m gets the key mix(base + (m + 1) * golden) with a base that names the
-seed, the linear type, the layer and the side, and a permutation is the order of the keys. NumPy supplies sorting and wrapping
-uint64 arithmetic, nothing random.
+The generator is SplitMix64 used as a counter-based hash: shard m gets the key mix(base + (m + 1) * golden) with a base
+that names the seed, the linear type, the layer and the side, and a permutation is the order of the keys. NumPy
+supplies sorting and wrapping uint64 arithmetic, nothing random.
 """
 
 from __future__ import annotations
@@ -29,14 +29,30 @@ def _keys(name: str, count: int) -> np.ndarray:
 
 
 def check_ranks(
-    config: MoSConfig, in_features: int, out_features: int, num_layers: int, *, module: str = "the layer", linear_type: str = ""
+    config: MoSConfig,
+    in_features: int,
+    out_features: int,
+    num_layers: int,
+    *,
+    module: str = "the layer",
+    linear_type: str = "",
 ) -> None:
-    """The rules that need a shape and a number of layers: ValueError names a module and the nearest values that would do."""
+    """The rules that need a shape and a number of layers:
+
+    ValueError names a module and the nearest values that would do.
+    """
     l = config.shards_per_vector
     for side, features in (("in_features", in_features), ("out_features", out_features)):
         if features % l:
-            divisors = [d for d in range(1, math.gcd(in_features, out_features) + 1) if math.gcd(in_features, out_features) % d == 0]
-            near = {max((d for d in divisors if d < l), default=1), min((d for d in divisors if d > l), default=divisors[-1])}
+            divisors = [
+                d
+                for d in range(1, math.gcd(in_features, out_features) + 1)
+                if math.gcd(in_features, out_features) % d == 0
+            ]
+            near = {
+                max((d for d in divisors if d < l), default=1),
+                min((d for d in divisors if d > l), default=divisors[-1]),
+            }
             raise ValueError(
                 f"shards_per_vector must divide {side}={features} of {module}, got {l}; "
                 f"nearest valid: {' or '.join(map(str, sorted(near)))}"
@@ -47,21 +63,25 @@ def check_ranks(
         needed = config.private_rank - (-public_rank // num_layers)
         of_type = f", whose linear type {linear_type}" if linear_type else ", whose pool"
         raise ValueError(
-            f"r must be at most {largest} for {module}{of_type} has {num_layers} adapted module{'s' if num_layers > 1 else ''}, "
+            f"r must be at most {largest} for {module}{of_type} has {num_layers} adapted "
+            f"module{'s' if num_layers > 1 else ''}, "
             f"got {config.r}; nearest valid: r={largest}, or equivalent_rank={needed}, or leave the module out"
         )
 
 
 @dataclass(frozen=True)
 class IndexTables:
-    """The tables of all layers of one linear type: ``a`` and ``b``, each (L, r, l) int32, entries below the number of shards."""
+    """The tables of all layers of one linear type:
+
+    ``a`` and ``b``, each (L, r, l) int32, entries below the number of shards.
+    """
 
     a: np.ndarray
     b: np.ndarray
 
 
 def _public_draws(config: MoSConfig, stream: str, num_layers: int) -> np.ndarray:
-    """(L, (r-p)*l) public shards, without repetition inside a layer, independent (random) or level (balanced) across layers."""
+    """(L, (r-p)*l) public shards without repetition in a layer; across layers independent or level."""
     n_public, wanted = config.num_public_shards(num_layers), (config.r - config.private_rank) * config.shards_per_vector
     draws = np.empty((num_layers, wanted), dtype=np.int32)
     uses = np.zeros(n_public, dtype=np.int64)
@@ -81,7 +101,8 @@ def _public_draws(config: MoSConfig, stream: str, num_layers: int) -> np.ndarray
 def draw_tables(config: MoSConfig, linear_type: str, num_layers: int) -> IndexTables:
     """The index tables of a linear type with ``num_layers`` adapted modules.
 
-    Private vectors are the last p ranks of a layer and stay paired: both sides hold the same range. ``linear_type`` names the random
+    Private vectors are the last p ranks of a layer and stay paired: both sides hold the same range. ``linear_type``
+        names the random
     stream, so adding a type to a model does not change the tables of the others.
     """
     r, p, l = config.r, config.private_rank, config.shards_per_vector
@@ -97,12 +118,17 @@ def draw_tables(config: MoSConfig, linear_type: str, num_layers: int) -> IndexTa
 
 
 def check_tables(config: MoSConfig, tables: IndexTables, num_layers: int) -> None:
-    """ValueError unless the tables could have come from this configuration (of any generator): shapes, ranges, no repetition, private ranks, pairing."""
+    """ValueError unless the tables could have come from this configuration (of any generator):
+
+    shapes, ranges, no repetition, private ranks, pairing.
+    """
     r, p, l = config.r, config.private_rank, config.shards_per_vector
     n_public = config.num_public_shards(num_layers)
     for side, table in (("index_a", tables.a), ("index_b", tables.b)):
         if table.shape != (num_layers, r, l):
-            raise ValueError(f"{side} must have the shape {(num_layers, r, l)} of its configuration, got {tuple(table.shape)}")
+            raise ValueError(
+                f"{side} must have the shape {(num_layers, r, l)} of its configuration, got {tuple(table.shape)}"
+            )
         public, private = table[:, : r - p].reshape(num_layers, -1), table[:, r - p :].reshape(num_layers, -1)
         if public.size and not (public.min() >= 0 and public.max() < n_public):
             raise ValueError(f"{side} must use public shards in [0, {n_public}), got {public.min()} to {public.max()}")

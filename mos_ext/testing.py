@@ -1,8 +1,10 @@
 """What tests, benchmarks and the self-test share: random cases, and the rule for how wrong a kernel may be.
 
-The rule: against the float64 reference, an operator's error is at most twice that of plain PyTorch (``reference.py``) on the same
-inputs in the same dtype, plus a few units in the last place for results that plain PyTorch happens to hit exactly. It is the
-rule of flash-attention's tests; it needs no per-shape tolerances, and it catches a missing conversion or a lossy accumulation at once.
+The rule: against the float64 reference, an operator's error is at most twice that of plain PyTorch (``reference.py``)
+    on the same
+inputs in the same dtype, plus a few units in the last place for results that plain PyTorch happens to hit exactly. It
+is the rule of flash-attention's tests; it needs no per-shape tolerances, and it catches a missing conversion or a
+lossy accumulation at once.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from torch import Tensor
 from . import reference
 from .functional import mos_linear
 
-# Errors are ratios of 2-norms. The floors, in units of the dtype's eps, cover plain results that are exact by luck: one rounding costs
-# at most eps/2, and four times that leaves room for a short sum. float64 has no wider oracle, so both sides round: a sum of K
-# terms differs by about sqrt(K) eps, and 64 covers K = 4096.
+# Errors are ratios of 2-norms. The floors, in units of the dtype's eps, cover plain results that are exact by luck:
+# one rounding costs at most eps/2, and four times that leaves room for a short sum. float64 has no wider oracle, so
+# both sides round: a sum of K terms differs by about sqrt(K) eps, and 64 covers K = 4096.
 ERROR_RATIO = 2.0
 FLOOR_EPS = {torch.float64: 64.0, torch.float32: 2.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
@@ -29,7 +31,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_error_ratio(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "result") -> None:
-    """AssertionError unless ``actual`` obeys the rule of this module, ``plain`` being plain PyTorch's result and ``exact`` the float64 one."""
+    """AssertionError unless ``actual`` obeys the rule; ``plain`` is plain PyTorch's result, ``exact`` float64's."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, expected {plain.dtype}"
     assert torch.isfinite(actual).all() or not torch.isfinite(exact).all(), f"{what}: not finite"
@@ -55,7 +57,9 @@ class Case:
         return self.x, self.weight, self.bias, self.pool_a, self.index_a, self.pool_b, self.index_b, self.scale
 
     def exact(self) -> Case:
-        return Case(*(t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.arguments()))
+        return Case(
+            *(t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.arguments())
+        )
 
     def differentiable(self) -> list[Tensor]:
         return [t for t in (self.x, self.weight, self.bias, self.pool_a, self.pool_b) if t is not None]
@@ -104,7 +108,7 @@ def random_case(
 
 
 def check_case(case: Case) -> None:
-    """Forward and all gradients of ``functional.mos_linear`` against the reference; AssertionError where the rule is broken."""
+    """Forward and all gradients of ``functional.mos_linear`` by the rule; AssertionError where it is broken."""
     exact = case.exact().requires_grad_()
     results = []
     plain = Case(*(t.detach().clone() if isinstance(t, Tensor) else t for t in case.arguments())).requires_grad_()

@@ -6,6 +6,7 @@ import numpy as np
 
 rng = np.random.default_rng(0)
 
+
 def to_bits(x, dtype):
     if dtype in ("f32", "f64"):
         return x.astype(np.float32 if dtype == "f32" else np.float64)
@@ -14,6 +15,7 @@ def to_bits(x, dtype):
     u = x.astype(np.float32).view(np.uint32)
     return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
 
+
 def to_float(x, dtype):
     if dtype == "f16":
         return x.view(np.float16).astype(np.float64)
@@ -21,40 +23,64 @@ def to_float(x, dtype):
         return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return x.astype(np.float64)
 
+
+def frame(dtype, rows, cols):
+    """An array and the part of it that a kernel may write; the rest is 77."""
+    outer = np.full((rows + 2, cols), 77.0, dtype)
+    return outer, outer[1:-1]
+
+
 def integers(*shape):
     # Small integers: every product and sum is exact in every type, so any order of summation gives the same bits.
     return rng.integers(-3, 4, shape).astype(np.float64)
 
+
 cases = 0
 for dtype in ("f32", "f64", "bf16", "f16"):
     for pool_dtype in {"f32", dtype}:
-        for rows, shard, r, l in ((0, 3, 1, 1), (1, 1, 1, 1), (3, 5, 2, 3), (17, 257, 5, 1), (33, 24, 16, 4), (131, 65, 33, 8), (1030, 8, 3, 5)):
+        for rows, shard, r, l in (
+            (0, 3, 1, 1),
+            (1, 1, 1, 1),
+            (3, 5, 2, 3),
+            (17, 257, 5, 1),
+            (33, 24, 16, 4),
+            (131, 65, 33, 8),
+            (1030, 8, 3, 5),
+        ):
             d, n = shard * l, 2 * r * l
             sums = np.float64 if dtype == "f64" else np.float32
             pool = integers(n, shard)
             index = rng.permutation(n)[: r * l].reshape(r, l).astype(np.int32)
             factor = pool[index].reshape(r, d)
             x, s, y = integers(rows, d), integers(rows, r), integers(rows, d)
-            common = dict(pool=to_bits(pool, pool_dtype), pool_dtype=pool_dtype, index=index, dtype=dtype)
+            common = {"pool": to_bits(pool, pool_dtype), "pool_dtype": pool_dtype, "index": index, "dtype": dtype}
             for reversed_ in (False, True):
-                # Sentinels: NaN around what may be written.
-                def frame(*shape):
-                    outer = np.full((shape[0] + 2, shape[1]), 77.0, sums)
-                    return outer, outer[1:-1]
-                projected_frame, projected = frame(rows, r)
-                grad_frame, grad = frame(r, d)
+                projected_frame, projected = frame(sums, rows, r)
+                grad_frame, grad = frame(sums, r, d)
                 wide = np.full((rows + 2, d + 3), to_bits(np.array([5.0]), dtype)[0])
                 out = wide[1:-1, 1:-2]
                 out[...] = to_bits(y, dtype)
-                K.low_rank_pass(**common, input=to_bits(x, dtype), s=s.astype(sums), projected=projected, factor_grad=grad, out=out,
-                                accumulate=True, scale=2.0, reversed=reversed_)
+                K.low_rank_pass(
+                    **common,
+                    input=to_bits(x, dtype),
+                    s=s.astype(sums),
+                    projected=projected,
+                    factor_grad=grad,
+                    out=out,
+                    accumulate=True,
+                    scale=2.0,
+                    reversed=reversed_,
+                )
                 assert (projected == 2 * x @ factor.T).all(), (dtype, rows, r)
                 assert (grad == 2 * s.T @ x).all()
                 want = y + 2 * s @ factor
                 assert (np.asarray(out) == to_bits(want, dtype)).all()
-                assert (projected_frame[[0, -1]] == 77).all() and (grad_frame[[0, -1]] == 77).all()
+                assert (projected_frame[[0, -1]] == 77).all()
+                assert (grad_frame[[0, -1]] == 77).all()
                 edge = to_bits(np.array([5.0]), dtype)[0]
-                assert (wide[[0, -1]] == edge).all() and (wide[:, 0] == edge).all() and (wide[:, -2:] == edge).all()
+                assert (wide[[0, -1]] == edge).all()
+                assert (wide[:, 0] == edge).all()
+                assert (wide[:, -2:] == edge).all()
                 K.low_rank_pass(**common, s=s.astype(sums), out=out, scale=1.0, reversed=reversed_)
                 assert (np.asarray(out) == to_bits(s @ factor, dtype)).all()
                 pool_grad = np.full((n, shard), 9.0, sums)
@@ -78,7 +104,9 @@ for dtype in ("f32", "f64", "bf16", "f16"):
                         bits[t, c] = word >> 16 * (c % 2) & 0xFFFF
                 if rows < 40:
                     keep = bits >= 32768
-                    K.low_rank_pass(**common, input=ones, s=np.ones((rows, r), sums), factor_grad=eye, dropout=0.5, seed=2**61 + 5)
+                    K.low_rank_pass(
+                        **common, input=ones, s=np.ones((rows, r), sums), factor_grad=eye, dropout=0.5, seed=2**61 + 5
+                    )
                     assert (eye[0] == 2 * keep.sum(0)).all()
 
 # Conversions: every half and bfloat16 survives, halfway cases go to even, and specials stay special.
@@ -89,7 +117,13 @@ for dtype in ("f16", "bf16"):
     assert ((back == values) | (np.isnan(back) & np.isnan(values))).all()
     finite = np.sort(np.unique(values[np.isfinite(values)]))
     between = (finite[1:].astype(np.float64) + finite[:-1]) / 2
-    probes = np.concatenate([between, np.nextafter(between.astype(np.float32), np.float32(np.inf)), [65519.9, 65520.0, 1e30, 3.3e38, 1e-45, -1e-30, np.inf]]).astype(np.float32)
+    probes = np.concatenate(
+        [
+            between,
+            np.nextafter(between.astype(np.float32), np.float32(np.inf)),
+            [65519.9, 65520.0, 1e30, 3.3e38, 1e-45, -1e-30, np.inf],
+        ]
+    ).astype(np.float32)
     with np.errstate(over="ignore"):
         want = probes.astype(np.float16).astype(np.float32) if dtype == "f16" else None
     if want is not None:
@@ -100,5 +134,6 @@ for dtype in ("f16", "bf16"):
         rounded = K.round_trip(dtype, between.astype(np.float32))
         expected = np.where(ties == 0, finite[1:], finite[:-1])
         assert (rounded[positive] == expected[positive]).all()
-assert K.first_bad_index(np.array([0, 3, 2], np.int32), 3) == 1 and K.first_bad_index(np.array([0, 1, 2], np.int32), 3) == -1
+assert K.first_bad_index(np.array([0, 3, 2], np.int32), 3) == 1
+assert K.first_bad_index(np.array([0, 1, 2], np.int32), 3) == -1
 print(K.instruction_set(), cases)

@@ -27,7 +27,9 @@ def llama(layers=4, **kwargs):
         "max_position_embeddings": 64,
         "pad_token_id": 0,
     }
-    return _build(transformers.LlamaForCausalLM, transformers.LlamaConfig(num_hidden_layers=layers, **{**config, **kwargs}))
+    return _build(
+        transformers.LlamaForCausalLM, transformers.LlamaConfig(num_hidden_layers=layers, **{**config, **kwargs})
+    )
 
 
 def gpt2(layers=3):
@@ -39,14 +41,24 @@ def gpt2(layers=3):
 
 def bert(layers=3):
     config = transformers.BertConfig(
-        num_hidden_layers=layers, hidden_size=48, num_attention_heads=4, intermediate_size=96, vocab_size=96, max_position_embeddings=64
+        num_hidden_layers=layers,
+        hidden_size=48,
+        num_attention_heads=4,
+        intermediate_size=96,
+        vocab_size=96,
+        max_position_embeddings=64,
     )
     return _build(transformers.BertForSequenceClassification, config)
 
 
 def vit(layers=3):
     config = transformers.ViTConfig(
-        num_hidden_layers=layers, hidden_size=48, num_attention_heads=4, intermediate_size=96, image_size=16, patch_size=8
+        num_hidden_layers=layers,
+        hidden_size=48,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=16,
+        patch_size=8,
     )
     return _build(transformers.ViTForImageClassification, config)
 

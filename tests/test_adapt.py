@@ -2,12 +2,13 @@
 
 import warnings
 
-import mos_ext
 import pytest
 import torch
-from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
 from models import BUILDERS, gpt2, inputs, llama, randomize, stack
 from torch import nn
+
+import mos_ext
+from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
 
 SMALL = MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1)
 ARCHITECTURES = sorted(BUILDERS)
@@ -69,12 +70,23 @@ def test_the_base_state_dict_keeps_its_keys(name):
 
 def test_adapted_model_computes_the_definition():
     """float64, layer by layer, against dense matrices built from pools and tables."""
-    model = randomize(mos_ext.adapt(stack(dtype=torch.float64), MoSConfig(r=5, equivalent_rank=3, shards_per_vector=3, private_rank=2, alpha=7, pool_dtype="float64")))
+    model = randomize(
+        mos_ext.adapt(
+            stack(dtype=torch.float64),
+            MoSConfig(r=5, equivalent_rank=3, shards_per_vector=3, private_rank=2, alpha=7, pool_dtype="float64"),
+        )
+    )
     x = torch.randn(4, 24, dtype=torch.float64)
     want = x
     for block in list(model)[:3]:
         up, down = (
-            layer.weight + 7 / 5 * (reference.gather_concat(layer.pool.b, layer.pool.index_b[layer.layer]).T @ reference.gather_concat(layer.pool.a, layer.pool.index_a[layer.layer]))
+            layer.weight
+            + 7
+            / 5
+            * (
+                reference.gather_concat(layer.pool.b, layer.pool.index_b[layer.layer]).T
+                @ reference.gather_concat(layer.pool.a, layer.pool.index_a[layer.layer])
+            )
             for layer in (block.up, block.down)
         )
         want = want + torch.relu(want @ up.T + block.up.bias) @ down.T + block.down.bias
@@ -94,11 +106,15 @@ class TestAblations:
 
     def test_pure_sharing_uses_the_whole_pool_in_every_layer(self):
         e, layers = 2, 3
-        config = MoSConfig(r=e * layers, equivalent_rank=e, shards_per_vector=1, private_rank=0, pair_dissociation=False)
+        config = MoSConfig(
+            r=e * layers, equivalent_rank=e, shards_per_vector=1, private_rank=0, pair_dissociation=False
+        )
         _, ups = self.deltas(config)
         for layer in ups:
             dense = config.scale * layer.pool.b.T @ layer.pool.a
-            torch.testing.assert_close(layer.delta_weight(), dense, rtol=1e-5, atol=1e-6)  # float32, another order of ranks
+            torch.testing.assert_close(
+                layer.delta_weight(), dense, rtol=1e-5, atol=1e-6
+            )  # float32, another order of ranks
 
     def test_all_private_is_vanilla_lora(self):
         config = MoSConfig(r=4, equivalent_rank=4, shards_per_vector=1, private_rank=4)
@@ -111,7 +127,9 @@ class TestAblations:
 
     def test_pair_dissociation(self):
         for on in (True, False):
-            _, ups = self.deltas(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=0, pair_dissociation=on))
+            _, ups = self.deltas(
+                MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=0, pair_dissociation=on)
+            )
             assert torch.equal(ups[0].pool.index_a, ups[0].pool.index_b) != on
 
     def test_vector_sharding(self):
@@ -169,7 +187,9 @@ def test_low_precision_and_double_models(dtype):
     want = (before.double() + layer.delta_weight().double()).to(dtype)
     torch.testing.assert_close(layer.weight, want, rtol=torch.finfo(dtype).eps, atol=0)  # one rounding, not two
     layer.unmerge()
-    torch.testing.assert_close(layer.weight, before, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps * want.abs().max().item())
+    torch.testing.assert_close(
+        layer.weight, before, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps * want.abs().max().item()
+    )
 
 
 def test_autocast():
@@ -215,7 +235,9 @@ def test_torch_s_fused_encoder_path_does_not_skip_the_adapter():
         warnings.simplefilter("ignore")
         encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 16)
-    mos_ext.adapt(encoder, MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2, target_modules=["linear1", "linear2"]))
+    mos_ext.adapt(
+        encoder, MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2, target_modules=["linear1", "linear2"])
+    )
     with torch.no_grad():
         before = encoder(x)
         randomize(encoder)
@@ -270,7 +292,10 @@ def test_from_linear_shares_the_parameters():
 
 def unchanged(model, call, error, message):
     """The call raises, and the model is bit for bit what it was."""
-    state, modules = {k: v.clone() for k, v in model.state_dict().items()}, [(n, type(m)) for n, m in model.named_modules()]
+    state, modules = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [(n, type(m)) for n, m in model.named_modules()],
+    )
     grads = [p.requires_grad for p in model.parameters()]
     with pytest.raises(error, match=message):
         call()
@@ -304,7 +329,10 @@ def test_adapting_twice():
 def test_calls_that_need_an_adapter():
     model = llama()
     for call in (mos_ext.merge, mos_ext.unmerge, mos_ext.parameter_report, lambda m: mos_ext.disabled(m).__enter__()):
-        with pytest.raises(ValueError, match="model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain LlamaForCausalLM"):
+        with pytest.raises(
+            ValueError,
+            match="model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain LlamaForCausalLM",
+        ):
             call(model)
 
 
@@ -340,8 +368,16 @@ def test_bad_layers():
         (lambda: MoSLinear(8, 8), ValueError, "config must be given when there is no pool, got None"),
         (lambda: MoSLinear(8, 12, pool=pool), ValueError, "pool must be for 8 -> 12 features, got 8 -> 8"),
         (lambda: MoSLinear(8, 8, pool=pool, layer=2), ValueError, r"layer must be in \[0, 2\), got 2"),
-        (lambda: MoSLinear(8, 8, pool=pool, config=MoSConfig()), ValueError, "config must be left out, or equal the pool's"),
-        (lambda: MoSLinear.from_linear(nn.ReLU(), pool=pool), TypeError, "linear must be a torch.nn.Linear or a transformers Conv1D, got ReLU"),
+        (
+            lambda: MoSLinear(8, 8, pool=pool, config=MoSConfig()),
+            ValueError,
+            "config must be left out, or equal the pool's",
+        ),
+        (
+            lambda: MoSLinear.from_linear(nn.ReLU(), pool=pool),
+            TypeError,
+            "linear must be a torch.nn.Linear or a transformers Conv1D, got ReLU",
+        ),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -354,7 +390,9 @@ def test_mismatched_inputs_of_a_layer():
     with pytest.raises(TypeError, match="x must be float64, float32, bfloat16 or float16, got torch.int64"):
         layer(torch.ones(3, 8, dtype=torch.long))
     layer.pool.to(torch.float64)
-    with pytest.raises(TypeError, match="pool must be float32 or have the dtype of x, torch.float32, got torch.float64"):
+    with pytest.raises(
+        TypeError, match="pool must be float32 or have the dtype of x, torch.float32, got torch.float64"
+    ):
         layer(torch.randn(3, 8))
     layer.pool.to("meta")
     with pytest.raises(ValueError, match="x must be on the device of the pool, meta, got cpu"):

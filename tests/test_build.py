@@ -8,17 +8,33 @@ import sys
 import zipfile
 from pathlib import Path
 
-import mos_ext
 import pytest
 
+import mos_ext
+
 ROOT = Path(__file__).resolve().parent.parent
-TREE = ["csrc", "mos_ext", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"]
+TREE = [
+    "csrc",
+    "mos_ext",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+]
 
 
 def run(*command, cwd, check=True, **env):
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MOS_EXT_WERROR")}
     out = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env={**environment, "MAX_JOBS": "2", **{k: str(v) for k, v in env.items()}}, capture_output=True, text=True, check=False
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**environment, "MAX_JOBS": "2", **{k: str(v) for k, v in env.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     text = out.stdout + out.stderr
     assert not check or out.returncode == 0, text
@@ -33,7 +49,9 @@ def tree(tmp_path):
     for name in TREE:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__"))
+            shutil.copytree(
+                source, folder / name, ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+            )
         else:
             shutil.copy(source, folder / name)
     return folder
@@ -41,7 +59,20 @@ def tree(tmp_path):
 
 def wheel(tree, **env):
     """Builds a wheel without isolation and unpacks it; the wheel's name, where it is, and the record of the build."""
-    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", "out", ".", cwd=tree, **env)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--quiet",
+        "-w",
+        "out",
+        ".",
+        cwd=tree,
+        **env,
+    )
     (built,) = (tree / "out").glob("*.whl")
     site = tree / "site"
     with zipfile.ZipFile(built) as archive:
@@ -115,7 +146,10 @@ def test_a_compile_error_is_recorded(tree):
     file = tree / "csrc" / "cpu" / "gather.cpp"
     file.write_text(file.read_text() + "\nnonsense;\n")
     _, site, record = wheel(tree, MOS_EXT_BUILD="auto")
-    assert record["skipped"]["_C"] == "it did not compile; MOS_EXT_BUILD=cpu pip install -v shows why (Error compiling objects for extension)"
+    assert (
+        record["skipped"]["_C"]
+        == "it did not compile; MOS_EXT_BUILD=cpu pip install -v shows why (Error compiling objects for extension)"
+    )
     assert "self-test      passed" in report(site)[1]
 
 
@@ -132,18 +166,26 @@ def test_a_mismatched_nvcc(tree, tmp_path):
     run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, MOS_EXT_BUILD="auto", PYTHONPATH=tmp_path)
     record = json.loads((tree / "mos_ext" / "_build_info.json").read_text())
     assert record["built"] == ["_C"]
-    expected = "mismatches the version" if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "no CUDA toolkit was found"
+    expected = (
+        "mismatches the version" if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "no CUDA toolkit was found"
+    )
     assert expected in record["skipped"]["_C_cuda"]
 
 
-@pytest.mark.parametrize("command", [["setup.py", "build_ext"], ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "out", "."]])
+@pytest.mark.parametrize(
+    "command",
+    [["setup.py", "build_ext"], ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "out", "."]],
+)
 def test_without_torch(tree, tmp_path, command):
     """One clear sentence."""
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "torch.py").write_text("raise ImportError('hidden')\n")
     code, text = run(sys.executable, *command, cwd=tree, check=False, PYTHONPATH=tmp_path / "hide")
     assert code != 0
-    assert "mos_ext needs torch to build its native libraries: run `pip install torch` and then `pip install --no-build-isolation .`" in text
+    assert (
+        "mos_ext needs torch to build its native libraries: run `pip install torch` and then `pip install --no-build-isolation .`"
+        in text
+    )
 
 
 def test_unknown_mode(tree):
@@ -171,7 +213,10 @@ def copied_package(tmp_path, library):
     [
         (None, "not built"),
         (lambda good: b"mos_ext interface 1. but no library", "does not load: "),
-        (lambda good: good[: len(good) // 8], "_C.so is damaged or was built for another version of mos_ext: build it again"),
+        (
+            lambda good: good[: len(good) // 8],
+            "_C.so is damaged or was built for another version of mos_ext: build it again",
+        ),
         (
             lambda good: good.replace(b"mos_ext interface 1.", b"mos_ext interface 0."),
             "_C.so is damaged or was built for another version of mos_ext: build it again",
@@ -191,7 +236,11 @@ def test_a_wrong_result_fails_the_self_test(tmp_path):
     """The exit code is worth something: a reference that computes something else is noticed."""
     site = copied_package(tmp_path, lambda good: good)
     file = site / "mos_ext" / "reference.py"
-    file.write_text(file.read_text().replace("return (dropout(x, p, seed) @ factor.T)", "return 1.01 * (dropout(x, p, seed) @ factor.T)"))
+    file.write_text(
+        file.read_text().replace(
+            "return (dropout(x, p, seed) @ factor.T)", "return 1.01 * (dropout(x, p, seed) @ factor.T)"
+        )
+    )
     code, text = report(site, check=False)
     assert code == 1
     assert "self-test      FAILED" in text
@@ -200,7 +249,19 @@ def test_a_wrong_result_fails_the_self_test(tmp_path):
 def test_the_suite_without_native_kernels():
     """What users without a compiler get passes the same tests of the operator, the pools and the models."""
     files = ["tests/test_functional.py", "tests/test_pools.py", "tests/test_adapt.py"]
-    _, text = run(sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files, cwd=ROOT, MOS_EXT_DISABLE_NATIVE="1")
+    _, text = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        *files,
+        cwd=ROOT,
+        MOS_EXT_DISABLE_NATIVE="1",
+    )
     assert " passed" in text
 
 

@@ -4,13 +4,14 @@ import json
 import os
 import warnings
 
-import mos_ext
 import pytest
 import torch
-from mos_ext import MoSConfig
 from models import BUILDERS, gpt2, inputs, llama, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+import mos_ext
+from mos_ext import MoSConfig
 
 SMALL = MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1, alpha=10)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -141,7 +142,9 @@ def test_another_version(saved):
 
 
 def test_files_of_two_saves(saved, tmp_path):
-    mos_ext.save_adapter(mos_ext.adapt(llama(), MoSConfig(r=5, equivalent_rank=3, shards_per_vector=2)), tmp_path / "other")
+    mos_ext.save_adapter(
+        mos_ext.adapt(llama(), MoSConfig(r=5, equivalent_rank=3, shards_per_vector=2)), tmp_path / "other"
+    )
     os.replace(tmp_path / "other" / CONFIG, saved / CONFIG)
     refused(saved, "must come from the same save as adapter_config.json beside it")
 
@@ -164,19 +167,40 @@ def test_another_model(saved, model, difference):
     ("change", "message"),
     [
         (lambda t, c: c["config"].update(r=0), "must hold a valid MoS configuration, got r must be at least 1"),
-        (lambda t, c: c["config"].update(extra=1), r"got an MoSConfig must have exactly its own fields, got unknown \['extra'\]"),
+        (
+            lambda t, c: c["config"].update(extra=1),
+            r"got an MoSConfig must have exactly its own fields, got unknown \['extra'\]",
+        ),
         (lambda t, c: c["config"].update(private_rank=2), "index_a must use public shards in"),
-        (lambda t, c: c["config"].update(pair_dissociation=False), "index_b must equal index_a when pair_dissociation is False"),
-        (lambda t, c: c["config"].update(r=5), r"index_a must have the shape \(4, 5, 2\) of its configuration, got \(4, 4, 2\)"),
+        (
+            lambda t, c: c["config"].update(pair_dissociation=False),
+            "index_b must equal index_a when pair_dissociation is False",
+        ),
+        (
+            lambda t, c: c["config"].update(r=5),
+            r"index_a must have the shape \(4, 5, 2\) of its configuration, got \(4, 4, 2\)",
+        ),
         (lambda t, c: c.pop("linear_types"), "must hold a valid MoS configuration, got 'linear_types'"),
         (lambda t, c: t.pop(f"{Q}.pool_a"), "must hold the tensors of its configuration, got a difference in"),
         (lambda t, c: t.update(extra=torch.zeros(1)), r"got a difference in \['extra'\]"),
         (lambda t, c: t.pop(f"{Q}.index_b"), r"must hold an integer tensor .*index_b, got none"),
-        (lambda t, c: t.update({f"{Q}.index_b": t[f"{Q}.index_b"].float()}), "must hold an integer tensor .*, got torch.float32"),
-        (lambda t, c: t[f"{Q}.index_a"].view(-1).__setitem__(0, 200), r"index_a must use public shards in \[0, 16\), got \d+ to 200"),
+        (
+            lambda t, c: t.update({f"{Q}.index_b": t[f"{Q}.index_b"].float()}),
+            "must hold an integer tensor .*, got torch.float32",
+        ),
+        (
+            lambda t, c: t[f"{Q}.index_a"].view(-1).__setitem__(0, 200),
+            r"index_a must use public shards in \[0, 16\), got \d+ to 200",
+        ),
         (lambda t, c: t[f"{Q}.index_a"][0, 0].fill_(1), "index_a must not use a public shard twice in one layer"),
-        (lambda t, c: t.update({f"{Q}.pool_b": t[f"{Q}.pool_b"][1:].clone()}), r"pool_b as floats of shape \(24, 32\), got torch.float32 \(23, 32\)"),
-        (lambda t, c: t.update({f"{Q}.pool_b": t[f"{Q}.pool_b"].int()}), r"pool_b as floats of shape \(24, 32\), got torch.int32"),
+        (
+            lambda t, c: t.update({f"{Q}.pool_b": t[f"{Q}.pool_b"][1:].clone()}),
+            r"pool_b as floats of shape \(24, 32\), got torch.float32 \(23, 32\)",
+        ),
+        (
+            lambda t, c: t.update({f"{Q}.pool_b": t[f"{Q}.pool_b"].int()}),
+            r"pool_b as floats of shape \(24, 32\), got torch.int32",
+        ),
     ],
 )
 def test_contradictions(saved, change, message):
@@ -280,7 +304,12 @@ def test_exported_lora_in_real_peft(name, rank, tmp_path):
 
 
 def test_exported_lora_of_some_modules_and_in_half(tmp_path):
-    config = MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2, target_modules=["model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"])
+    config = MoSConfig(
+        r=2,
+        equivalent_rank=2,
+        shards_per_vector=2,
+        target_modules=["model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"],
+    )
     model, batch = randomize(mos_ext.adapt(llama(), config)), inputs("llama")
     mos_ext.export_lora(model, tmp_path, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {torch.bfloat16}

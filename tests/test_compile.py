@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from models import inputs, llama, randomize, stack
+
 from mos_ext import MoSConfig, adapt
 from mos_ext.functional import mos_linear
 from mos_ext.testing import random_case
-from models import inputs, llama, randomize, stack
 
 # The compiled graph is executed, not generated code: what is tested is tracing, functionalisation and AOT autograd of our
 # operators; Inductor's C++ would add a minute. One test below goes all the way.

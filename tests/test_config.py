@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from mos_ext import MoSConfig
 
 BAD = [

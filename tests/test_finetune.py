@@ -6,13 +6,16 @@ import sys
 import warnings
 from pathlib import Path
 
-import mos_ext
 import pytest
 from transformers import AutoModelForCausalLM
 
+import mos_ext
+
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "finetune.py"
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the script is a program: its libraries' deprecations are not this suite's
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # the script is a program: its libraries' deprecations are not this suite's
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,22 @@ def finetune():
 def demo(finetune, tmp_path_factory):
     """The demo, shortened to a few steps."""
     output = tmp_path_factory.mktemp("demo")
-    runs = finetune.main(["--output", str(output), "--base-steps", "4", "--steps", "4", "--eval-blocks", "4", "--batch-size", "4", "--lr", "1e-2"])
+    runs = finetune.main(
+        [
+            "--output",
+            str(output),
+            "--base-steps",
+            "4",
+            "--steps",
+            "4",
+            "--eval-blocks",
+            "4",
+            "--batch-size",
+            "4",
+            "--lr",
+            "1e-2",
+        ]
+    )
     return output, runs
 
 
@@ -52,8 +70,31 @@ def test_own_model_and_data(demo, finetune, tmp_path, capsys):
     rows = [json.dumps({"body": f"Row number {i} of a table. " * 5}) for i in range(50)]
     (tmp_path / "b.jsonl").write_text("\n".join(rows) + "\n\n")
     model = demo[0] / "base-model"
-    arguments = ["--model", model, "--data", tmp_path / "a.txt", tmp_path / "b.jsonl", "--text-field", "body", "--output", tmp_path / "out"]
-    arguments += ["--steps", "3", "--batch-size", "2", "--sequence-length", "32", "--eval-blocks", "2", "--dropout", "0.1", "--target-modules", "q_proj,down_proj"]
+    arguments = [
+        "--model",
+        model,
+        "--data",
+        tmp_path / "a.txt",
+        tmp_path / "b.jsonl",
+        "--text-field",
+        "body",
+        "--output",
+        tmp_path / "out",
+    ]
+    arguments += [
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--sequence-length",
+        "32",
+        "--eval-blocks",
+        "2",
+        "--dropout",
+        "0.1",
+        "--target-modules",
+        "q_proj,down_proj",
+    ]
     (run,) = finetune.main([str(a) for a in arguments])
     text = capsys.readouterr().out
     assert "exported LoRA in PEFT: logits differ by " in text
@@ -81,7 +122,9 @@ def test_bad_data(demo, finetune, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"other": 1}\n')
     (tmp_path / "short.txt").write_text("one line")
     common = ["--model", str(demo[0] / "base-model"), "--output", str(tmp_path), "--steps", "1"]
-    with pytest.raises(SystemExit, match=r"--text-field must name a string in every line, got none for 'text' in .*bad\.jsonl:2"):
+    with pytest.raises(
+        SystemExit, match=r"--text-field must name a string in every line, got none for 'text' in .*bad\.jsonl:2"
+    ):
         finetune.main([*common, "--data", str(tmp_path / "bad.jsonl")])
     with pytest.raises(SystemExit, match=r"--data must hold at least two blocks of --sequence-length tokens, got 0"):
         finetune.main([*common, "--data", str(tmp_path / "short.txt")])

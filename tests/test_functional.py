@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mos_ext import reference
 from mos_ext.functional import gather_concat, mos_linear
 from mos_ext.testing import Case, assert_error_ratio, check_case, random_case
@@ -42,7 +43,9 @@ def test_gradcheck(device):
         seed = torch.tensor([9], device=device)
         x, weight, bias, pool_a, index_a, pool_b, index_b, scale = case.arguments()
 
-        def f(x, weight, bias, pool_a, pool_b, dropout=dropout, seed=seed, index_a=index_a, index_b=index_b, scale=scale):
+        def f(
+            x, weight, bias, pool_a, pool_b, dropout=dropout, seed=seed, index_a=index_a, index_b=index_b, scale=scale
+        ):
             return mos_linear(x, weight, bias, pool_a, index_a, pool_b, index_b, scale, dropout=dropout, seed=seed)
 
         assert torch.autograd.gradcheck(f, (x, weight, bias, pool_a, pool_b))
@@ -133,7 +136,14 @@ def test_autocast(dtype, device):
 
 def test_one_step_of_a_pool_is_bitwise_reproducible(device):
     case = random_case(300, 256, 128, 16, 4, dtype=torch.bfloat16, device=device).requires_grad_()
-    grads = [torch.autograd.grad(mos_linear(*case.arguments()), case.differentiable(), torch.ones(300, 128, device=device, dtype=torch.bfloat16)) for _ in range(3)]
+    grads = [
+        torch.autograd.grad(
+            mos_linear(*case.arguments()),
+            case.differentiable(),
+            torch.ones(300, 128, device=device, dtype=torch.bfloat16),
+        )
+        for _ in range(3)
+    ]
     for other in grads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
@@ -155,20 +165,60 @@ def test_under_torch_func(device):
 
 BAD = {
     "x of integers": (lambda c: setattr(c, "x", c.x.int()), TypeError, r"x must be float64, .* got torch.int32"),
-    "x complex": (lambda c: setattr(c, "x", c.x.to(torch.complex64)), TypeError, r"x must be float64.* got torch.complex64"),
-    "x features": (lambda c: setattr(c, "x", c.x[:, :5]), ValueError, r"x must have 12 features in its last dimension, got the shape \(4, 5\)"),
+    "x complex": (
+        lambda c: setattr(c, "x", c.x.to(torch.complex64)),
+        TypeError,
+        r"x must be float64.* got torch.complex64",
+    ),
+    "x features": (
+        lambda c: setattr(c, "x", c.x[:, :5]),
+        ValueError,
+        r"x must have 12 features in its last dimension, got the shape \(4, 5\)",
+    ),
     "x scalar": (lambda c: setattr(c, "x", torch.tensor(1.0)), ValueError, r"x must have 12 features"),
-    "weight shape": (lambda c: setattr(c, "weight", c.weight[0]), ValueError, r"weight must have the shape \(any, any\), got \(12,\)"),
-    "bias shape": (lambda c: setattr(c, "bias", c.bias[:3]), ValueError, r"bias must have the shape \(8,\), got \(3,\)"),
-    "pool dtype": (lambda c: setattr(c, "pool_a", c.pool_a.double()), TypeError, r"pool must be float32 or have the dtype of x, torch.float32, got torch.float64"),
-    "pool device": (lambda c: setattr(c, "x", c.x.to("meta")), ValueError, r"x must be on the device of the pool, cpu, got meta"),
-    "pool_a shape": (lambda c: setattr(c, "pool_a", c.pool_a[:, :2]), ValueError, r"pool_a must have shards of 12/2 elements, got the shape \(12, 2\)"),
+    "weight shape": (
+        lambda c: setattr(c, "weight", c.weight[0]),
+        ValueError,
+        r"weight must have the shape \(any, any\), got \(12,\)",
+    ),
+    "bias shape": (
+        lambda c: setattr(c, "bias", c.bias[:3]),
+        ValueError,
+        r"bias must have the shape \(8,\), got \(3,\)",
+    ),
+    "pool dtype": (
+        lambda c: setattr(c, "pool_a", c.pool_a.double()),
+        TypeError,
+        r"pool must be float32 or have the dtype of x, torch.float32, got torch.float64",
+    ),
+    "pool device": (
+        lambda c: setattr(c, "x", c.x.to("meta")),
+        ValueError,
+        r"x must be on the device of the pool, cpu, got meta",
+    ),
+    "pool_a shape": (
+        lambda c: setattr(c, "pool_a", c.pool_a[:, :2]),
+        ValueError,
+        r"pool_a must have shards of 12/2 elements, got the shape \(12, 2\)",
+    ),
     "pool_b integers": (lambda c: setattr(c, "pool_b", c.pool_b.int()), TypeError, r"pool_b must be float64"),
-    "index dtype": (lambda c: setattr(c, "index_a", c.index_a.long()), TypeError, r"index_a must be int32, got torch.int64"),
+    "index dtype": (
+        lambda c: setattr(c, "index_a", c.index_a.long()),
+        TypeError,
+        r"index_a must be int32, got torch.int64",
+    ),
     "index low": (lambda c: c.index_a.__setitem__((0, 0), -3), ValueError, r"index_a must be in \[0, 12\), got -3"),
     "index high": (lambda c: c.index_b.__setitem__((2, 1), 12), ValueError, r"index_b must be in \[0, 12\), got 12"),
-    "ranks differ": (lambda c: setattr(c, "index_b", c.index_b[:2]), ValueError, r"index_b must have the shape \(3, 2\), got \(2, 2\)"),
-    "no rank": (lambda c: (setattr(c, "index_a", c.index_a[:0]), setattr(c, "index_b", c.index_b[:0])), ValueError, r"index_a must have 1 to 256 rows, the rank, got 0"),
+    "ranks differ": (
+        lambda c: setattr(c, "index_b", c.index_b[:2]),
+        ValueError,
+        r"index_b must have the shape \(3, 2\), got \(2, 2\)",
+    ),
+    "no rank": (
+        lambda c: (setattr(c, "index_a", c.index_a[:0]), setattr(c, "index_b", c.index_b[:0])),
+        ValueError,
+        r"index_a must have 1 to 256 rows, the rank, got 0",
+    ),
 }
 
 

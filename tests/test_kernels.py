@@ -23,7 +23,15 @@ def build(name, *flags):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(f".{os.getpid()}.so")
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        command = [os.environ.get("CXX", "c++"), "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", *flags, *includes]
+        command = [
+            os.environ.get("CXX", "c++"),
+            "-std=c++17",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            *flags,
+            *includes,
+        ]
         subprocess.run([*command, *map(str, SOURCES), "-o", str(temporary)], check=True)
         os.replace(temporary, target)
     return folder
@@ -32,10 +40,13 @@ def build(name, *flags):
 CHECK = Path(__file__).with_name("kernel_check.py")
 
 
-
 def check(folder, **env):
     out = subprocess.run(
-        [sys.executable, str(CHECK)], env={**os.environ, "PYTHONPATH": str(folder), **env}, capture_output=True, text=True, check=False
+        [sys.executable, str(CHECK)],
+        env={**os.environ, "PYTHONPATH": str(folder), **env},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert out.returncode == 0, out.stdout + out.stderr
     return out.stdout.split()
@@ -59,7 +70,9 @@ def test_address_and_undefined_behaviour_sanitizers():
     folder = build("asan", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     compiler = os.environ.get("CXX", "c++")
     libraries = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     check(folder, LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")
@@ -82,5 +95,3 @@ for reversed_ in (False, True):
 assert all((a == b).all() for a, b in zip(*results))
 """
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(plain)}, check=True)
-
-

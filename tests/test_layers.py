@@ -37,7 +37,7 @@ LEVEL = {
 def imported(file):
     """Modules of this package that a file imports, as keys of LEVEL."""
     name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-    package = name.split(".")[:-1] if not file.name == "__init__.py" else name.split(".") if name != "__init__" else []
+    package = name.split(".")[:-1] if file.name != "__init__.py" else name.split(".") if name != "__init__" else []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
@@ -46,7 +46,13 @@ def imported(file):
                 full = ".".join([*module, alias.name])
                 yield full if full in LEVEL else ".".join(module)
         else:
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            names = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in getattr(node, "names", [])]
+                if isinstance(node, ast.Import)
+                else []
+            )
             assert not any(n == "mos_ext" or n.startswith("mos_ext.") for n in names), f"{file}: import relatively"
 
 
@@ -70,7 +76,11 @@ KNOWS_TORCH = {"common/stable.h", "cpu/ops.cpp", "cuda/ops.cpp"}
 KNOWS_PYTHON = {"testing/bindings.cpp"}
 
 
-@pytest.mark.parametrize("file", sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "file",
+    sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")),
+    ids=lambda p: p.name,
+)
 def test_kernel_files_know_neither_torch_nor_python(file):
     name = file.relative_to(ROOT / "csrc").as_posix()
     for include in INCLUDE.findall(file.read_text()):
@@ -78,29 +88,45 @@ def test_kernel_files_know_neither_torch_nor_python(file):
         assert name in KNOWS_TORCH or not include.endswith("stable.h"), include
         assert name in KNOWS_PYTHON or not include.startswith(("pybind11", "Python.h", "numpy")), include
         assert not include.startswith(("ATen/", "c10/", "torch/extension.h", "torch/all.h")), "stable ABI only"
-        if name.startswith("cpu/") or name.startswith("common/"):
+        if name.startswith(("cpu/", "common/")):
             assert "cuda" not in include, include
 
 
 def libraries():
     # build/check-cuda is what `make check-cuda` linked, beside a CPU-only torch or not.
     found = [*PACKAGE.glob("*.so"), *(ROOT / "build" / "check-cuda" / "mos_ext").glob("*.so")]
-    return found or [pytest.param(None, marks=pytest.mark.xfail(reason="no library was built", run=False, strict=False))]
+    return found or [
+        pytest.param(None, marks=pytest.mark.xfail(reason="no library was built", run=False, strict=False))
+    ]
 
 
 @pytest.mark.parametrize("library", libraries(), ids=lambda p: p.relative_to(ROOT).as_posix() if p else "none")
 def test_symbols(library):
     """No CPython symbol (py3-none wheels), no unstable torch symbol (one binary for every torch >= 2.11)."""
-    out = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
     symbols = [line.split()[-1] for line in out.splitlines()]
-    assert any(s.startswith(("aoti_torch_", "torch_")) for s in symbols)  # the stable C interface, or this test sees nothing
-    bad = [s for s in symbols if s.startswith(("Py", "_Py")) or re.search(r"(c10|2at|5torch|3c10)\d", s) or "N3c10" in s or "N2at" in s]
+    assert any(
+        s.startswith(("aoti_torch_", "torch_")) for s in symbols
+    )  # the stable C interface, or this test sees nothing
+    bad = [
+        s
+        for s in symbols
+        if s.startswith(("Py", "_Py")) or re.search(r"(c10|2at|5torch|3c10)\d", s) or "N3c10" in s or "N2at" in s
+    ]
     assert not bad
 
 
 def test_nothing_but_kernels_is_exported():
     """Hidden visibility: two extensions in one process must not see each other's functions."""
     for library in PACKAGE.glob("*.so"):
-        out = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            ["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
+        ).stdout
         exported = {line.split()[-1] for line in out.splitlines() if line.split()[-2] in "TBDR"}
-        assert {s for s in exported if not s.startswith("_")} <= {"mos_ext_cpu_instruction_set", "mos_ext_cpu_interface", "mos_ext_cuda_interface"}
+        assert {s for s in exported if not s.startswith("_")} <= {
+            "mos_ext_cpu_instruction_set",
+            "mos_ext_cpu_interface",
+            "mos_ext_cuda_interface",
+        }

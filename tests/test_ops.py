@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mos_ext import reference
 from mos_ext.ops.checks import why_not_native
 from mos_ext.testing import assert_error_ratio, random_case
@@ -50,7 +51,9 @@ def test_parity(shape, dtypes, p, device):
         got = getattr(ops, name)(*arguments)
         plain = getattr(reference, name)(*arguments)
         exact = getattr(reference, name)(*double(*arguments))
-        for i, triple in enumerate(zip(*(t if isinstance(t, tuple) else (t,) for t in (got, plain, exact)), strict=True)):
+        for i, triple in enumerate(
+            zip(*(t if isinstance(t, tuple) else (t,) for t in (got, plain, exact)), strict=True)
+        ):
             assert_error_ratio(*triple, what=f"{name}[{i}]")
         return got
 
@@ -114,7 +117,16 @@ def arguments_of(name, device, dtype=torch.float32):
     }[name]
 
 
-NAMES = ["gather_concat", "scatter_add", "shrink", "expand", "expand_", "expand_backward", "shrink_backward", "shrink_backward_"]
+NAMES = [
+    "gather_concat",
+    "scatter_add",
+    "shrink",
+    "expand",
+    "expand_",
+    "expand_backward",
+    "shrink_backward",
+    "shrink_backward_",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,13 +1,14 @@
 """Which modules are adapted and how they group, for every supported style of model, and the paper's parameter counts."""
 
-import mos_ext
 import pytest
 import torch
-from mos_ext import MoSConfig
-from mos_ext.planner import plan
 from models import bert, gpt2, llama, stack, vit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import mos_ext
+from mos_ext import MoSConfig
+from mos_ext.planner import plan
 
 SMALL = MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, private_rank=1)
 
@@ -69,13 +70,17 @@ def test_the_same_role_with_two_shapes_is_two_types():
     ],
 )
 def test_selection(target, exclude, count):
-    config = MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2, private_rank=1, target_modules=target, exclude_modules=exclude)
+    config = MoSConfig(
+        r=2, equivalent_rank=2, shards_per_vector=2, private_rank=1, target_modules=target, exclude_modules=exclude
+    )
     assert sum(len(t.modules) for t in plan(llama(), config)) == count
 
 
 def test_selection_errors():
     model = llama()
-    with pytest.raises(ValueError, match=r"target_modules must match .*got \('query',\).*model\.layers\.\*\.self_attn\.q_proj"):
+    with pytest.raises(
+        ValueError, match=r"target_modules must match .*got \('query',\).*model\.layers\.\*\.self_attn\.q_proj"
+    ):
         plan(model, MoSConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="the model has: no linear module"):
         plan(nn.Sequential(nn.ReLU()), MoSConfig())
@@ -83,7 +88,10 @@ def test_selection_errors():
         plan(nn.ModuleDict({"fc": nn.Linear(4, 4)}), MoSConfig())
     with pytest.raises(TypeError, match=r"target_modules must select .* got model\.embed_tokens, a Embedding"):
         plan(model, MoSConfig(target_modules=["embed_tokens"]))
-    with pytest.raises(ValueError, match=r"shards_per_vector must divide in_features=64 of model\.layers\.0\.self_attn\.q_proj, got 3; nearest valid: 2 or 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"shards_per_vector must divide in_features=64 of model\.layers\.0\.self_attn\.q_proj, got 3; nearest valid: 2 or 4",
+    ):
         plan(model, MoSConfig(r=2, equivalent_rank=2, shards_per_vector=3))
     with pytest.raises(ValueError, match=r"r must be at most 1 for lm_head, .* has 1 adapted module, got 4"):
         plan(model, MoSConfig(r=4, equivalent_rank=1, private_rank=0, shards_per_vector=2, target_modules=["lm_head"]))
@@ -103,10 +111,34 @@ def test_subclasses_and_out_proj_are_not_adapted_silently():
         plan(model, MoSConfig(target_modules=["1"]))
 
 
-LLAMA_2_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
-LLAMA_2_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40)
-LLAMA_3_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
-LLAMA_32_3B = dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8)
+LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+LLAMA_2_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_32_3B = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+}
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from mos_ext import MoSConfig, MoSLinear, ShardPool, adapt, reference
-from mos_ext.routing import IndexTables
 from models import randomize, stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+from mos_ext import MoSConfig, MoSLinear, ShardPool, adapt, reference
+from mos_ext.routing import IndexTables
 
 CONFIG = MoSConfig(r=3, equivalent_rank=2, shards_per_vector=2, private_rank=1)
 
@@ -30,7 +31,10 @@ class Count(TorchDispatchMode):
 
 
 def adapted(layers=3, dtype=torch.float64, config=CONFIG):
-    model = adapt(stack(layers, dtype=dtype), MoSConfig(**{**config.to_dict(), "pool_dtype": "float64" if dtype == torch.float64 else "float32"}))
+    model = adapt(
+        stack(layers, dtype=dtype),
+        MoSConfig(**{**config.to_dict(), "pool_dtype": "float64" if dtype == torch.float64 else "float32"}),
+    )
     return randomize(model)
 
 
@@ -42,7 +46,9 @@ def plain_forward(model, x):
 
         def linear(layer, x):
             pool, k = layer.pool, layer.layer
-            return reference.mos_linear(x, layer.weight, layer.bias, pool.a, pool.index_a[k], pool.b, pool.index_b[k], layer.scale)
+            return reference.mos_linear(
+                x, layer.weight, layer.bias, pool.a, pool.index_a[k], pool.b, pool.index_b[k], layer.scale
+            )
 
         x = x + linear(block.down, torch.relu(linear(block.up, x)))
     return x
@@ -139,7 +145,9 @@ def test_a_sub_module_alone_and_after_a_step():
     for _ in range(3):
         optimizer.zero_grad()
         layer(x).square().sum().backward()
-        y = reference.mos_linear(x, layer.weight, layer.bias, pool.a, pool.index_a[k], pool.b, pool.index_b[k], layer.scale)
+        y = reference.mos_linear(
+            x, layer.weight, layer.bias, pool.a, pool.index_a[k], pool.b, pool.index_b[k], layer.scale
+        )
         close([pool.a.grad, pool.b.grad], torch.autograd.grad(y.square().sum(), [pool.a, pool.b]))
         optimizer.step()
 
@@ -221,7 +229,9 @@ def test_copies_and_moves(how):
     got = gradients(other, lambda: other(x).sum())
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert all(torch.equal(a, p.grad) for a, p in zip(before, [p for p in model.parameters() if p.requires_grad], strict=True))
+    assert all(
+        torch.equal(a, p.grad) for a, p in zip(before, [p for p in model.parameters() if p.requires_grad], strict=True)
+    )
 
 
 def test_dtype_change_after_training():
@@ -250,7 +260,9 @@ def test_initial_values_and_repr():
     assert pool.b.shape == (128, 24)
     assert not pool.b.any()
     assert pool.a.abs().max() <= 1 / 8  # 1/sqrt(in), with the full in
-    assert abs(pool.a.std().item() - (1 / 8) / 3**0.5) < 0.005  # a uniform distribution's, within 6 of its standard errors
+    assert (
+        abs(pool.a.std().item() - (1 / 8) / 3**0.5) < 0.005
+    )  # a uniform distribution's, within 6 of its standard errors
     assert "num_shards=128" in repr(pool)
     assert pool.index_a.shape == pool.index_b.shape == (8, 8, 4)
 

@@ -1,6 +1,7 @@
 """The oracle itself: against hand-worked cases and against the dense float64 definition of the method."""
 
 import torch
+
 from mos_ext import reference
 
 
@@ -34,8 +35,12 @@ def test_against_the_dense_definition():
     pool_b = torch.randn(n, fan_out // l, generator=generator, dtype=torch.float64)
     index_a = torch.randint(n, (r, l), generator=generator, dtype=torch.int32)
     index_b = torch.randint(n, (r, l), generator=generator, dtype=torch.int32)
-    a = torch.tensor([[pool_a[index_a[j, c // 4], c % 4] for c in range(fan_in)] for j in range(r)], dtype=torch.float64)
-    b = torch.tensor([[pool_b[index_b[j, c // 3], c % 3] for j in range(r)] for c in range(fan_out)], dtype=torch.float64)
+    a = torch.tensor(
+        [[pool_a[index_a[j, c // 4], c % 4] for c in range(fan_in)] for j in range(r)], dtype=torch.float64
+    )
+    b = torch.tensor(
+        [[pool_b[index_b[j, c // 3], c % 3] for j in range(r)] for c in range(fan_out)], dtype=torch.float64
+    )
     x = torch.randn(5, fan_in, generator=generator, dtype=torch.float64)
     weight = torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float64)
     bias = torch.randn(fan_out, generator=generator, dtype=torch.float64)

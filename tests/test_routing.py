@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mos_ext import MoSConfig
 from mos_ext.routing import IndexTables, check_ranks, check_tables, draw_tables
 
@@ -101,7 +102,9 @@ def test_unused_shards_match_the_paper_s_probability():
         a = draw_tables(config, "q", 32).a[:, :15]
         unused.append(1 - len(np.unique(a)) / 896)
     assert abs(np.mean(unused) - 0.109) < 0.01
-    balanced = draw_tables(MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1, routing="balanced"), "q", 32)
+    balanced = draw_tables(
+        MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1, routing="balanced"), "q", 32
+    )
     assert len(np.unique(balanced.a[:, :15])) == 896
 
 
@@ -111,7 +114,10 @@ def test_unused_shards_match_the_paper_s_probability():
         (lambda a: a[:2], r"index_a must have the shape \(3, 4, 2\) of its configuration, got \(2, 4, 2\)"),
         (lambda a: np.where(a == a[0, 0, 0], 12, a), r"index_a must use public shards in \[0, 12\), got \d+ to 12"),
         (lambda a: np.where(a == a[1, 0, 1], a[1, 0, 0], a), "index_a must not use a public shard twice in one layer"),
-        (lambda a: np.concatenate([a[:, :3], a[:, :2, :][:, 1:]], axis=1), "index_a must end with the 1 private ranks of each layer"),
+        (
+            lambda a: np.concatenate([a[:, :3], a[:, :2, :][:, 1:]], axis=1),
+            "index_a must end with the 1 private ranks of each layer",
+        ),
     ],
 )
 def test_contradicting_tables(spoil, message):
@@ -132,9 +138,24 @@ def test_paired_tables_must_agree():
 @pytest.mark.parametrize(
     ("config", "shape", "layers", "message"),
     [
-        (MoSConfig(shards_per_vector=5), (64, 96), 9, "shards_per_vector must divide in_features=64 of the layer, got 5; nearest valid: 4 or 8"),
-        (MoSConfig(shards_per_vector=64), (64, 96), 9, "shards_per_vector must divide out_features=96 of the layer, got 64; nearest valid: 32"),
-        (MoSConfig(r=16, equivalent_rank=4), (64, 64), 4, "r must be at most 13 for the layer, whose pool has 4 adapted modules, got 16; nearest valid: r=13, or equivalent_rank=5"),
+        (
+            MoSConfig(shards_per_vector=5),
+            (64, 96),
+            9,
+            "shards_per_vector must divide in_features=64 of the layer, got 5; nearest valid: 4 or 8",
+        ),
+        (
+            MoSConfig(shards_per_vector=64),
+            (64, 96),
+            9,
+            "shards_per_vector must divide out_features=96 of the layer, got 64; nearest valid: 32",
+        ),
+        (
+            MoSConfig(r=16, equivalent_rank=4),
+            (64, 64),
+            4,
+            "r must be at most 13 for the layer, whose pool has 4 adapted modules, got 16; nearest valid: r=13, or equivalent_rank=5",
+        ),
     ],
 )
 def test_check_ranks(config, shape, layers, message):
@@ -151,7 +172,7 @@ def test_nearest_valid_values_are_valid():
         needed = int(text.split("equivalent_rank=")[1].split(",")[0])
         check_ranks(MoSConfig(r=largest, equivalent_rank=e, private_rank=p), 64, 64, layers)
         check_ranks(MoSConfig(r=r, equivalent_rank=needed, private_rank=p), 64, 64, layers)
-        for bad in (dict(r=largest + 1, equivalent_rank=e), dict(r=r, equivalent_rank=needed - 1)):
+        for bad in ({"r": largest + 1, "equivalent_rank": e}, {"r": r, "equivalent_rank": needed - 1}):
             if bad["equivalent_rank"] >= max(1, p):
                 with pytest.raises(ValueError, match="must"):
                     check_ranks(MoSConfig(private_rank=p, **bad), 64, 64, layers)

@@ -2,16 +2,18 @@
 
 Three differentiable pieces:
 
-* ``gather_concat``, ``shrink`` and ``expand`` carry registered gradients of their own. Each returns a dense gradient of the whole pool.
-* :class:`MoSLinear` is base product and low-rank product as one autograd node: two passes over activations forward, two backward, nothing
-  saved but x and S (T, r).
-* :func:`factor_handles` is how L layers share a pool at a cost that does not grow with it. A dense pool gradient per layer would cost
-  L times the pool in memory traffic every step. Instead each layer differentiates with respect to a *handle*: a (r, d) tensor without storage
-  that stands for its factor. Its gradient is the factor's, r * d elements. All handles of a pool leave one autograd node, which runs once per
-  backward pass, after the last layer, and sums all factor gradients into the pool with one ordered ``scatter_add``.
-  A handle holds no values and its node saves none, so one set serves every step for as long as the pool parameter lives: there is
-  nothing in it that could become stale. Layers called twice, not at all, or alone, gradient accumulation and both kinds of checkpointing
-  are autograd's ordinary business.
+* ``gather_concat``, ``shrink`` and ``expand`` carry registered gradients of their own. Each returns a dense gradient
+  of the whole pool.
+* :class:`MoSLinear` is base product and low-rank product as one autograd node: two passes over activations forward,
+  two backward, nothing saved but x and S (T, r).
+* :func:`factor_handles` is how L layers share a pool at a cost that does not grow with it. A dense pool gradient per
+  layer would cost L times the pool in memory traffic every step. Instead each layer differentiates with respect to a
+  *handle*: a (r, d) tensor without storage that stands for its factor. Its gradient is the factor's, r * d elements.
+  All handles of a pool leave one autograd node, which runs once per backward pass, after the last layer, and sums all
+  factor gradients into the pool with one ordered ``scatter_add``. A handle holds no values and its node saves none, so
+  one set serves every step for as long as the pool parameter lives: there is nothing in it that could become stale.
+  Layers called twice, not at all, or alone, gradient accumulation and both kinds of checkpointing are autograd's
+  ordinary business.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ class _FactorHandles(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         pool, *indices = inputs
         ctx.set_materialize_grads(False)
-        # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run every step.
+        # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run every
+        # step.
         ctx.indices, ctx.num_shards, ctx.dtype = indices, pool.shape[0], pool.dtype
 
     @staticmethod
@@ -98,7 +101,10 @@ class _FactorHandles(torch.autograd.Function):
 
 
 def factor_handles(pool: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One handle per layer: a storage-free (r, d) stand-in for its factor whose gradient flows to ``pool`` (see the module's text)."""
+    """One handle per layer:
+
+    a storage-free (r, d) stand-in for its factor whose gradient flows to ``pool`` (see the module's text).
+    """
     return _FactorHandles.apply(pool, *indices)
 
 
@@ -108,8 +114,8 @@ def factor_handles(pool: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, ...
 class MoSLinear(torch.autograd.Function):
     """y = x W^T + bias + scale * (dropout(x) A^T) B^T on matrices; see ``functional.mos_linear`` for the arguments.
 
-    Gradients of A and B go to ``handle_a`` and ``handle_b`` where given, else densely to the pools. The second output, S (T, r), is what
-    backward needs of the forward pass; it is not differentiable.
+    Gradients of A and B go to ``handle_a`` and ``handle_b`` where given, else densely to the pools. The second output,
+    S (T, r), is what backward needs of the forward pass; it is not differentiable.
     """
 
     @staticmethod
@@ -132,7 +138,9 @@ class MoSLinear(torch.autograd.Function):
         if dy is None:
             return (None,) * 12
         x, weight, s, pool_a, pool_b, index_a, index_b, seed = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b, *_ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b, *_ = (
+            ctx.needs_input_grad
+        )
         ds, factor_b = ops.expand_backward(dy, s, pool_b, index_b, ctx.scale)
         dx = None
         if need_x:

@@ -1,4 +1,7 @@
-"""What operators may be given, and who computes them: each rule once, as an error that names argument, rule and value."""
+"""What operators may be given, and who computes them:
+
+each rule once, as an error that names argument, rule and value.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,18 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 def check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
     """``None`` in ``shape`` is any size."""
-    if tensor.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)):
+    if tensor.dim() != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
+    ):
         wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{name} must have the shape {wanted}, got {tuple(tensor.shape)}")
 
 
 def check_index(name: str, index: Tensor, num_shards: int) -> None:
-    """An (r, l) int32 table with entries in [0, num_shards). Reads the values, so call it where a table is made, not per launch."""
+    """An (r, l) int32 table with entries in [0, num_shards).
+
+    Reads the values, so call it where a table is made, not per launch.
+    """
     if index.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {index.dtype}")
     if index.dim() < 2:
@@ -48,7 +56,7 @@ def check_activation(x: Tensor, in_features: int, pool: Tensor) -> None:
 
 
 def why_not_native(op: str, device_type: str) -> str | None:
-    """Why the operator ``op`` runs as plain PyTorch on a device type, in one sentence; ``None`` when a native kernel runs."""
+    """Why operator ``op`` runs as plain PyTorch on a device type, in one sentence; None when a native kernel runs."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", device_type.upper()):
         return None
     for name, library in loader.libraries.items():

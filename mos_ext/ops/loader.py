@@ -1,4 +1,7 @@
-"""Loads the native libraries, and keeps the reason when one is missing, stale or broken: importing mos_ext never fails for them."""
+"""Loads the native libraries, and keeps the reason when one is missing, stale or broken:
+
+importing mos_ext never fails for them.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,15 @@ def _load(name: str) -> Library:
         return Library(name, path, "MOS_EXT_DISABLE_NATIVE=1 is set")
     if not path.exists():
         reason = build_record().get("skipped", {}).get(name)
-        return Library(name, path, f"not built: {reason}" if reason else "not built (installed with MOS_EXT_BUILD=python?)")
+        return Library(
+            name, path, f"not built: {reason}" if reason else "not built (installed with MOS_EXT_BUILD=python?)"
+        )
     if DEVICE_OF[name] == "cuda" and torch.version.cuda is None:
         return Library(name, path, "built, but the installed torch is a CPU build")
     if b"mos_ext interface %d." % INTERFACE not in path.read_bytes():
-        return Library(name, path, f"{path.name} is damaged or was built for another version of mos_ext: build it again")
+        return Library(
+            name, path, f"{path.name} is damaged or was built for another version of mos_ext: build it again"
+        )
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
@@ -60,7 +67,10 @@ libraries: dict[str, Library] = {name: _load(name) for name in DEVICE_OF}
 
 
 def cpu_instruction_set() -> str | None:
-    """The instruction set the CPU kernels run with here: "avx512", "avx2" or "baseline"; ``None`` without the library."""
+    """The instruction set the CPU kernels run with here:
+
+    "avx512", "avx2" or "baseline"; ``None`` without the library.
+    """
     library = libraries["_C"]
     if not library.loaded:
         return None

@@ -1,10 +1,13 @@
-"""The operators: for each its schema, its fake (shapes for tracing) and its default, the pure PyTorch of ``reference.py``.
+"""The operators: each one's schema, fake (shapes for tracing) and default, the pure PyTorch of ``reference.py``.
 
-This is the whole contract of the operator floor. Native libraries only add CPU and CUDA kernels to what is defined here, so every
-operator works, a little slower, where no library could be built. Tensors in, tensors out; nothing here knows a module or a configuration.
+This is the whole contract of the operator floor. Native libraries only add CPU and CUDA kernels to what is defined
+here, so every operator works, a little slower, where no library could be built. Tensors in, tensors out; nothing here
+knows a module or a configuration.
 
-All activations are matrices: ``x``, ``dx`` (T, in), ``y``, ``dy`` (T, out), ``s``, ``ds`` (T, r) in the accumulation dtype.
-``pool`` (n, d/l) is float32 or of the activations' dtype; ``index`` (r, l) is int32 and in range. ``seed`` is one int64 on the device of x.
+All activations are matrices: ``x``, ``dx`` (T, in), ``y``, ``dy`` (T, out), ``s``, ``ds`` (T, r) in the accumulation
+    dtype.
+``pool`` (n, d/l) is float32 or of the activations' dtype; ``index`` (r, l) is int32 and in range. ``seed`` is one
+int64 on the device of x.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from torch import Tensor
 from .. import reference
 
 NAMESPACE = "mos_ext"
-# Bumped with every change of a schema; a library built for another number is refused (loader.py, csrc/common/interface.h).
+# Bumped with every change of a schema; a library built for another number is refused (loader.py,
+# csrc/common/interface.h).
 INTERFACE = 1
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -32,7 +36,8 @@ def _sums(x: Tensor, *shape) -> Tensor:
     return x.new_empty(shape, dtype=reference.accumulate_dtype(x.dtype))
 
 
-# ------------------------------------------------------------------------------------------------ gather and its adjoint
+# ------------------------------------------------------------------------------------------------ gather and its
+# adjoint
 
 _define(
     "gather_concat(Tensor pool, Tensor index) -> Tensor",
