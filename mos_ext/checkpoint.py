@@ -117,11 +117,11 @@ def _save(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict, hea
             write(temporary[name])
             with open(temporary[name], "rb") as file:
                 os.fsync(file.fileno())
-        for name, file in temporary.items():
-            os.replace(file, folder / name)
+        for name, written in temporary.items():
+            os.replace(written, folder / name)
     finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ load
@@ -219,7 +219,9 @@ def _check_model(model: nn.Module, config: MoSConfig, types: dict, folder: Path)
         )
 
 
-def _stored_type(key: tuple, modules: tuple[str, ...], config: MoSConfig, tensors: dict, folder: Path) -> LinearType:
+def _stored_type(
+    key: tuple[str, int, int], modules: tuple[str, ...], config: MoSConfig, tensors: dict, folder: Path
+) -> LinearType:
     """A linear type with the tables of the file, which must fit the configuration."""
     name = type_name(*key)
     check_ranks(config, key[1], key[2], len(modules), module=modules[0], linear_type=name)
@@ -236,7 +238,7 @@ def _stored_type(key: tuple, modules: tuple[str, ...], config: MoSConfig, tensor
         check_tables(config, IndexTables(*tables), len(modules))
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}, {name}: {error}") from None
-    return LinearType(*key, modules=modules, tables=IndexTables(*tables))
+    return LinearType(*key, modules, IndexTables(*tables))
 
 
 def _check_pools(linear_types: list[LinearType], config: MoSConfig, tensors: dict, folder: Path) -> None:
@@ -305,7 +307,7 @@ def export_lora(
             tensors[f"base_model.model.{name}.lora_A.weight"] = padded_a.cpu()
             tensors[f"base_model.model.{name}.lora_B.weight"] = padded_b.cpu()
     class_name = type(model).__name__
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": next((task for suffix, task in _TASKS.items() if class_name.endswith(suffix)), None),
         "base_model_name_or_path": _name_or_path(model),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -89,8 +89,8 @@ class MoSConfig:
     private_rank: int = 1
     alpha: float = 16
     dropout: float = 0.0
-    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
-    exclude_modules: str | tuple[str, ...] | list[str] = ()
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
     pair_dissociation: bool = True
     routing: str = "random"
     pool_dtype: str | torch.dtype = "float32"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +37,9 @@ class MoSLinear(nn.Module):
         ValueError, TypeError: naming the argument, the rule and the value.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    pool: ShardPool
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class MoSLinear(nn.Module):
         return self
 
     def _setup(
-        self, linear: nn.Module, pool: ShardPool | None, layer: int, config: MoSConfig | None, register_pool: bool
+        self, linear: Any, pool: ShardPool | None, layer: int, config: MoSConfig | None, register_pool: bool
     ) -> None:
         features = features_of(linear)
         if features is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import MoSConfig
 from .routing import IndexTables, check_ranks, draw_tables
@@ -49,7 +50,8 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
     if type(module) is nn.Linear:
         return module.in_features, module.out_features
     if is_conv1d(module):
-        return module.weight.shape[0], module.weight.shape[1]
+        fan_in, fan_out = cast(Tensor, module.weight).shape
+        return fan_in, fan_out
     return None
 
 
@@ -58,7 +60,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _matches(patterns: str | tuple[str, ...], name: str) -> bool:
+def _matches(patterns: str | Sequence[str], name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith(f".{p}") for p in patterns)

@@ -35,6 +35,9 @@ class ShardPool(nn.Module):
     Source: MoS (ICLR 2025), sections 3.2 to 3.5; n = e * L * l shards.
     """
 
+    index_a: Tensor
+    index_b: Tensor
+
     def __init__(
         self,
         config: MoSConfig,

@@ -9,7 +9,9 @@ lossy accumulation at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +58,16 @@ class Case:
     def arguments(self) -> tuple:
         return self.x, self.weight, self.bias, self.pool_a, self.index_a, self.pool_b, self.index_b, self.scale
 
+    def apply(self, f: Callable[[Tensor], Tensor]) -> Case:
+        """The case with ``f`` of every floating-point tensor, detached."""
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                changed[name] = f(value.detach())
+        return replace(self, **changed)
+
     def exact(self) -> Case:
-        return Case(
-            *(t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.arguments())
-        )
+        return self.apply(Tensor.double)
 
     def differentiable(self) -> list[Tensor]:
         return [t for t in (self.x, self.weight, self.bias, self.pool_a, self.pool_b) if t is not None]
@@ -111,7 +119,7 @@ def check_case(case: Case) -> None:
     """Forward and all gradients of ``functional.mos_linear`` by the rule; AssertionError where it is broken."""
     exact = case.exact().requires_grad_()
     results = []
-    plain = Case(*(t.detach().clone() if isinstance(t, Tensor) else t for t in case.arguments())).requires_grad_()
+    plain = case.apply(Tensor.clone).requires_grad_()
     case.requires_grad_()
     grad_y = None
     for function, inputs in ((mos_linear, case), (reference.mos_linear, plain), (reference.mos_linear, exact)):

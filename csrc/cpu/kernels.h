@@ -28,19 +28,22 @@ void scatter_add(const std::vector<FactorGradient>& modules, const Matrix& pool_
 //   factor_grad (r, C)   = scale * s^T (D * in)      dF of both
 //   out         (T, C) (+)= scale * D * (s F)        expand forward; dX of shrink
 // so shrink, expand and their backwards are this one kernel, and `in` is read once whatever is
-// asked of it. T is in.rows (or out.rows), C is factor.cols(). s, projected and factor_grad are
+// asked of it. T is in->rows (or out->rows), C is factor.cols(). s, projected and factor_grad are
 // contiguous and of the accumulation type of in/out (float, or double for double); in and out share
 // a dtype.
 struct LowRankPass {
   Factor factor;
   Dropout dropout{0, 0};
   double scale = 1.0;
-  Matrix in{};                  // without data: nothing to read (expand)
+  const Matrix* in = nullptr;   // null: nothing to read (expand)
   const void* s = nullptr;      // null: only `projected` is asked for (shrink)
   void* projected = nullptr;    // null: not wanted
   void* factor_grad = nullptr;  // null: not wanted
-  Matrix out{};                 // without data: not wanted
+  const Matrix* out = nullptr;  // null: not wanted
   bool accumulate = false;      // out += rather than out =
+
+  // An empty matrix has no address, so presence is a pointer to the view and not the view's data.
+  const Matrix& activations() const { return in ? *in : *out; }
 };
 
 void low_rank_pass(const LowRankPass& pass, const ParallelFor& parallel);

@@ -154,7 +154,7 @@ const InstructionSet& chosen() {
 template <class T>
 void low_rank_pass_as(const LowRankPass& p, const ParallelFor& parallel) {
   const RunBlock<T> run_block = chosen().run(T());
-  const int64_t total_rows = p.in.data ? p.in.rows : p.out.rows, total_cols = p.factor.cols();
+  const int64_t total_rows = p.activations().rows, total_cols = p.factor.cols();
   const int64_t rank = p.factor.rank, rank_padded = round_up(rank, kRankMultiple);
 
   // The grid depends on the shape alone, so the sums do too: bitwise equal runs, whatever the
@@ -227,8 +227,7 @@ void low_rank_pass_as(const LowRankPass& p, const ParallelFor& parallel) {
 }  // namespace
 
 void low_rank_pass(const LowRankPass& pass, const ParallelFor& parallel) {
-  const DType dtype = pass.in.data ? pass.in.dtype : pass.out.dtype;
-  if (dtype == DType::f64) {
+  if (pass.activations().dtype == DType::f64) {
     low_rank_pass_as<double>(pass, parallel);
   } else {
     low_rank_pass_as<float>(pass, parallel);

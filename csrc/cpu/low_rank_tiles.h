@@ -140,14 +140,14 @@ template <class T>
 void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, T* projected, T* grad,
                int64_t grad_stride) {
   const int64_t rank = p.factor.rank, rank_padded = round_up(rank, kRankMultiple);
-  const DType dtype = p.in.data ? p.in.dtype : p.out.dtype;
+  const DType dtype = p.activations().dtype;
   const bool dropout = p.dropout.active();
 
   for (int64_t c0 = b.c0; c0 < b.c1; c0 += kColTile) {
     // Whole micro-tiles only: a narrow matrix must not pay for kColTile columns, nor a single row
     // for kRowTile.
     const int64_t cols = min64(kColTile, b.c1 - c0), cols_padded = round_up(cols, kColMultiple);
-    if (projected || p.out.data) {
+    if (projected || p.out) {
       dispatch_dtype(p.factor.dtype, [&](auto tag) {
         stage_factor<typename decltype(tag)::type>(p.factor, c0, cols, scratch.factor, Tile{rank_padded, cols_padded});
       });
@@ -156,9 +156,9 @@ void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, 
       const int64_t rows = min64(kRowTile, b.t1 - t0);
       const Tile tile{round_up(rows, kRowMultiple), cols_padded};
       if (dropout) stage_mask(p.dropout, t0, c0, scratch.mask, tile);
-      if (p.in.data) {
+      if (p.in) {
         dispatch_dtype(dtype, [&](auto tag) {
-          stage_matrix<typename decltype(tag)::type>(p.in, t0, rows, c0, cols, scratch.in, tile);
+          stage_matrix<typename decltype(tag)::type>(*p.in, t0, rows, c0, cols, scratch.in, tile);
         });
         if (dropout) {
           for (int64_t i = 0; i < tile.rows * tile.cols; ++i) scratch.in[i] *= scratch.mask[i];
@@ -190,7 +190,7 @@ void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, 
           }
         }
       }
-      if (p.out.data) {
+      if (p.out) {
         for (int64_t i = 0; i < tile.rows * tile.cols; ++i) scratch.out[i] = T(0);
         for (int64_t c = 0; c < tile.cols; c += 2 * Vec<T>::width) {
           for (int64_t t = 0; t < tile.rows; t += 4) {
@@ -202,7 +202,7 @@ void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, 
           for (int64_t i = 0; i < tile.rows * tile.cols; ++i) scratch.out[i] *= scratch.mask[i];
         }
         dispatch_dtype(dtype, [&](auto tag) {
-          store_tile<typename decltype(tag)::type>(scratch.out, tile, rows, cols, p.out, t0, c0, p.accumulate);
+          store_tile<typename decltype(tag)::type>(scratch.out, tile, rows, cols, *p.out, t0, c0, p.accumulate);
         });
       }
     }

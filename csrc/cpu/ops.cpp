@@ -77,7 +77,8 @@ Tensor shrink_op(const Tensor& x, const Tensor& pool, const Tensor& index, doubl
   LowRankPass pass{factor.view, dropout_of(dropout, seed)};
   check_cols(x, pass.factor);
   Tensor s = torch::stable::new_empty(x, {x.size(0), pass.factor.rank}, accumulate_type(x));
-  pass.in = matrix_of(x_c);
+  const Matrix in = matrix_of(x_c);
+  pass.in = &in;
   pass.projected = s.mutable_data_ptr();
   low_rank_pass(pass, torch_parallel);
   return s;
@@ -90,7 +91,8 @@ void expand_into(const Tensor& y, const Tensor& s, const Tensor& pool, const Ten
   check_cols(y, pass.factor);
   const Tensor s_c = sums_contiguous(s, y, pass.factor.rank);
   pass.s = s_c.const_data_ptr();
-  pass.out = matrix_of(y);
+  const Matrix out = matrix_of(y);
+  pass.out = &out;
   pass.accumulate = accumulate;
   low_rank_pass(pass, torch_parallel);
 }
@@ -116,7 +118,8 @@ std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s,
   const Tensor s_c = sums_contiguous(s, dy, pass.factor.rank);
   Tensor ds = torch::stable::new_empty(s, {s.size(0), s.size(1)});
   Tensor grad = torch::stable::new_empty(s, {pass.factor.rank, pass.factor.cols()});
-  pass.in = matrix_of(dy_c);
+  const Matrix in = matrix_of(dy_c);
+  pass.in = &in;
   pass.s = s_c.const_data_ptr();
   pass.projected = ds.mutable_data_ptr();
   pass.factor_grad = grad.mutable_data_ptr();
@@ -135,10 +138,12 @@ Tensor shrink_backward_into(const Tensor& dx, const Tensor& ds, const Tensor& x,
                   "dx must have the shape and dtype of x");
   const Tensor ds_c = sums_contiguous(ds, x, pass.factor.rank);
   Tensor grad = torch::stable::new_empty(ds, {pass.factor.rank, pass.factor.cols()});
-  pass.in = matrix_of(x_c);
+  const Matrix in = matrix_of(x_c);
+  pass.in = &in;
   pass.s = ds_c.const_data_ptr();
   pass.factor_grad = grad.mutable_data_ptr();
-  pass.out = matrix_of(dx);
+  const Matrix out = matrix_of(dx);
+  pass.out = &out;
   pass.accumulate = accumulate;
   low_rank_pass(pass, torch_parallel);
   return grad;

@@ -85,8 +85,9 @@ PYBIND11_MODULE(mos_kernels, m) {
          std::optional<py::array> projected, std::optional<py::array> factor_grad, std::optional<py::array> out,
          bool accumulate, double scale, double dropout, uint64_t seed, bool reversed) {
         cpu::LowRankPass pass{factor(pool, dtype_named(pool_dtype), index), {seed, dropout_threshold(dropout)}, scale};
-        pass.in = matrix(in, dtype_named(dtype));
-        pass.out = matrix(out, dtype_named(dtype));
+        const Matrix in_view = matrix(in, dtype_named(dtype)), out_view = matrix(out, dtype_named(dtype));
+        pass.in = in ? &in_view : nullptr;
+        pass.out = out ? &out_view : nullptr;
         pass.s = s ? s->data() : nullptr;
         pass.projected = projected ? projected->mutable_data() : nullptr;
         pass.factor_grad = factor_grad ? factor_grad->mutable_data() : nullptr;
