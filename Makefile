@@ -45,8 +45,10 @@ format: $(READY)
 
 check-cuda: $(READY)
 	@if command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ]; then \
-	  MOS_EXT_BUILD=cuda MOS_EXT_WERROR=1 $(BIN)/python setup.py --quiet build_ext --force --build-lib build/check-cuda --build-temp build/check-cuda-objects \
-	  && echo "check-cuda: compiled and linked $$(ls csrc/cuda/*.cu | wc -l) .cu file(s) for every architecture"; \
+	  MOS_EXT_BUILD=cuda MOS_EXT_WERROR=1 $(BIN)/python setup.py --quiet build_ext --force \
+	    --build-lib build/check-cuda --build-temp build/check-cuda-objects && \
+	  $(BIN)/python -m pytest -q tests/test_layers.py -k symbols && \
+	  echo "check-cuda: compiled and linked $$(ls csrc/cuda/*.cu | wc -l) .cu file(s) for every architecture"; \
 	else echo "check-cuda: nothing checked, nvcc was not found"; fi
 
 wheel: $(READY)

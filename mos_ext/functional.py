@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (defines torch.ops.mos_ext)
 from .ops.autograd import MoSLinear as _MoSLinear
+from .ops.autograd import autocast
 from .ops.checks import check_activation, check_float, check_index, check_shape
 
 ops = torch.ops.mos_ext
@@ -108,7 +109,7 @@ def fused(
     seed: Tensor | None = None,
 ) -> Tensor:
     """:func:`mos_linear` without what a layer checked once, and with gradient handles (``ops/autograd.py``)."""
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     check_activation(x, weight.shape[1], pool_a)
     if dropout > 0.0 and seed is None:
         # A tensor, not a number: no synchronisation, and every replay of a captured CUDA graph draws anew.
@@ -120,16 +121,3 @@ def fused(
     else:
         y, _ = _MoSLinear.forward(*inputs, index_a, index_b, scale, dropout, seed)
     return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast does to ``F.linear``: x, weight and bias in its dtype, float64 untouched. Pools keep theirs."""
-    device_type = x.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)

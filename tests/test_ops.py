@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mos_ext import reference
+from mos_ext.functional import mos_linear
 from mos_ext.ops.checks import why_not_native
 from mos_ext.testing import assert_error_ratio, random_case
 
@@ -135,13 +136,14 @@ def test_opcheck(name, dtype, device):
     torch.library.opcheck(getattr(ops, name).default, arguments_of(name, device, dtype))
 
 
-@pytest.mark.parametrize("name", ["gather_concat", "shrink", "expand"])
+@pytest.mark.parametrize("name", ["gather_concat", "scatter_add", "shrink", "expand"])
 def test_opcheck_with_gradients(name, device):
-    arguments = [
-        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-        for a in arguments_of(name, device)
-    ]
-    torch.library.opcheck(getattr(ops, name).default, tuple(arguments))
+    def leaf(a):
+        if isinstance(a, list):
+            return [leaf(t) for t in a]
+        return a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+
+    torch.library.opcheck(getattr(ops, name).default, tuple(leaf(a) for a in arguments_of(name, device)))
 
 
 @pytest.mark.parametrize("name", ["gather_concat", "shrink", "expand"])
@@ -151,6 +153,24 @@ def test_gradcheck(name, device):
         for a in arguments_of(name, device, torch.float64)
     ]
     assert torch.autograd.gradcheck(getattr(ops, name), arguments)
+
+
+def test_gather_concat_is_twice_differentiable(device):
+    case = random_case(2, 12, 12, 3, 2, dtype=torch.float64, device=device)
+    pool = case.pool_a.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda p: ops.gather_concat(p, case.index_a).square(), [pool])
+
+
+def test_second_derivatives_of_products_are_an_error_not_a_constant(device):
+    case = random_case(2, 12, 12, 3, 2, device=device).requires_grad_()
+    for y in (
+        ops.shrink(case.x, case.pool_a, case.index_a, 0.0, None),
+        ops.expand(torch.ones(2, 3, device=device), case.pool_a, case.index_a, 1.0, torch.float32),
+        mos_linear(*case.arguments()),
+    ):
+        (grad,) = torch.autograd.grad(y.square().sum(), case.pool_a, create_graph=True)
+        with pytest.raises((NotImplementedError, RuntimeError), match="not implemented|once_differentiable"):
+            grad.sum().backward()
 
 
 @pytest.mark.parametrize("name", NAMES)

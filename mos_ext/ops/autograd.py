@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .schema import NAMESPACE, library
@@ -65,10 +66,33 @@ def _expand_backward(ctx, dy):
     return ds, ops.scatter_add([factor_grad], [index], pool.shape[0]).to(pool.dtype), None, None, None
 
 
+def _scatter_add_setup(ctx, inputs, output):
+    grads, indices, _ = inputs
+    ctx.save_for_backward(*indices)
+    ctx.dtype = grads[0].dtype
+
+
+def _scatter_add_backward(ctx, grad):
+    indices = ctx.saved_tensors
+    return [ops.gather_concat(grad, index).to(ctx.dtype) for index in indices], [None] * len(indices), None
+
+
+def _no_setup(ctx, inputs, output):
+    pass
+
+
+def _no_backward(ctx, *grads):
+    raise NotImplementedError("mos_ext: gradients of gradients of shrink and expand are not implemented")
+
+
 for _name, _setup, _backward in (
     ("gather_concat", _gather_concat_setup, _gather_concat_backward),
+    ("scatter_add", _scatter_add_setup, _scatter_add_backward),
     ("shrink", _shrink_setup, _shrink_backward),
     ("expand", _expand_setup, _expand_backward),
+    # Without these, torch would take their results for constants: a second derivative would be silently wrong.
+    ("shrink_backward", _no_setup, _no_backward),
+    ("expand_backward", _no_setup, _no_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=library)
 
@@ -111,6 +135,19 @@ def factor_handles(pool: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, ...
 # ------------------------------------------------------------------------------------------------ the fused layer
 
 
+def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does to ``F.linear``: x, weight and bias in its dtype, float64 untouched. Pools keep theirs."""
+    device_type = x.device.type
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
 class MoSLinear(torch.autograd.Function):
     """y = x W^T + bias + scale * (dropout(x) A^T) B^T on matrices; see ``functional.mos_linear`` for the arguments.
 
@@ -134,6 +171,7 @@ class MoSLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, s, pool_a, pool_b, index_a, index_b, seed)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, _ds):
         if dy is None:
             return (None,) * 12
