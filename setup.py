@@ -14,8 +14,8 @@ wheel is tagged py3-none-<platform>. MOS_EXT_BUILD chooses what to build:
     cpu     _C, and fail if it fails
     cuda    _C and _C_cuda, and fail if either fails, even beside a CPU-only torch (it compiles and links)
 
-Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS as everywhere in the torch world, and MOS_EXT_WERROR=1 (CI:
-    compiler warnings are errors).
+Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS, as everywhere in the torch world; MOS_EXT_WERROR=1 makes
+compiler warnings errors.
 """
 
 import json

@@ -8,10 +8,9 @@ evaluates, trains, evaluates again, saves the adapter, exports it as standard Lo
 merged model compute the same logits, generates a sample and draws loss.png. --compare-lora trains LoRA (PEFT) at the
 same trainable budget beside it.
 
-Without arguments it makes everything itself, in at most four minutes on two cores: it trains a small Llama on Python's
-    own
-standard library for about a minute, then adapts it to the English of Python's reference manual (pydoc_data.topics),
-with MoS and with LoRA.
+Without arguments it makes everything itself, in at most four minutes on two cores: it trains a small Llama on the
+source of Python's standard library for about a minute, then adapts it to the English of Python's reference manual
+(pydoc_data.topics), with MoS and with LoRA.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ class MoSConfig:
     e``; subset selection alone is ``private_rank=0, shards_per_vector=1, pair_dissociation=False``; and each of the
     other strategies switches with its own field.
 
-    Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", ICLR
-        2025, sections 3 and 4.
+    Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards",
+    ICLR 2025, arXiv 2410.00938.
     """
 
     r: int = 16

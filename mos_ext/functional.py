@@ -29,7 +29,7 @@ def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
 
-    Source: MoS (ICLR 2025), section 3.2: ``A = pool_a[I_a].reshape(r, in)``, ``B = pool_b[I_b].reshape(r, out).T``.
+    Source: MoS (ICLR 2025): ``A = pool_a[I_a].reshape(r, in)``, ``B = pool_b[I_b].reshape(r, out).T``.
     """
     check_float("pool", pool)
     check_shape("pool", pool, (None, None))

@@ -43,9 +43,9 @@ def type_name(role: str, in_features: int, out_features: int) -> str:
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a linear layer that can be adapted, else None.
 
-    Exact types only: a subclass (a quantised linear, ``MultiheadAttention.out_proj``) may not be computed by ``x W^T +
-        b``, or not be called at all.
-    ``Conv1D`` of transformers is recognised by name, because transformers is not a dependency.
+    Exact types only: a subclass (a quantised linear, ``MultiheadAttention.out_proj``) may compute something else than
+    ``x W^T + b``, or not be called at all. ``Conv1D`` of transformers is recognised by name, because transformers is
+    not a dependency.
     """
     if type(module) is nn.Linear:
         return module.in_features, module.out_features

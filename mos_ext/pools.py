@@ -32,7 +32,7 @@ class ShardPool(nn.Module):
     Raises:
         ValueError, TypeError: features that l does not divide, ranks that L layers cannot have, tables out of range.
 
-    Source: MoS (ICLR 2025), sections 3.2 to 3.5; n = e * L * l shards.
+    Source: MoS (ICLR 2025); n = e * L * l shards.
     """
 
     index_a: Tensor

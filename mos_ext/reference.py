@@ -1,10 +1,9 @@
 """The mathematics of every operator in readable PyTorch: the oracle of tests and benchmarks, the operators' default.
 
-Shapes: ``pool`` (n, d/l) shards; ``index`` (r, l) integers below n; a *factor* is the (r, d) matrix they assemble. A
-    of the paper is a factor
-with d = in, B is the transpose of one with d = out. ``x`` (T, in), ``y`` (T, out). Called with float64 tensors these
-functions are the oracle; called with a model's own dtypes they are what plain PyTorch would do, and the error that
-native kernels may not exceed twofold.
+Shapes: ``pool`` (n, d/l) shards; ``index`` (r, l) integers below n; a *factor* is the (r, d) matrix they assemble.
+A of the paper is a factor with d = in, B is the transpose of one with d = out. ``x`` (T, in), ``y`` (T, out).
+Called with float64 tensors these functions are the oracle; called with a model's own dtypes they are what plain
+PyTorch would do, and the error that native kernels may not exceed twofold.
 
 Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", ICLR 2025.
 """

@@ -102,8 +102,7 @@ def draw_tables(config: MoSConfig, linear_type: str, num_layers: int) -> IndexTa
     """The index tables of a linear type with ``num_layers`` adapted modules.
 
     Private vectors are the last p ranks of a layer and stay paired: both sides hold the same range. ``linear_type``
-        names the random
-    stream, so adding a type to a model does not change the tables of the others.
+    names the random stream, so adding a type to a model does not change the tables of the others.
     """
     r, p, l = config.r, config.private_rank, config.shards_per_vector
     n_public = config.num_public_shards(num_layers)

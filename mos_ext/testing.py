@@ -1,10 +1,9 @@
 """What tests, benchmarks and the self-test share: random cases, and the rule for how wrong a kernel may be.
 
-The rule: against the float64 reference, an operator's error is at most twice that of plain PyTorch (``reference.py``)
-    on the same
-inputs in the same dtype, plus a few units in the last place for results that plain PyTorch happens to hit exactly. It
-is the rule of flash-attention's tests; it needs no per-shape tolerances, and it catches a missing conversion or a
-lossy accumulation at once.
+The rule: against the float64 reference, an operator's error is at most twice that of plain PyTorch
+(``reference.py``) on the same inputs in the same dtype, plus a few units in the last place for results that plain
+PyTorch happens to hit exactly. It is the rule of flash-attention's tests; it needs no per-shape tolerances, and it
+catches a missing conversion or a lossy accumulation at once.
 """
 
 from __future__ import annotations

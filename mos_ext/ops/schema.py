@@ -4,10 +4,9 @@ This is the whole contract of the operator floor. Native libraries only add CPU 
 here, so every operator works, a little slower, where no library could be built. Tensors in, tensors out; nothing here
 knows a module or a configuration.
 
-All activations are matrices: ``x``, ``dx`` (T, in), ``y``, ``dy`` (T, out), ``s``, ``ds`` (T, r) in the accumulation
-    dtype.
-``pool`` (n, d/l) is float32 or of the activations' dtype; ``index`` (r, l) is int32 and in range. ``seed`` is one
-int64 on the device of x.
+All activations are matrices: ``x``, ``dx`` (T, in); ``y``, ``dy`` (T, out); ``s``, ``ds`` (T, r) in the accumulation
+dtype. ``pool`` (n, d/l) is float32 or of the activations' dtype; ``index`` (r, l) is int32 and in range. ``seed`` is
+one int64 on the device of x.
 """
 
 from __future__ import annotations
