@@ -7,6 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import randomize, stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -252,6 +254,37 @@ def test_functional_call():
         for p in names.values():
             p.mul_(2)
     close(got, gradients(model, lambda: model(x).sum()))
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_configuration(data):
+    """Over (r, e, p, l, L, in, out): the budget of LoRA rank e, and the dense definition in every layer, in float64."""
+    layers, e, l = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    p = data.draw(st.integers(0, e))
+    r = e if p == e else data.draw(st.integers(max(1, p), p + (e - p) * layers))
+    fan_in, fan_out = l * data.draw(st.integers(1, 6)), l * data.draw(st.integers(1, 6))
+    config = MoSConfig(
+        r=r,
+        equivalent_rank=e,
+        private_rank=p,
+        shards_per_vector=l,
+        alpha=data.draw(st.floats(0.1, 32)),
+        pair_dissociation=data.draw(st.booleans()),
+        routing=data.draw(st.sampled_from(["random", "balanced"])),
+        pool_dtype="float64",
+        seed=data.draw(st.integers(0, 99)),
+    )
+    pool = ShardPool(config, fan_in, fan_out, layers)
+    assert pool.a.numel() + pool.b.numel() == e * layers * (fan_in + fan_out)
+    torch.nn.init.normal_(pool.b)
+    x = torch.randn(3, fan_in, dtype=torch.float64)
+    for k in range(layers):
+        layer = MoSLinear(fan_in, fan_out, pool=pool, layer=k, dtype=torch.float64)
+        a, b = layer.factors()
+        assert (a.shape, b.shape) == ((r, fan_in), (fan_out, r))
+        want = x @ (layer.weight + config.alpha / r * b @ a).T + layer.bias
+        torch.testing.assert_close(layer(x), want, rtol=1e-11, atol=1e-11)
 
 
 def test_initial_values_and_repr():
