@@ -85,8 +85,10 @@ def dropout_threshold(p: float) -> int:
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """x with a fraction p of its elements zeroed and the others divided by 1 - p, p rounded to the nearest 1/65536."""
     threshold = dropout_threshold(p)
-    if seed is None or threshold == 0:
+    if threshold == 0:
         return x
+    if seed is None:
+        raise ValueError(f"seed must be given for dropout with p={p}, got None")
     keep_scale = DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold) if threshold < DROPOUT_LEVELS else 0.0
     return torch.where(dropout_mask(x.shape[0], x.shape[1], p, seed), x * keep_scale, torch.zeros_like(x))
 

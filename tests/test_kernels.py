@@ -66,6 +66,28 @@ def test_exact_on_integers(plain, isa):
     assert isa in ("best", used) or used == "baseline"
 
 
+def test_the_tiles_of_avx512_on_lesser_machines():
+    """64-byte vectors, which the compiler splits: the source that AVX-512 runs, if not its instructions."""
+    check(build("wide", "-O2", "-DMOS_EXT_TEST_WIDE"), MOS_EXT_CPU_ISA="avx2")
+
+
+@pytest.mark.parametrize(("limit", "same_as"), [("", None), ("AVX2", None), ("avx512", None), ("avx2", "avx2")])
+def test_instruction_set_limit(plain, limit, same_as):
+    """The variable is an upper bound; a name that is no instruction set limits nothing."""
+
+    def chosen(**env):
+        script = "import mos_kernels as K; print(K.instruction_set())"
+        environment = {k: v for k, v in os.environ.items() if k != "MOS_EXT_CPU_ISA"}
+        command = [sys.executable, "-c", script]
+        environment |= {"PYTHONPATH": str(plain), **env}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    best = chosen()
+    expected = best if same_as is None or best != "avx512" else same_as
+    assert chosen(MOS_EXT_CPU_ISA=limit) == expected
+    assert chosen(MOS_EXT_CPU_ISA="baseline") == "baseline"
+
+
 def test_address_and_undefined_behaviour_sanitizers():
     folder = build("asan", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     compiler = os.environ.get("CXX", "c++")

@@ -225,6 +225,63 @@ def test_in_place_writes_nothing_else(name, device):
     assert torch.isnan(frame[~written]).all()
 
 
+@pytest.mark.parametrize("name", ["expand_", "shrink_backward_"])
+def test_in_place_is_seen_by_autograd(name, device):
+    """A tensor that backward needs and an in-place operator changed is an error, as for every in-place operator of torch."""
+    arguments = arguments_of(name, device)
+    target = arguments[0]
+    loss = (torch.ones_like(target, requires_grad=True) * target).sum()
+    getattr(ops, name)(*arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    needy = [a.clone().requires_grad_() if i == 1 else a for i, a in enumerate(arguments)]
+    with pytest.raises(RuntimeError, match=f"mos_ext::{name} must be called without gradients"):
+        getattr(ops, name)(*needy)
+    with torch.no_grad():
+        getattr(ops, name)(*needy)
+
+
+@pytest.mark.parametrize("name", ["expand_", "shrink_backward_"])
+def test_an_output_that_overlaps_itself_is_refused(name):
+    arguments = list(arguments_of(name, "cpu"))
+    arguments[0] = arguments[0][:1].expand(5, -1)
+    with pytest.raises(RuntimeError, match="an output must not overlap itself, got row stride 0 for 12 columns"):
+        getattr(ops, name)(*arguments)
+
+
+def test_dropped_infinities_are_gone(device):
+    """As in the reference: what is dropped is zero, whatever it was."""
+    case, seed = random_case(40, 64, 64, 4, 2, device=device), torch.tensor([5], device=device)
+    kept = reference.dropout_mask(40, 64, 0.5, seed)
+    x = torch.where(kept, case.x, torch.full_like(case.x, float("inf")))
+    s = ops.shrink(x, case.pool_a, case.index_a, 0.5, seed)
+    dx, factor = ops.shrink_backward(s, x, case.pool_a, case.index_a, 0.5, seed)
+    assert torch.isfinite(s).all()
+    assert torch.isfinite(dx).all()
+    assert torch.isfinite(factor).all()
+
+
+def test_dropout_arguments():
+    case = random_case(4, 12, 12, 3, 2)
+    for p in (-0.1, 1.5, float("nan")):
+        with pytest.raises(RuntimeError, match=r"dropout must be in \[0, 1\], got"):
+            ops.shrink(case.x, case.pool_a, case.index_a, p, torch.tensor([1]))
+    with pytest.raises(RuntimeError, match="dropout needs a seed of one int64"):
+        ops.shrink(case.x, case.pool_a, case.index_a, 0.5, None)
+
+
+def test_subnormal_halves_survive_flush_to_zero():
+    x = torch.full((4, 12), 3e-7, dtype=torch.float16)
+    case = random_case(4, 12, 12, 3, 2)
+    expected = ops.shrink(x, case.pool_a, case.index_a, 0.0, None)
+    assert expected.any()
+    try:
+        torch.set_flush_denormal(True)
+        assert torch.equal(ops.shrink(x, case.pool_a, case.index_a, 0.0, None), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_are_not_written(name, device):
     arguments = arguments_of(name, device)

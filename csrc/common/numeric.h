@@ -34,8 +34,11 @@ struct f16_t {
   inline operator float() const {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16,
                    magnitude = static_cast<uint32_t>(bits & 0x7FFFu);
-    // Multiplying by 2^112 moves the exponent bias and makes subnormals normal in one exact step.
-    const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
+    // Subnormal halves through an integer: as float bit patterns they would be subnormal too, and flushed to zero by
+    // some.
+    const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    const uint32_t normal = (magnitude << 13) + (112u << 23);
+    const uint32_t finite = magnitude < 0x400u ? subnormal : normal;
     return bit_cast<float>((magnitude >= 0x7C00u ? 0x7F800000u | (magnitude << 13) : finite) | sign);
   }
   static inline f16_t round(float value) {

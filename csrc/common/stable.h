@@ -44,9 +44,20 @@ inline Tensor rows_contiguous(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// A view of t, which must outlive it and come from rows_contiguous.
+// A view of t, which must outlive it and come from rows_contiguous. For reading only: a copy-on-write input is not
+// copied.
 inline Matrix matrix_of(const Tensor& t) {
-  return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1)};
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t), t.size(0), t.size(1),
+          t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
+
+// The same for a tensor that is written. Rows must not overlap: two tasks would write the same element.
+inline Matrix output_matrix_of(const Tensor& t) {
+  Matrix view = matrix_of(t);
+  STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), "an output must not overlap itself, got row stride ",
+                  t.stride(0), " for ", t.size(1), " columns");
+  view.data = t.mutable_data_ptr();
+  return view;
 }
 
 // The factor that index (rank, shards_per_vector) selects from pool; both must outlive it. Shapes

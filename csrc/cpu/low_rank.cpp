@@ -18,14 +18,13 @@ constexpr int64_t kRowTile = 16, kColTile = 256;
 // Tiles are padded to whole micro-tiles: 4 rows, two AVX-512 vectors of columns; the rank plays
 // either role.
 constexpr int64_t kRowMultiple = 4, kColMultiple = 32, kRankMultiple = 4;
-// The padded rows past the end of a block land in these extra rows of its `projected`.
-constexpr int64_t kRowPadding = kRowMultiple;
-// Rows of a block. A block that sums over rows (factor_grad) keeps rank * cols floats of its own,
-// so it takes many.
-constexpr int64_t kBlockRows = 128, kBlockRowsSummed = 1024;
-// At most this many blocks side by side in one row of blocks when each needs its own (T, r) sums.
+// Rows of a block. A block that sums over rows (factor_grad) keeps rank * cols floats of its own, so it takes many, and
+// there are at most kMaxRowBlocks of them however long T is.
+constexpr int64_t kBlockRows = 128, kBlockRowsSummed = 1024, kMaxRowBlocks = 16;
+// At most this many blocks side by side when each needs its own (T, r) sums.
 constexpr int64_t kMaxSplits = 8;
-constexpr int64_t kWantedBlocks = 16;
+// Enough for two tasks a thread on 16 threads; a function of the shape alone, never of the threads there are.
+constexpr int64_t kWantedBlocks = 32;
 
 // Size of a staged tile, padding included.
 struct Tile {
@@ -36,9 +35,24 @@ struct Block {
   int64_t t0, t1, c0, c1;
 };
 
+// Unsigned integers as wide as T.
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = uint32_t;
+};
+template <>
+struct Bits<double> {
+  using type = uint64_t;
+};
+template <class T>
+using bits_t = typename Bits<T>::type;
+
 template <class T>
 struct Scratch {
-  T *in, *factor, *s, *out, *mask;
+  T *in, *factor, *s, *projected, *out;
+  bits_t<T>* mask;
 };
 
 // 64-byte aligned memory, released at the end of the scope.
@@ -78,7 +92,11 @@ class AlignedBuffer {
 #pragma GCC target("avx2,fma")
 #endif
 #define MOS_ISA avx2
+#ifdef MOS_EXT_TEST_WIDE  // tests run the 64-byte tiles of AVX-512 on machines that only have AVX2
+#define MOS_VECTOR_BYTES 64
+#else
 #define MOS_VECTOR_BYTES 32
+#endif
 #include "low_rank_tiles.h"
 #undef MOS_ISA
 #undef MOS_VECTOR_BYTES
@@ -137,14 +155,18 @@ bool runs_here(const char* name) {
   return !std::strcmp(name, "baseline");
 }
 
-// The best set that runs here, or a lesser one named by MOS_EXT_CPU_ISA (for tests and
-// comparisons). Decided once.
+// The best set that runs here, but none better than MOS_EXT_CPU_ISA names (for tests and comparisons). Decided once.
 const InstructionSet& chosen() {
   static const InstructionSet* const set = [] {
-    const char* wanted = std::getenv("MOS_EXT_CPU_ISA");
+    const char* limit = std::getenv("MOS_EXT_CPU_ISA");
+    bool allowed = true;
     for (const InstructionSet& candidate : kInstructionSets) {
-      if (wanted && std::strcmp(wanted, candidate.name)) continue;
-      if (runs_here(candidate.name)) return &candidate;
+      if (limit && !std::strcmp(limit, candidate.name)) allowed = false;
+    }
+    allowed = !(limit && !allowed);  // a name that is no instruction set limits nothing
+    for (const InstructionSet& candidate : kInstructionSets) {
+      allowed = allowed || !std::strcmp(limit, candidate.name);
+      if (allowed && runs_here(candidate.name)) return &candidate;
     }
     return &kInstructionSets[sizeof(kInstructionSets) / sizeof(kInstructionSets[0]) - 1];
   }();
@@ -159,7 +181,7 @@ void low_rank_pass_as(const LowRankPass& p, const ParallelFor& parallel) {
 
   // The grid depends on the shape alone, so the sums do too: bitwise equal runs, whatever the
   // number of threads.
-  const int64_t block_rows = p.factor_grad ? kBlockRowsSummed : kBlockRows;
+  const int64_t block_rows = p.factor_grad ? max64(kBlockRowsSummed, ceil_div(total_rows, kMaxRowBlocks)) : kBlockRows;
   const int64_t row_blocks = ceil_div(total_rows, block_rows);
   int64_t splits = ceil_div(kWantedBlocks, max64(1, row_blocks));
   if (p.projected) splits = min64(splits, kMaxSplits);
@@ -167,26 +189,33 @@ void low_rank_pass_as(const LowRankPass& p, const ParallelFor& parallel) {
   const int64_t block_cols = round_up(ceil_div(total_cols, splits), kColTile);
   splits = total_cols ? ceil_div(total_cols, block_cols) : 0;
 
-  // Own sums of each block, added up in a fixed order below. Unused ones take no memory.
-  const int64_t plane_rows = total_rows + row_blocks * kRowPadding;
+  // Own sums of each block, added up in a fixed order below. One split sums in the result itself.
+  T* result = static_cast<T*>(p.projected);
+  const int64_t plane_size = total_rows * rank;
+  const bool own_planes = p.projected && splits != 1;
+  AlignedBuffer planes(own_planes ? static_cast<size_t>(splits * plane_size) * sizeof(T) : 0);
+  T* plane = own_planes ? planes.as<T>() : result;
   const int64_t grad_stride = splits * block_cols, grad_size = rank_padded * grad_stride;
-  AlignedBuffer planes(p.projected ? static_cast<size_t>(splits * plane_rows * rank_padded) * sizeof(T) : 0);
   AlignedBuffer grads(p.factor_grad ? static_cast<size_t>(row_blocks * grad_size) * sizeof(T) : 0);
 
   parallel(row_blocks * splits, [&](int64_t i) {
     const int64_t row_block = i / splits, split = i % splits;
     const Block block{row_block * block_rows, min64(total_rows, (row_block + 1) * block_rows), split * block_cols,
                       min64(total_cols, (split + 1) * block_cols)};
-    const int64_t tile = kRowTile * kColTile;
-    AlignedBuffer memory(static_cast<size_t>(3 * tile + rank_padded * kColTile + kRowTile * rank_padded) * sizeof(T));
+    const int64_t tile = kRowTile * kColTile, factor_tile = rank_padded * kColTile, sums = kRowTile * rank_padded;
+    AlignedBuffer memory(static_cast<size_t>(3 * tile + factor_tile + 2 * sums) * sizeof(T));
     T* base = memory.as<T>();
-    const Scratch<T> scratch{base, base + 3 * tile, base + 3 * tile + rank_padded * kColTile, base + tile,
-                             base + 2 * tile};
+    Scratch<T> scratch;
+    scratch.in = base;
+    scratch.out = scratch.in + tile;
+    scratch.factor = scratch.out + tile;
+    scratch.s = scratch.factor + factor_tile;
+    scratch.projected = scratch.s + sums;
+    scratch.mask = reinterpret_cast<bits_t<T>*>(scratch.projected + sums);
     T *projected = nullptr, *grad = nullptr;
     if (p.projected) {
-      const int64_t rows = block.t1 - block.t0 + kRowPadding;
-      projected = planes.as<T>() + (split * plane_rows + block.t0 + row_block * kRowPadding) * rank_padded;
-      std::memset(projected, 0, static_cast<size_t>(rows * rank_padded) * sizeof(T));
+      projected = plane + split * plane_size + block.t0 * rank;
+      std::memset(projected, 0, static_cast<size_t>((block.t1 - block.t0) * rank) * sizeof(T));
     }
     if (p.factor_grad) {
       grad = grads.as<T>() + row_block * grad_size + block.c0;
@@ -198,16 +227,11 @@ void low_rank_pass_as(const LowRankPass& p, const ParallelFor& parallel) {
   });
 
   if (p.projected) {
-    T* out = static_cast<T*>(p.projected);
     parallel(row_blocks, [&](int64_t row_block) {
-      for (int64_t t = row_block * block_rows; t < min64(total_rows, (row_block + 1) * block_rows); ++t) {
-        for (int64_t j = 0; j < rank; ++j) {
-          T sum = T(0);
-          for (int64_t split = 0; split < splits; ++split) {
-            sum += planes.as<T>()[(split * plane_rows + t + row_block * kRowPadding) * rank_padded + j];
-          }
-          out[t * rank + j] = static_cast<T>(p.scale) * sum;
-        }
+      for (int64_t i = row_block * block_rows * rank; i < min64(total_rows, (row_block + 1) * block_rows) * rank; ++i) {
+        T sum = T(0);
+        for (int64_t split = 0; split < splits; ++split) sum += plane[split * plane_size + i];
+        result[i] = static_cast<T>(p.scale) * sum;
       }
     });
   }

@@ -92,31 +92,38 @@ void stage_factor(const Factor& f, int64_t c0, int64_t cols, T* dst, const Tile&
   for (int64_t j = 0; j < tile.rows; ++j) {
     T* row = dst + j * tile.cols;
     int64_t c = 0;
-    while (j < f.rank && c < cols) {
-      const int64_t shard = (c0 + c) / f.shard_size, offset = (c0 + c) % f.shard_size;
-      const int64_t run = min64(cols - c, f.shard_size - offset);
-      const P* src = pool + f.index[j * f.shards_per_vector + shard] * f.pool_stride + offset;
-      for (int64_t k = 0; k < run; ++k) row[c + k] = static_cast<T>(src[k]);
-      c += run;
+    if (j < f.rank) {
+      const int32_t* shard = f.index + j * f.shards_per_vector + c0 / f.shard_size;
+      for (int64_t offset = c0 % f.shard_size; c < cols; ++shard, offset = 0) {
+        const int64_t run = min64(cols - c, f.shard_size - offset);
+        const P* src = pool + *shard * f.pool_stride + offset;
+        for (int64_t k = 0; k < run; ++k) row[c + k] = static_cast<T>(src[k]);
+        c += run;
+      }
     }
     for (; c < tile.cols; ++c) row[c] = T(0);
   }
 }
 
-// mask (tile) = 1/(1-p) where kept, 0 where dropped. Tiles start at a multiple of kDropoutGroup
-// columns.
-template <class T>
-void stage_mask(const Dropout& d, int64_t t0, int64_t c0, T* mask, const Tile& tile) {
-  const T keep = static_cast<T>(d.keep_scale());
+// mask (tile) = all ones where kept, 0 where dropped. Tiles start at a multiple of kDropoutGroup columns.
+template <class U>
+void stage_mask(const Dropout& d, int64_t t0, int64_t c0, U* mask, const Tile& tile) {
   for (int64_t t = 0; t < tile.rows; ++t) {
     for (int64_t c = 0; c < tile.cols; c += kDropoutGroup) {
       const PhiloxBlock block =
           philox(d.seed, static_cast<uint32_t>((c0 + c) / kDropoutGroup), static_cast<uint64_t>(t0 + t));
       for (int i = 0; i < kDropoutGroup; ++i) {
-        mask[t * tile.cols + c + i] = dropout_bits(block, i) >= d.threshold ? keep : T(0);
+        mask[t * tile.cols + c + i] = dropout_bits(block, i) >= d.threshold ? ~U(0) : U(0);
       }
     }
   }
+}
+
+// x = keep * x where kept, 0 where dropped. By bits: a dropped element is zero whatever it was, and inf * 0 would be
+// NaN.
+template <class T, class U>
+void apply_mask(const U* mask, T keep, const Tile& tile, T* x) {
+  for (int64_t i = 0; i < tile.rows * tile.cols; ++i) x[i] = keep * bit_cast<T>(bit_cast<U>(x[i]) & mask[i]);
 }
 
 template <class X, class T>
@@ -133,15 +140,15 @@ void store_tile(const T* src, const Tile& tile, int64_t rows, int64_t cols, cons
   }
 }
 
-// The block (rows [t0, t1), columns [c0, c1)) of a pass. `projected` (t1 - t0, rank_padded) and
-// `grad` (rank_padded, grad_stride, pointing at column c0) are this block's own sums, zeroed by the
-// caller; either may be null.
+// The block (rows [t0, t1), columns [c0, c1)) of a pass. `projected` (t1 - t0, rank) and `grad` (rank_padded,
+// grad_stride, pointing at column c0) are this block's own sums, zeroed by the caller; either may be null.
 template <class T>
 void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, T* projected, T* grad,
                int64_t grad_stride) {
   const int64_t rank = p.factor.rank, rank_padded = round_up(rank, kRankMultiple);
   const DType dtype = p.activations().dtype;
   const bool dropout = p.dropout.active();
+  const T keep = static_cast<T>(p.dropout.keep_scale());
 
   for (int64_t c0 = b.c0; c0 < b.c1; c0 += kColTile) {
     // Whole micro-tiles only: a narrow matrix must not pay for kColTile columns, nor a single row
@@ -160,9 +167,7 @@ void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, 
         dispatch_dtype(dtype, [&](auto tag) {
           stage_matrix<typename decltype(tag)::type>(*p.in, t0, rows, c0, cols, scratch.in, tile);
         });
-        if (dropout) {
-          for (int64_t i = 0; i < tile.rows * tile.cols; ++i) scratch.in[i] *= scratch.mask[i];
-        }
+        if (dropout) apply_mask(scratch.mask, keep, tile, scratch.in);
       }
       if (p.s) {
         const T* s = static_cast<const T*>(p.s) + t0 * rank;
@@ -174,12 +179,16 @@ void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, 
         }
       }
       if (projected) {
-        T* c = projected + (t0 - b.t0) * rank_padded;
+        for (int64_t i = 0; i < tile.rows * rank_padded; ++i) scratch.projected[i] = T(0);
         for (int64_t t = 0; t < tile.rows; t += 4) {
           for (int64_t j = 0; j < rank_padded; j += 2) {
             dot_micro<T>(tile.cols, scratch.in + t * tile.cols, tile.cols, scratch.factor + j * tile.cols, tile.cols,
-                         c + t * rank_padded + j, rank_padded);
+                         scratch.projected + t * rank_padded + j, rank_padded);
           }
+        }
+        T* sums = projected + (t0 - b.t0) * rank;
+        for (int64_t t = 0; t < rows; ++t) {
+          for (int64_t j = 0; j < rank; ++j) sums[t * rank + j] += scratch.projected[t * rank_padded + j];
         }
       }
       if (grad) {
@@ -198,9 +207,7 @@ void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, 
                                scratch.out + t * tile.cols + c, tile.cols);
           }
         }
-        if (dropout) {
-          for (int64_t i = 0; i < tile.rows * tile.cols; ++i) scratch.out[i] *= scratch.mask[i];
-        }
+        if (dropout) apply_mask(scratch.mask, keep, tile, scratch.out);
         dispatch_dtype(dtype, [&](auto tag) {
           store_tile<typename decltype(tag)::type>(scratch.out, tile, rows, cols, *p.out, t0, c0, p.accumulate);
         });

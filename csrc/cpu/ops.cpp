@@ -29,7 +29,8 @@ struct FactorArgument {
 };
 
 Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
-  if (p <= 0.0) return {0, 0};
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout must be in [0, 1], got ", p);
+  if (p == 0.0) return {0, 0};
   STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                   "dropout needs a seed of one int64");
   return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())), dropout_threshold(p)};
@@ -49,7 +50,7 @@ void check_cols(const Tensor& x, const Factor& factor) {
 Tensor gather_concat_op(const Tensor& pool, const Tensor& index) {
   const FactorArgument factor(pool, index);
   Tensor out = torch::stable::new_empty(pool, {factor.view.rank, factor.view.cols()});
-  gather_concat(factor.view, matrix_of(out), torch_parallel);
+  gather_concat(factor.view, output_matrix_of(out), torch_parallel);
   return out;
 }
 
@@ -66,7 +67,7 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
                     "index must be in [0, ", num_shards, ")");
   }
   Tensor out = torch::stable::new_empty(grads[0], {num_shards, shard_size}, accumulate_type(grads[0]));
-  scatter_add(modules, matrix_of(out), torch_parallel);
+  scatter_add(modules, output_matrix_of(out), torch_parallel);
   return out;
 }
 
@@ -91,7 +92,7 @@ void expand_into(const Tensor& y, const Tensor& s, const Tensor& pool, const Ten
   check_cols(y, pass.factor);
   const Tensor s_c = sums_contiguous(s, y, pass.factor.rank);
   pass.s = s_c.const_data_ptr();
-  const Matrix out = matrix_of(y);
+  const Matrix out = output_matrix_of(y);
   pass.out = &out;
   pass.accumulate = accumulate;
   low_rank_pass(pass, torch_parallel);
@@ -142,7 +143,7 @@ Tensor shrink_backward_into(const Tensor& dx, const Tensor& ds, const Tensor& x,
   pass.in = &in;
   pass.s = ds_c.const_data_ptr();
   pass.factor_grad = grad.mutable_data_ptr();
-  const Matrix out = matrix_of(dx);
+  const Matrix out = output_matrix_of(dx);
   pass.out = &out;
   pass.accumulate = accumulate;
   low_rank_pass(pass, torch_parallel);

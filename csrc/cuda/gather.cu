@@ -40,6 +40,7 @@ struct GatherParams {
   int64_t segments;       // r * l
   int64_t segment_words;  // of one shard
   int64_t pool_stride_words;
+  int64_t num_shards;
 };
 
 // Blocks (x: segments, strided; y: words of a segment). A segment's destination is its number: the output is
@@ -51,7 +52,9 @@ __global__ void gather_concat_kernel(GatherParams p) {
   const int64_t word = blockIdx.y * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (word >= p.segment_words) return;
   for (int64_t q = blockIdx.x; q < p.segments; q += gridDim.x) {
-    out[q * p.segment_words + word] = pool[p.index[q] * p.pool_stride_words + word];
+    const int64_t shard = p.index[q];
+    if (shard < 0 || shard >= p.num_shards) __trap();  // like torch's own gathers: an error at the next synchronisation
+    out[q * p.segment_words + word] = pool[shard * p.pool_stride_words + word];
   }
 }
 
@@ -118,9 +121,11 @@ __global__ void scatter_add_kernel(const __grid_constant__ ScatterParams p) {
 template <class W>
 void gather_as(const Factor& f, const Matrix& out, int64_t segment_bytes, int64_t stride_bytes, cudaStream_t stream) {
   const int64_t width = sizeof(W), words = segment_bytes / width;
-  const GatherParams params{f.pool, out.data, f.index, f.rank * f.shards_per_vector, words, stride_bytes / width};
+  const GatherParams params{f.pool,      out.data, f.index, f.rank * f.shards_per_vector, words, stride_bytes / width,
+                            f.num_shards};
   const int threads = threads_for(words);
-  const dim3 grid(static_cast<unsigned>(params.segments), static_cast<unsigned>(blocks_for(words, threads)));
+  const int64_t segments = params.segments < 65535 ? params.segments : 65535;
+  const dim3 grid(static_cast<unsigned>(segments), static_cast<unsigned>(blocks_for(words, threads)));
   gather_concat_kernel<W><<<grid, threads, 0, stream>>>(params);
 }
 
@@ -129,6 +134,10 @@ cudaError_t scatter_as(const FactorGradient* modules, int count, const Matrix& p
   const int threads = threads_for(pool_grad.cols);
   const int64_t shards = pool_grad.rows < 65535 ? pool_grad.rows : 65535;
   const dim3 grid(static_cast<unsigned>(shards), static_cast<unsigned>(blocks_for(pool_grad.cols, threads)));
+  for (int k = 0; k < count; ++k) {
+    // The kernel counts entries of a table in 32 bits, with room for one block past the end.
+    if (modules[k].grad.rows * modules[k].shards_per_vector > INT32_MAX - 256) return cudaErrorInvalidValue;
+  }
   for (int first = 0; first == 0 || first < count; first += kScatterModules) {
     ScatterParams params{};
     params.out = pool_grad.data;

@@ -11,7 +11,7 @@ namespace mos::cuda {
 // out (rank, cols), contiguous = the assembled factor, in the pool's dtype.
 cudaError_t launch_gather_concat(const Factor& factor, const Matrix& out, cudaStream_t stream);
 
-// Modules per launch of scatter_add: their descriptions travel as kernel parameters, 48 bytes each of the 4 KiB there
+// Modules per launch of scatter_add: their descriptions travel as kernel parameters, 32 bytes each of the 4 KiB there
 // are.
 constexpr int kScatterModules = 64;
 

@@ -37,7 +37,7 @@ Tensor gather_concat_op(const Tensor& pool, const Tensor& index) {
   STD_TORCH_CHECK(index.is_cuda() && index.get_device() == pool.get_device(), "index must be on the pool's device");
   const torch::stable::accelerator::DeviceGuard guard(pool.get_device());
   Tensor out = torch::stable::new_empty(pool, {factor.rank, factor.cols()});
-  check_launch(launch_gather_concat(factor, matrix_of(out), current_stream(pool.get_device())), "gather_concat",
+  check_launch(launch_gather_concat(factor, output_matrix_of(out), current_stream(pool.get_device())), "gather_concat",
                factor.rank, factor.cols());
   return out;
 }
@@ -56,9 +56,9 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
     modules.push_back(factor_gradient_of(grads[k], indices[k], shard_size, grads[0].scalar_type()));
   }
   Tensor out = torch::stable::new_empty(grads[0], {num_shards, shard_size}, accumulate_type(grads[0]));
-  check_launch(
-      launch_scatter_add(modules.data(), static_cast<int>(modules.size()), matrix_of(out), current_stream(device)),
-      "scatter_add", num_shards, shard_size);
+  check_launch(launch_scatter_add(modules.data(), static_cast<int>(modules.size()), output_matrix_of(out),
+                                  current_stream(device)),
+               "scatter_add", num_shards, shard_size);
   return out;
 }
 

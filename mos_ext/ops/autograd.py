@@ -97,6 +97,24 @@ for _name, _setup, _backward in (
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=library)
 
 
+def _in_place(name: str) -> None:
+    """What autograd must know of an in-place operator: the first argument has changed, and nothing flows through."""
+    op = getattr(ops, name).default
+
+    def kernel(keyset, out, *args):
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (out, *args)):
+            raise RuntimeError(f"mos_ext::{name} must be called without gradients, got an argument that requires one")
+        torch.autograd.graph.increment_version(out)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, out, *args)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+for _name in ("expand_", "shrink_backward_"):
+    _in_place(_name)
+
+
 # ------------------------------------------------------------------------------------------------ handles
 
 
