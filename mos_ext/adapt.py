@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import MoSConfig
 from .linear import MoSLinear
-from .planner import LinearType, plan
+from .planner import LinearType, plan, unwrap
 from .pools import ShardPool
 
 POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
@@ -45,17 +45,16 @@ class Adapter(nn.Module):
 
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of an adapted model. ValueError for any other."""
-    adapter = getattr(model, POOLS, None)
+    adapter = getattr(unwrap(model), POOLS, None)
     if not isinstance(adapter, Adapter):
-        raise ValueError(
-            f"model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain {type(model).__name__}"
-        )
+        kind = type(model).__name__
+        raise ValueError(f"model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain {kind}")
     return adapter
 
 
 def mos_layers(model: nn.Module) -> Iterator[tuple[str, MoSLinear]]:
     """The adapted layers of a model, by name."""
-    for name, module in model.named_modules():
+    for name, module in unwrap(model).named_modules():
         if isinstance(module, MoSLinear):
             yield name, module
 
@@ -78,19 +77,27 @@ def adapt(model: nn.Module, config: MoSConfig) -> nn.Module:
         ValueError: the model is adapted already, no module matches ``target_modules`` (the message lists what exists),
             ``shards_per_vector`` does not divide a module's features, or a linear type has too few modules for the
             ranks (with the nearest valid values).
-        TypeError: an argument or a selected module of the wrong type. The model is unchanged after any error.
+        TypeError: an argument or a selected module of the wrong type, or a model that is a bare container.
+            The model is unchanged after any error.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, MoSConfig):
         raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
-    check_unadapted(model)
-    return install(model, config, plan(model, config))
+    base = unwrap(model)
+    check_unadapted(base)
+    install(base, config, plan(base, config))
+    return model
 
 
 def check_unadapted(model: nn.Module) -> None:
-    if hasattr(model, POOLS) or any(True for _ in mos_layers(model)):
+    """ValueError for a model with an adapter, TypeError for one that cannot hold one."""
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        raise TypeError(f"model must be a module with a forward of its own, got a {type(model).__name__}")
+    if any(True for _ in mos_layers(model)):
         raise ValueError("model must not be adapted yet, got one with MoSLinear layers; start from the base model")
+    if hasattr(model, POOLS):
+        raise ValueError(f"model must have no attribute {POOLS}, which holds the adapter, got one of its own")
 
 
 def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearType]) -> nn.Module:
@@ -148,30 +155,49 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def merge(model: nn.Module) -> nn.Module:
     """Adds every adapter to its weight, in place, exact to the rounding of one addition: no cost over the base.
 
+    Merged layers have no trainable parameters in use, and ``state_dict()`` holds the merged weights until ``unmerge``.
+
     Raises:
-        ValueError: the model is not adapted, or a merged weight would not be finite (then no layer is merged).
+        ValueError: the model is not adapted, is switched off by ``disabled``, uses an adapted weight in another place
+            too (tied embeddings), or a merged weight would not be finite. Nothing is merged then.
     """
     adapter_of(model)
-    done: list[MoSLinear] = []
-    for name, layer in mos_layers(model):
-        if layer.merged:
-            continue
-        try:
-            layer.merge()
-        except ValueError as error:
-            for other in done:
-                other.unmerge()
-            raise ValueError(f"{name}: {error}") from None
-        done.append(layer)
+    layers = dict(mos_layers(model))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        if not layer.enabled:
+            raise ValueError(f"model must not be merged inside disabled(), got {name} switched off")
+        modules = {unwrap(model).get_submodule(owner.rpartition(".")[0]) for owner in owners[id(layer.weight)]}
+        if modules != {layer}:
+            shared = ", ".join(owners[id(layer.weight)])
+            raise ValueError(f"a merged weight must belong to one module alone, got one that is {shared}")
+    _rewrite(layers, MoSLinear.merge, merged=True)
     return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Takes the adapters out of the weights again, exact to the rounding of one addition in the weights' dtype."""
+    """Takes the adapters out of the weights again, exact to the rounding of one addition in the weights' dtype.
+
+    Raises:
+        ValueError: the model is not adapted, or its pools have changed since the merge. Nothing is unmerged then.
+    """
     adapter_of(model)
-    for _, layer in mos_layers(model):
-        layer.unmerge()
+    _rewrite(dict(mos_layers(model)), MoSLinear.unmerge, merged=False)
     return model
+
+
+def _rewrite(layers: dict[str, MoSLinear], rewrite: Callable[[MoSLinear], None], *, merged: bool) -> None:
+    """Merges or unmerges every layer that is not yet so, after a first pass that only checks."""
+    todo = {name: layer for name, layer in layers.items() if layer.merged != merged}
+    for name, layer in todo.items():
+        try:
+            layer.merged_weight()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for layer in todo.values():
+        rewrite(layer)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from ._version import __version__
 from .adapt import adapter_of, check_unadapted, install, mos_layers
 from .config import POOL_DTYPES, MoSConfig
-from .planner import LinearType, group_modules, type_name
+from .linear import MoSLinear
+from .ops.checks import check_integer
+from .planner import LinearType, group_modules, type_name, unwrap
+from .pools import ShardPool
 from .routing import IndexTables, check_ranks, check_tables
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT, FORMAT_VERSION = "mos_ext", 1
 _CONFIG_KEY = "adapter_config"  # of the safetensors header
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _TENSORS = ("pool_a", "pool_b", "index_a", "index_b")
 
 
@@ -54,9 +58,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
         ValueError: the model is not adapted, or its pools are on the meta device. TypeError: ``dtype`` is not a float
             type.
     """
-    if dtype is not None and dtype not in POOL_DTYPES.values():
-        raise TypeError(f"dtype must be one of {', '.join(POOL_DTYPES)} or None, got {dtype}")
-    adapter = adapter_of(model)
+    _check_dtype(dtype)
+    adapter, model = adapter_of(model), unwrap(model)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -70,10 +73,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     }
     tensors = {}
     for linear_type, pool in zip(adapter.linear_types, adapter.pools, strict=True):
-        if pool.a.device.type == "meta":
-            raise ValueError(
-                f"model must have its values in memory to be saved, got {linear_type.name} on the meta device"
-            )
+        _check_in_memory(linear_type.name, pool)
         smallest = _smallest_integer(pool.a.shape[0] - 1)
         for name, tensor, target in (
             ("pool_a", pool.a, dtype),
@@ -82,7 +82,25 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
             ("index_b", pool.index_b, smallest),
         ):
             tensors[f"{linear_type.name}.{name}"] = tensor.detach().to("cpu", target or tensor.dtype)
+    _check_finite(tensors)
     _save(path, tensors, config, {_CONFIG_KEY: json.dumps(config, sort_keys=True)})
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is not None and dtype not in POOL_DTYPES.values():
+        names = ", ".join(f"torch.{name}" for name in POOL_DTYPES)
+        raise TypeError(f"dtype must be one of {names} or None, got {dtype!r}")
+
+
+def _check_in_memory(name: str, pool: ShardPool) -> None:
+    if pool.a.device.type == "meta":
+        raise ValueError(f"model must have its values in memory, got {name} on the meta device")
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} must be finite in {tensor.dtype}, got inf or NaN")
 
 
 def _smallest_integer(largest: int) -> torch.dtype:
@@ -104,6 +122,9 @@ def _save(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict, hea
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a directory, got the file {folder}")
+    for name in (WEIGHTS, CONFIG):
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} must be a file, got a directory")
     folder.mkdir(parents=True, exist_ok=True)
     whole = {k: v.contiguous().clone() for k, v in tensors.items()}
     writers: dict[str, Callable[[Path], Any]] = {
@@ -145,7 +166,8 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     if not isinstance(base_model, nn.Module):
         raise TypeError(f"base_model must be a torch.nn.Module, got {type(base_model).__name__}")
-    check_unadapted(base_model)
+    model = unwrap(base_model)
+    check_unadapted(model)
     folder = Path(path)
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
@@ -154,16 +176,18 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     try:
         config = MoSConfig.from_dict(stored["config"])
         types = {(t["role"], t["in_features"], t["out_features"]): tuple(t["modules"]) for t in stored["linear_types"]}
+        if len(types) != len(stored["linear_types"]):
+            raise ValueError("a linear type that occurs twice")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} must hold a valid MoS configuration, got {error}") from None
     tensors = _read_tensors(folder / WEIGHTS, stored)
-    _check_model(base_model, config, types, folder)
+    _check_model(model, config, types, folder)
     linear_types = [_stored_type(key, modules, config, tensors, folder) for key, modules in types.items()]
     _check_pools(linear_types, config, tensors, folder)
 
-    install(base_model, config, linear_types)
+    install(model, config, linear_types)
     with torch.no_grad():
-        for linear_type, pool in zip(linear_types, adapter_of(base_model).pools, strict=True):
+        for linear_type, pool in zip(linear_types, adapter_of(model).pools, strict=True):
             pool.a.copy_(tensors[f"{linear_type.name}.pool_a"])
             pool.b.copy_(tensors[f"{linear_type.name}.pool_b"])
     return base_model
@@ -172,7 +196,7 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
 def _read_config(file: Path) -> dict:
     try:
         stored = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON, got {error}") from None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         got = (
@@ -194,7 +218,11 @@ def _read_tensors(file: Path, stored: dict) -> dict[str, Tensor]:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} must be a complete safetensors file, got {error}") from None
-    if header is None or json.loads(header) != stored:
+    try:
+        same = header is not None and json.loads(header) == stored
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
         raise ValueError(
             f"{file} must come from the same save as {CONFIG} beside it, got another configuration in its header"
         )
@@ -202,6 +230,8 @@ def _read_tensors(file: Path, stored: dict) -> dict[str, Tensor]:
 
 
 def _check_model(model: nn.Module, config: MoSConfig, types: dict, folder: Path) -> None:
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError("base_model must have its values in memory, got parameters on the meta device")
     try:
         here = group_modules(model, config)
     except (ValueError, TypeError) as error:
@@ -228,17 +258,15 @@ def _stored_type(
     tables = []
     for side in ("index_a", "index_b"):
         table = tensors.get(f"{name}.{side}")
-        if table is None or table.is_floating_point():
-            raise ValueError(
-                f"{folder / WEIGHTS} must hold an integer tensor {name}.{side}, got "
-                f"{'none' if table is None else table.dtype}"
-            )
-        tables.append(table.numpy().astype(np.int32))
+        if table is None or table.dtype not in _INTEGERS:
+            got = "none" if table is None else table.dtype
+            raise ValueError(f"{folder / WEIGHTS} must hold an integer tensor {name}.{side}, got {got}")
+        tables.append(table.numpy())
     try:
         check_tables(config, IndexTables(*tables), len(modules))
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}, {name}: {error}") from None
-    return LinearType(*key, modules, IndexTables(*tables))
+    return LinearType(*key, modules, IndexTables(*(table.astype(np.int32) for table in tables)))
 
 
 def _check_pools(linear_types: list[LinearType], config: MoSConfig, tensors: dict, folder: Path) -> None:
@@ -257,6 +285,7 @@ def _check_pools(linear_types: list[LinearType], config: MoSConfig, tensors: dic
                     f"{folder / WEIGHTS} must hold {t.name}.{side} as floats of shape {(n, features // l)}, "
                     f"got {pool.dtype} {tuple(pool.shape)}"
                 )
+    _check_finite({name: t.to(config.torch_pool_dtype) for name, t in tensors.items() if ".pool_" in name})
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -287,14 +316,21 @@ def export_lora(
     Raises:
         ValueError: the model is not adapted, or ``rank`` is below r. TypeError: ``dtype`` is not a float type.
     """
-    adapter = adapter_of(model)
+    adapter, model = adapter_of(model), unwrap(model)
     r = adapter.config.r
     rank = r if rank is None else rank
+    check_integer("rank", rank, 1)
     if rank < r:
         raise ValueError(f"rank must be at least r={r}, got {rank}")
-    if dtype is not None and dtype not in POOL_DTYPES.values():
-        raise TypeError(f"dtype must be one of {', '.join(POOL_DTYPES)} or None, got {dtype}")
+    _check_dtype(dtype)
+    for linear_type, pool in zip(adapter.linear_types, adapter.pools, strict=True):
+        _check_in_memory(linear_type.name, pool)
     tensors, layers = {}, dict(mos_layers(model))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MoSLinear) and name not in layers:
+            raise ValueError(
+                f"an exported module must have one name, got one that is also {name}: PEFT would adapt it once"
+            )
     with torch.no_grad():
         for name, layer in layers.items():
             a, b = layer.factors()
@@ -324,6 +360,7 @@ def export_lora(
         "modules_to_save": None,
         "inference_mode": True,
     }
+    _check_finite(tensors)
     _save(path, tensors, config, {"format": "pt"})
 
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from .ops.checks import check_integer, check_number
+
 ROUTINGS = ("random", "balanced")
 POOL_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def _boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _real(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError(f"{name} must be a finite number, got {value!r}")
 
 
 def _patterns(name: str, value: object) -> str | tuple[str, ...]:
@@ -97,12 +86,12 @@ class MoSConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _integer("r", self.r, 1)
+        check_integer("r", self.r, 1)
         if self.r > 256:
             raise ValueError(f"r must be at most 256, got {self.r}")
-        _integer("equivalent_rank", self.equivalent_rank, 1)
-        _integer("shards_per_vector", self.shards_per_vector, 1)
-        _integer("private_rank", self.private_rank, 0)
+        check_integer("equivalent_rank", self.equivalent_rank, 1)
+        check_integer("shards_per_vector", self.shards_per_vector, 1)
+        check_integer("private_rank", self.private_rank, 0)
         if self.private_rank > self.equivalent_rank:
             raise ValueError(
                 f"private_rank must be at most equivalent_rank={self.equivalent_rank}, got {self.private_rank}"
@@ -114,17 +103,17 @@ class MoSConfig:
                 f"r must equal equivalent_rank={self.equivalent_rank} when private_rank equals it "
                 f"(no shard is public), got {self.r}"
             )
-        _real("alpha", self.alpha)
-        _real("dropout", self.dropout)
+        check_number("alpha", self.alpha)
+        check_number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         _boolean("pair_dissociation", self.pair_dissociation)
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {self.routing!r}")
-        _integer("seed", self.seed, 0)
+        check_integer("seed", self.seed, 0)
         dtype = self.pool_dtype
         name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-        if name not in POOL_DTYPES:
+        if not isinstance(name, str) or name not in POOL_DTYPES:
             raise ValueError(f"pool_dtype must be one of {', '.join(POOL_DTYPES)}, got {dtype!r}")
         object.__setattr__(self, "pool_dtype", name)
         object.__setattr__(self, "target_modules", _patterns("target_modules", self.target_modules))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (defines torch.ops.mos_ext)
 from .ops.autograd import MoSLinear as _MoSLinear
-from .ops.autograd import autocast
-from .ops.checks import check_activation, check_float, check_index, check_shape
+from .ops.autograd import MoSLinearTransformed, autocast, mos_linear_forward, transforms_active
+from .ops.checks import check_activation, check_float, check_index, check_number, check_shape, check_tensor
 
 ops = torch.ops.mos_ext
 
@@ -31,8 +31,12 @@ def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
 
     Source: MoS (ICLR 2025): ``A = pool_a[I_a].reshape(r, in)``, ``B = pool_b[I_b].reshape(r, out).T``.
     """
+    check_tensor("pool", pool)
+    check_tensor("index", index)
     check_float("pool", pool)
     check_shape("pool", pool, (None, None))
+    if index.device != pool.device:
+        raise ValueError(f"index must be on the device of the pool, {pool.device}, got {index.device}")
     check_index("index", index, pool.shape[0])
     check_shape("index", index, (None, None))
     return ops.gather_concat(pool, index)
@@ -71,6 +75,14 @@ def mos_linear(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
+    tensors = {"x": x, "weight": weight, "pool_a": pool_a, "index_a": index_a, "pool_b": pool_b, "index_b": index_b}
+    tensors |= {} if bias is None else {"bias": bias}
+    tensors |= {} if seed is None else {"seed": seed}
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    check_float("x", x)
     check_float("weight", weight)
     check_shape("weight", weight, (None, None))
     out_features, in_features = weight.shape
@@ -88,8 +100,12 @@ def mos_linear(
             )
     if not 1 <= index_a.shape[0] <= 256:
         raise ValueError(f"index_a must have 1 to 256 rows, the rank, got {index_a.shape[0]}")
+    for name, value in (("scale", scale), ("dropout", dropout)):
+        check_number(name, value)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
     return fused(x, weight, bias, pool_a, pool_b, index_a, index_b, float(scale), dropout=dropout, seed=seed)
 
 
@@ -110,14 +126,16 @@ def fused(
 ) -> Tensor:
     """:func:`mos_linear` without what a layer checked once, and with gradient handles (``ops/autograd.py``)."""
     x, weight, bias = autocast(x, weight, bias)
-    check_activation(x, weight.shape[1], pool_a)
+    check_activation(x, weight, bias, pool_a, pool_b)
     if dropout > 0.0 and seed is None:
         # A tensor, not a number: no synchronisation, and every replay of a captured CUDA graph draws anew.
         seed = torch.randint(0, 2**62, (1,), device=x.device)
     flat = x.reshape(-1, x.shape[-1])
-    inputs = (flat, weight, bias, pool_a, pool_b, handle_a, handle_b)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y, _ = _MoSLinear.apply(*inputs, index_a, index_b, scale, dropout, seed)
+    differentiable = (flat, weight, bias, pool_a, pool_b, handle_a, handle_b)
+    if transforms_active():
+        y, _ = MoSLinearTransformed.apply(*differentiable, index_a, index_b, scale, dropout, seed)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        y = _MoSLinear.apply(*differentiable, index_a, index_b, scale, dropout, seed)
     else:
-        y, _ = _MoSLinear.forward(*inputs, index_a, index_b, scale, dropout, seed)
+        y, _ = mos_linear_forward(flat, weight, bias, pool_a, pool_b, index_a, index_b, scale, dropout, seed)
     return y.reshape(*x.shape[:-1], y.shape[-1])

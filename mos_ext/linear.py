@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import reference
 from .config import MoSConfig
 from .functional import fused
+from .ops.checks import check_integer
 from .planner import features_of, is_conv1d
 from .pools import ShardPool
 
@@ -70,7 +71,7 @@ class MoSLinear(nn.Module):
     ) -> MoSLinear:
         """The adapted form of an ``nn.Linear`` or a transformers ``Conv1D``.
 
-        Weight, bias, hooks and mode are the same objects, not copies.
+        Weight, bias and the hooks of forward and backward are the same objects, not copies.
 
         Raises:
             TypeError: any other module. ValueError: a pool of other features.
@@ -90,6 +91,11 @@ class MoSLinear(nn.Module):
         self.fan_in_fan_out = is_conv1d(linear)  # the weight is stored as (in, out)
         self.register_parameter("weight", linear.weight)
         self.register_parameter("bias", linear.bias)
+        if config is not None and not isinstance(config, MoSConfig):
+            raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
+        if pool is not None and not isinstance(pool, ShardPool):
+            raise TypeError(f"pool must be a ShardPool, got {type(pool).__name__}")
+        check_integer("layer", layer, 0)
         if pool is None:
             if config is None:
                 raise ValueError("config must be given when there is no pool, got None")
@@ -101,7 +107,7 @@ class MoSLinear(nn.Module):
                 f"pool must be for {features[0]} -> {features[1]} features, got "
                 f"{pool.in_features} -> {pool.out_features}"
             )
-        if not 0 <= layer < pool.num_layers:
+        if layer >= pool.num_layers:
             raise ValueError(f"layer must be in [0, {pool.num_layers}), got {layer}")
         self.layer = layer
         if register_pool:
@@ -125,18 +131,19 @@ class MoSLinear(nn.Module):
         if self.merged or not self.enabled:
             return nn.functional.linear(x, weight, self.bias)
         pool, layer = self.pool, self.layer
-        # Values come from detached pools, gradients go through the handles. Without a handle nobody wants a gradient.
+        handle_a, handle_b = pool.handle("a", layer), pool.handle("b", layer)
         return fused(
             x,
             weight,
             self.bias,
-            pool.a.detach(),
-            pool.b.detach(),
+            # Where a handle takes the gradient, the pool only gives its values.
+            pool.a if handle_a is None else pool.a.detach(),
+            pool.b if handle_b is None else pool.b.detach(),
             pool.index_a[layer],
             pool.index_b[layer],
             self.scale,
-            handle_a=pool.handle("a", layer),
-            handle_b=pool.handle("b", layer),
+            handle_a=handle_a,
+            handle_b=handle_b,
             dropout=pool.config.dropout if self.training else 0.0,
         )
 
@@ -160,27 +167,49 @@ class MoSLinear(nn.Module):
             ValueError: the merged weight would not be finite; the layer stays as it was.
         """
         if not self.merged:
-            self._add_to_weight(1.0)
-            self.merged = True
+            self._set_weight(self.merged_weight())
+            self.merged, self._merged_from = True, self._pool_versions()
 
     def unmerge(self) -> None:
-        """Takes the adapter out of ``weight`` again, exact to the rounding of one addition in the weight's dtype."""
+        """Takes the adapter out of ``weight`` again, exact to the rounding of one addition in the weight's dtype.
+
+        Raises:
+            ValueError: the pools have changed since the merge, so what was added is not known any more.
+        """
         if self.merged:
-            self._add_to_weight(-1.0)
+            self._set_weight(self.merged_weight())
             self.merged = False
 
     @torch.no_grad()
-    def _add_to_weight(self, sign: float) -> None:
+    def merged_weight(self) -> Tensor:
+        """What ``merge`` (or, on a merged layer, ``unmerge``) makes of the weight; checked, nothing is written."""
+        if self.merged and self._merged_from != self._pool_versions():
+            raise ValueError("the pools must not change between merge and unmerge, got pools changed in place")
         delta = self.delta_weight()
         # One rounding, at the end: the sum is formed in the wider of both dtypes.
-        merged = (
-            self.weight.to(torch.promote_types(self.weight.dtype, delta.dtype))
-            .add(delta, alpha=sign)
-            .to(self.weight.dtype)
-        )
-        if merged.device.type != "meta" and not torch.isfinite(merged).all():
-            raise ValueError(f"the weight must be finite after {'merge' if sign > 0 else 'unmerge'}, got inf or NaN")
-        self.weight.copy_(merged)
+        wide = self.weight.to(torch.promote_types(self.weight.dtype, delta.dtype))
+        weight = wide.add(delta, alpha=-1.0 if self.merged else 1.0).to(self.weight.dtype)
+        if weight.device.type != "meta" and not torch.isfinite(weight).all():
+            raise ValueError(f"the weight must be finite after {'unmerge' if self.merged else 'merge'}, got inf or NaN")
+        return weight
+
+    @torch.no_grad()
+    def _set_weight(self, weight: Tensor) -> None:
+        self.weight.copy_(weight)
+
+    def _pool_versions(self) -> tuple[int, int]:
+        """Counts every change of a pool in place, by an optimizer say."""
+        return self.pool.a._version, self.pool.b._version
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.merged:  # a copy's tensors count anew
+            self._merged_from = self._pool_versions()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if self.merged and f"{prefix}weight" in state_dict:
+            raise ValueError(f"{prefix[:-1]} must not be merged while its weight is loaded: call unmerge first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         c = self.pool.config

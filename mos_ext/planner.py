@@ -47,6 +47,8 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
     ``x W^T + b``, or not be called at all. ``Conv1D`` of transformers is recognised by name, because transformers is
     not a dependency.
     """
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return None  # pruned, weight-normed: the weight is computed from other parameters
     if type(module) is nn.Linear:
         return module.in_features, module.out_features
     if is_conv1d(module):
@@ -74,6 +76,13 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     """The module that maps to logits, where the model says which; transformers models do."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile(model)`` returns; any other model itself."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -107,6 +116,11 @@ def select_modules(model: nn.Module, config: MoSConfig) -> list[tuple[str, nn.Mo
             f"the model has: {', '.join(existing) or 'no linear module'}"
         )
     for name, module in named:
+        if "forward" in vars(module):
+            raise TypeError(
+                f"target_modules must select modules with the forward of their class, got {name}, whose forward was "
+                f"replaced (by a hook of accelerate, say)"
+            )
         if features_of(module) is None:
             raise TypeError(
                 f"target_modules must select torch.nn.Linear or transformers Conv1D modules, got {name}, "

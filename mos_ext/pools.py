@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import MoSConfig
 from .ops.autograd import factor_handles
-from .ops.checks import check_index
+from .ops.checks import check_index, check_integer
 from .routing import IndexTables, check_ranks, draw_tables
 
 
@@ -50,6 +50,10 @@ class ShardPool(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, MoSConfig):
+            raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("num_layers", num_layers)):
+            check_integer(name, value, 1)
         check_ranks(config, in_features, out_features, num_layers)
         self.config, self.in_features, self.out_features, self.num_layers = (
             config,
@@ -58,39 +62,48 @@ class ShardPool(nn.Module):
             num_layers,
         )
         l, n = config.shards_per_vector, config.num_shards(num_layers)
-        if tables is None:
-            tables = draw_tables(config, linear_type, num_layers)
-        for side, table in (("index_a", tables.a), ("index_b", tables.b)):
-            tensor = torch.from_numpy(table)
-            check_index(side, tensor, n)
-            if tensor.shape != (num_layers, config.r, l):
-                raise ValueError(f"{side} must have the shape {(num_layers, config.r, l)}, got {tuple(tensor.shape)}")
-            self.register_buffer(side, tensor.to(device) if device is not None else tensor.clone())
-        dtype = config.torch_pool_dtype
-        self.a = nn.Parameter(torch.empty(n, in_features // l, dtype=dtype, device=device))
-        self.b = nn.Parameter(torch.empty(n, out_features // l, dtype=dtype, device=device))
+        self.a = nn.Parameter(torch.empty(n, in_features // l, dtype=config.torch_pool_dtype, device=device))
+        self.b = nn.Parameter(torch.empty(n, out_features // l, dtype=config.torch_pool_dtype, device=device))
+        self.tables = draw_tables(config, linear_type, num_layers) if tables is None else tables
+        for side, table in (("index_a", self.tables.a), ("index_b", self.tables.b)):
+            if table.shape != (num_layers, config.r, l):
+                raise ValueError(f"{side} must have the shape {(num_layers, config.r, l)}, got {table.shape}")
+            with torch.device("cpu"):
+                check_index(side, torch.from_numpy(table), n)
+            self.register_buffer(side, torch.empty(table.shape, dtype=torch.int32, device=self.a.device))
         self.reset_parameters()
         self._renew_handles()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A ~ U(-1/sqrt(in), 1/sqrt(in)) with the full ``in``, whatever l; B = 0."""
+        """A ~ U(-1/sqrt(in), 1/sqrt(in)) with the full ``in``, whatever l; B = 0; the tables as at construction."""
         bound = 1.0 / math.sqrt(self.in_features)
         nn.init.uniform_(self.a, -bound, bound)
         nn.init.zeros_(self.b)
+        for side, table in (("index_a", self.tables.a), ("index_b", self.tables.b)):
+            getattr(self, side).copy_(torch.from_numpy(table))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for side in ("index_a", "index_b"):
+            if (table := state_dict.get(prefix + side)) is not None:
+                check_index(prefix + side, table, self.a.shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def handle(self, side: str, layer: int) -> Tensor | None:
-        """Stand-in that carries a layer's factor gradient to pool ``side`` (``ops/autograd.py``); None if unwanted."""
+        """Stand-in that carries a layer's factor gradient to pool ``side`` (``ops/autograd.py``).
+
+        None when no gradient is wanted, or when it must go to the pool itself: ``functional_call`` and ``torch.func``
+        put other tensors here for one call, and a tracer that meets a replaced parameter must not keep what it makes.
+        """
         pool: Tensor = getattr(self, side)
-        if not (torch.is_grad_enabled() and pool.requires_grad):
+        if not (torch.is_grad_enabled() and pool.requires_grad) or not isinstance(pool, nn.Parameter):
             return None
-        handles = self._handles[side]
-        if self._handles_of[side] is pool and handles[layer].requires_grad:
-            return handles[layer]
-        if torch.compiler.is_compiling() or not isinstance(pool, nn.Parameter):
-            # Nothing to keep: a traced handle belongs to its graph, and functional_call puts other tensors here for
-            # one call only.
-            return factor_handles(pool, [getattr(self, f"index_{side}")[layer]])[0]
-        self._renew_handles()
+        made_for, index = self._handles_of[side]
+        stale = made_for is not pool or index is not getattr(self, f"index_{side}")
+        if stale or not self._handles[side][layer].requires_grad:
+            if torch.compiler.is_compiling():
+                return None
+            self._renew_handles()
         return self._handles[side][layer]
 
     def _renew_handles(self) -> None:
@@ -107,7 +120,7 @@ class ShardPool(nn.Module):
             # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no
             # storage of its own.
             handle.grad = handle.detach()
-        self._handles_of = {side: getattr(self, side) for side in "ab"}
+        self._handles_of = {side: (getattr(self, side), getattr(self, f"index_{side}")) for side in "ab"}
 
     def _apply(self, fn, recurse=True):
         # .to(), .half(), ... may keep the Parameter and swap its data: handles of another device or dtype would refuse

@@ -1,10 +1,12 @@
 """Layers and whole models: adapt, switch off, merge, report, and the method's semantics on real architectures."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 from models import BUILDERS, gpt2, inputs, llama, randomize, stack
+from safetensors.torch import load_file
 from torch import nn
 
 import mos_ext
@@ -221,12 +223,136 @@ def test_report():
     assert "the budget of LoRA rank 3, the rank of LoRA rank 4" in text
 
 
-def test_modules_tied_to_two_places():
-    shared = nn.Linear(8, 8)
-    model = nn.ModuleDict({"x": nn.ModuleList([shared, nn.Linear(8, 8)]), "y": nn.ModuleList([shared])})
+class Tied(nn.Module):
+    """One linear in two places, and one weight in two linears."""
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.Linear(8, 8)
+        self.x = nn.ModuleList([shared, nn.Linear(8, 8)])
+        self.y = nn.ModuleList([shared, nn.Linear(8, 8)])
+        self.y[1].weight = self.x[1].weight
+
+
+def test_modules_tied_to_two_places(tmp_path):
+    model = Tied()
     mos_ext.adapt(model, MoSConfig(r=1, equivalent_rank=1, private_rank=0, shards_per_vector=2))
-    assert isinstance(model["x"][0], MoSLinear)
-    assert model["x"][0] is model["y"][0]
+    assert isinstance(model.x[0], MoSLinear)
+    assert model.x[0] is model.y[0]
+    with pytest.raises(ValueError, match=r"an exported module must have one name, got one that is also y\.0"):
+        mos_ext.export_lora(model, tmp_path)
+
+
+def test_merging_a_weight_that_others_use_too():
+    model = randomize(mos_ext.adapt(Tied(), MoSConfig(r=1, equivalent_rank=1, private_rank=0, shards_per_vector=2)))
+    unchanged(
+        model,
+        lambda: mos_ext.merge(model),
+        ValueError,
+        r"a merged weight must belong to one module alone, got one that is x\.1\.weight, y\.1\.weight",
+    )
+    head = llama(tie_word_embeddings=True)
+    randomize(
+        mos_ext.adapt(
+            head, MoSConfig(r=1, equivalent_rank=1, private_rank=0, shards_per_vector=2, target_modules=["lm_head"])
+        )
+    )
+    unchanged(
+        head, lambda: mos_ext.merge(head), ValueError, r"got one that is model\.embed_tokens\.weight, lm_head\.weight"
+    )
+
+
+def test_unmerging_needs_the_pools_that_were_merged():
+    model = mos_ext.merge(randomize(mos_ext.adapt(llama(), SMALL)))
+    other = copy.deepcopy(model)
+    mos_ext.unmerge(other)  # a copy counts anew
+    with torch.no_grad():
+        model.mos_pools.pools[0].b.mul_(2)
+    unchanged(
+        model,
+        lambda: mos_ext.unmerge(model),
+        ValueError,
+        r"q_proj: the pools must not change between merge and unmerge",
+    )
+
+
+def test_loading_weights_into_a_merged_model():
+    model = randomize(mos_ext.adapt(llama(), SMALL))
+    state = copy.deepcopy(model.state_dict())
+    mos_ext.merge(model)
+    with pytest.raises(ValueError, match="q_proj must not be merged while its weight is loaded: call unmerge first"):
+        model.load_state_dict(state)
+
+
+def test_loading_tables_that_are_out_of_range():
+    model = mos_ext.adapt(llama(), SMALL)
+    state = copy.deepcopy(model.state_dict())
+    key = next(k for k in state if k.endswith(".index_a"))
+    state[key][0, 0, 0] = -1
+    with pytest.raises(ValueError, match=r"index_a must be in \[0, 24\), got -1"):
+        model.load_state_dict(state)
+
+
+def test_merge_inside_disabled():
+    model = randomize(mos_ext.adapt(llama(), SMALL))
+    with pytest.raises(ValueError, match=r"model must not be merged inside disabled\(\)"), mos_ext.disabled(model):
+        mos_ext.merge(model)
+
+
+def test_compiled_wrappers_are_seen_through(tmp_path):
+    model = torch.compile(llama(), backend="eager")
+    assert mos_ext.adapt(model, SMALL) is model
+    randomize(model._orig_mod)
+    assert mos_ext.parameter_report(model).equivalent_rank == 3
+    mos_ext.unmerge(mos_ext.merge(model))
+    mos_ext.save_adapter(model, tmp_path / "a")
+    mos_ext.export_lora(model, tmp_path / "l")
+    assert not any("_orig_mod" in key for key in load_file(tmp_path / "l" / "adapter_model.safetensors"))
+    mos_ext.load_adapter(llama(), tmp_path / "a")
+
+
+def test_linears_that_compute_something_else():
+    model = stack()
+    model[0].up.forward = lambda x: 3 * x
+    unchanged(model, lambda: mos_ext.adapt(model, SMALL), TypeError, r"got 0\.up, whose forward was replaced")
+    model = stack()
+    torch.nn.utils.parametrizations.weight_norm(model[1].down)
+    named = MoSConfig(r=1, equivalent_rank=1, private_rank=0, shards_per_vector=2, target_modules=["1.down"])
+    unchanged(model, lambda: mos_ext.adapt(model, named), TypeError, r"got 1\.down, a ParametrizedLinear")
+
+
+@pytest.mark.parametrize(
+    "root", [nn.ModuleList, lambda layers: nn.ModuleDict({str(i): layer for i, layer in enumerate(layers)})]
+)
+def test_bare_containers(root):
+    model = root([nn.Linear(8, 8), nn.Linear(8, 8)])
+    unchanged(
+        model,
+        lambda: mos_ext.adapt(model, SMALL),
+        TypeError,
+        "model must be a module with a forward of its own, got a Module",
+    )
+
+
+def test_an_attribute_in_the_way():
+    model = stack()
+    model.mos_pools = None
+    unchanged(model, lambda: mos_ext.adapt(model, SMALL), ValueError, "model must have no attribute mos_pools")
+
+
+def test_from_meta_to_memory():
+    """The flow of large models: adapt on meta, to_empty, reset: tables come back, pools start anew."""
+    with torch.device("meta"):
+        model = llama()
+        mos_ext.adapt(model, SMALL)
+    assert all(t.device.type == "meta" for t in (*model.parameters(), *model.mos_pools.buffers()))
+    model.to_empty(device="cpu")
+    for pool in model.mos_pools.pools:
+        pool.reset_parameters()
+    for ours, fresh in zip(model.mos_pools.pools, mos_ext.adapt(llama(), SMALL).mos_pools.pools, strict=True):
+        assert torch.equal(ours.index_a, fresh.index_a)
+        assert torch.equal(ours.index_b, fresh.index_b)
+        assert not ours.b.any()
 
 
 def test_torch_s_fused_encoder_path_does_not_skip_the_adapter():
@@ -353,13 +479,13 @@ def test_merge_is_all_or_nothing():
     model = randomize(mos_ext.adapt(llama(), SMALL))
     with torch.no_grad():
         model.mos_pools.pools[-1].b[-1] = float("inf")  # a private shard of the last layer's down_proj
-    unmerged = [layer.weight.clone() for layer in model.modules() if isinstance(layer, MoSLinear)]
-    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.down_proj: the weight must be finite after merge"):
-        mos_ext.merge(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, MoSLinear)]
-    assert not any(layer.merged for layer in layers)
-    for layer, weight in zip(layers, unmerged, strict=True):
-        torch.testing.assert_close(layer.weight, weight, rtol=1e-6, atol=1e-7)
+    unchanged(
+        model,
+        lambda: mos_ext.merge(model),
+        ValueError,
+        r"model\.layers\.3\.mlp\.down_proj: the weight must be finite after merge",
+    )
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, MoSLinear))
 
 
 def test_bad_layers():

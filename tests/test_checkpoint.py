@@ -131,6 +131,17 @@ def test_not_json(saved):
     refused(saved, "adapter_config.json must be JSON, got")
 
 
+def test_deeply_nested_json(saved):
+    (saved / CONFIG).write_text("[" * 100_000)
+    refused(saved, "adapter_config.json must be JSON, got")
+
+
+def test_a_broken_header(saved):
+    tensors = load_file(saved / WEIGHTS)
+    save_file(tensors, saved / WEIGHTS, {"adapter_config": "{"})
+    refused(saved, "must come from the same save")
+
+
 def test_another_format(saved):
     (saved / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
     refused(saved, "adapter_config.json must describe a mos_ext adapter, got a LORA adapter of PEFT")
@@ -191,6 +202,27 @@ def test_another_model(saved, model, difference):
         (
             lambda t, c: t[f"{Q}.index_a"].view(-1).__setitem__(0, 200),
             r"index_a must use public shards in \[0, 16\), got \d+ to 200",
+        ),
+        (
+            lambda t, c: t.update({f"{Q}.index_a": t[f"{Q}.index_a"].long() + 2**32}),
+            r"index_a must use public shards in \[0, 16\)",
+        ),
+        (
+            lambda t, c: t.update({f"{Q}.index_a": t[f"{Q}.index_a"].to(torch.complex64)}),
+            "must hold an integer tensor .*, got torch.complex64",
+        ),
+        (
+            lambda t, c: t[f"{Q}.pool_a"].view(-1)[:1].fill_(float("nan")),
+            r"pool_a must be finite in torch.float32, got inf or NaN",
+        ),
+        (
+            lambda t, c: t.update({f"{Q}.pool_a": t[f"{Q}.pool_a"].double() * 1e300}),
+            r"pool_a must be finite in torch.float32, got inf or NaN",
+        ),
+        (lambda t, c: c["linear_types"].append(c["linear_types"][0]), "got a linear type that occurs twice"),
+        (
+            lambda t, c: c["config"].update(alpha=10**400),
+            "must hold a valid MoS configuration, got alpha must be finite",
         ),
         (lambda t, c: t[f"{Q}.index_a"][0, 0].fill_(1), "index_a must not use a public shard twice in one layer"),
         (
@@ -270,13 +302,36 @@ def test_saving_onto_a_file(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_saving_from_the_meta_device(tmp_path):
+def test_meta_models(saved, tmp_path):
     with torch.device("meta"):
-        model = llama()
-    mos_ext.adapt(model, SMALL)
-    with pytest.raises(ValueError, match="model must have its values in memory to be saved, got .* on the meta device"):
-        mos_ext.save_adapter(model, tmp_path / "a")
+        model, base = mos_ext.adapt(llama(), SMALL), llama()
+    for write in (mos_ext.save_adapter, mos_ext.export_lora):
+        with pytest.raises(ValueError, match="model must have its values in memory, got .* on the meta device"):
+            write(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    with pytest.raises(
+        ValueError, match="base_model must have its values in memory, got parameters on the meta device"
+    ):
+        mos_ext.load_adapter(base, saved)
+
+
+def test_values_that_the_file_s_dtype_cannot_hold(tmp_path):
+    model = mos_ext.adapt(llama(), SMALL)
+    with torch.no_grad():
+        model.mos_pools.pools[0].b.fill_(1e6)
+    for write in (mos_ext.save_adapter, mos_ext.export_lora):
+        with pytest.raises(ValueError, match="must be finite in torch.float16, got inf or NaN"):
+            write(model, tmp_path / "a", dtype=torch.float16)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_directory_in_the_way(saved):
+    (saved / CONFIG).unlink()
+    (saved / CONFIG).mkdir()
+    before = (saved / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="adapter_config.json must be a file, got a directory"):
+        mos_ext.save_adapter(randomize(mos_ext.adapt(llama(), SMALL), std=0.7), saved)
+    assert (saved / WEIGHTS).read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -323,8 +378,11 @@ def test_bad_exports(tmp_path):
     model = mos_ext.adapt(llama(), SMALL)
     with pytest.raises(ValueError, match="rank must be at least r=4, got 2"):
         mos_ext.export_lora(model, tmp_path / "a", rank=2)
-    with pytest.raises(TypeError, match="dtype must be one of"):
-        mos_ext.export_lora(model, tmp_path / "a", dtype=torch.long)
+    with pytest.raises(TypeError, match="rank must be an integer, got '8'"):
+        mos_ext.export_lora(model, tmp_path / "a", rank="8")
+    for dtype in (torch.long, "bfloat16"):
+        with pytest.raises(TypeError, match="dtype must be one of torch.float64, .* or None, got"):
+            mos_ext.export_lora(model, tmp_path / "a", dtype=dtype)
     with pytest.raises(ValueError, match="model must be adapted"):
         mos_ext.export_lora(llama(), tmp_path / "a")
     assert not (tmp_path / "a").exists()

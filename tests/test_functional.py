@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from mos_ext import reference
 from mos_ext.functional import gather_concat, mos_linear
@@ -173,7 +174,57 @@ def test_under_torch_func(device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
+def test_second_derivatives_and_forward_mode_are_errors(device):
+    """Loud, in every way to ask for them; never a silently missing term."""
+    case = random_case(3, 12, 8, 3, 2, dtype=torch.float64, device=device)
+    x, weight, bias, pool_a, index_a, pool_b, index_b, scale = case.arguments()
+
+    def f(x, pool_b):
+        return mos_linear(x, weight, bias, pool_a, index_a, pool_b, index_b, scale).square().sum()
+
+    with pytest.raises(NotImplementedError, match="gradients of gradients"):
+        torch.func.grad(lambda b: torch.func.grad(f)(x, b).square().sum())(pool_b)
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(f(leaf, pool_b), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+    with pytest.raises(RuntimeError, match="jvp|forward AD"):
+        torch.func.jvp(f, (x, pool_b), (x, pool_b))
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="jvp|forward AD"):
+        f(forward_ad.make_dual(x, x), pool_b)
+
+
 BAD = {
+    "x a list": (lambda c: setattr(c, "x", [1.0]), TypeError, "x must be a tensor, got list"),
+    "no weight": (lambda c: setattr(c, "weight", None), TypeError, "weight must be a tensor, got NoneType"),
+    "weight dtype": (
+        lambda c: setattr(c, "weight", c.weight.double()),
+        TypeError,
+        "x must have the dtype of the weight, torch.float64, got torch.float32",
+    ),
+    "bias dtype": (
+        lambda c: setattr(c, "bias", c.bias.bfloat16()),
+        TypeError,
+        "x must have the dtype of the bias, torch.bfloat16, got torch.float32",
+    ),
+    "pool_b device": (
+        lambda c: setattr(c, "pool_b", c.pool_b.to("meta")),
+        ValueError,
+        "pool_b must be on the device of x, cpu, got meta",
+    ),
+    "index_a device": (
+        lambda c: setattr(c, "index_a", c.index_a.to("meta")),
+        ValueError,
+        "index_a must be on the device of x, cpu, got meta",
+    ),
+    "pool_b dtype": (
+        lambda c: setattr(c, "pool_b", c.pool_b.bfloat16()),
+        TypeError,
+        "pool must be float32 or have the dtype of x, torch.float32, got torch.bfloat16",
+    ),
+    "scale a string": (lambda c: setattr(c, "scale", "0.5"), TypeError, "scale must be a number, got '0.5'"),
+    "scale NaN": (lambda c: setattr(c, "scale", float("nan")), ValueError, "scale must be finite, got nan"),
     "x of integers": (lambda c: setattr(c, "x", c.x.int()), TypeError, r"x must be float64, .* got torch.int32"),
     "x complex": (
         lambda c: setattr(c, "x", c.x.to(torch.complex64)),
@@ -204,7 +255,7 @@ BAD = {
     "pool device": (
         lambda c: setattr(c, "x", c.x.to("meta")),
         ValueError,
-        r"x must be on the device of the pool, cpu, got meta",
+        r"weight must be on the device of x, meta, got cpu",
     ),
     "pool_a shape": (
         lambda c: setattr(c, "pool_a", c.pool_a[:, :2]),
@@ -245,6 +296,11 @@ def test_more_bad_input():
     case = random_case(4, 12, 8, 3, 2)
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         mos_linear(*case.arguments(), dropout=1.0)
+    for seed in (torch.tensor([1, 2]), torch.tensor([1], dtype=torch.int32)):
+        with pytest.raises(ValueError, match="seed must be one int64, got"):
+            mos_linear(*case.arguments(), dropout=0.5, seed=seed)
+    with pytest.raises(TypeError, match="seed must be a tensor, got int"):
+        mos_linear(*case.arguments(), dropout=0.5, seed=3)
     with pytest.raises(ValueError, match=r"index must be in \[0, 12\), got 99"):
         gather_concat(case.pool_a, torch.tensor([[0, 99]], dtype=torch.int32))
 

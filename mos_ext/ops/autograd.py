@@ -18,6 +18,7 @@ Three differentiable pieces:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -120,25 +121,22 @@ for _name in ("expand_", "shrink_backward_"):
 
 class _FactorHandles(torch.autograd.Function):
     @staticmethod
-    def forward(pool: Tensor, *indices: Tensor):
-        dtype = reference.accumulate_dtype(pool.dtype)
-        origin = pool.new_zeros((), dtype=dtype)
+    def forward(ctx, pool: Tensor, *indices: Tensor):
+        ctx.set_materialize_grads(False)
+        # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run in
+        # every step.
+        ctx.indices, ctx.num_shards, ctx.dtype = indices, pool.shape[0], pool.dtype
+        origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
         return tuple(origin.expand(i.shape[0], i.shape[1] * pool.shape[1]) for i in indices)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pool, *indices = inputs
-        ctx.set_materialize_grads(False)
-        # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run every
-        # step.
-        ctx.indices, ctx.num_shards, ctx.dtype = indices, pool.shape[0], pool.dtype
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         used = [(grad, index) for grad, index in zip(grads, ctx.indices, strict=True) if grad is not None]
         if not used:
             return (None,) * (1 + len(ctx.indices))
-        pool_grad = ops.scatter_add([g for g, _ in used], [i for _, i in used], ctx.num_shards)
+        with below_autograd():
+            pool_grad = ops.scatter_add([g for g, _ in used], [i for _, i in used], ctx.num_shards)
         return pool_grad.to(ctx.dtype), *(None for _ in ctx.indices)
 
 
@@ -166,51 +164,115 @@ def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
-class MoSLinear(torch.autograd.Function):
-    """y = x W^T + bias + scale * (dropout(x) A^T) B^T on matrices; see ``functional.mos_linear`` for the arguments.
+def transforms_active() -> bool:
+    """Whether torch.func or forward-mode differentiation is running: both look into what is called."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
-    Gradients of A and B go to ``handle_a`` and ``handle_b`` where given, else densely to the pools. The second output,
-    S (T, r), is what backward needs of the forward pass; it is not differentiable.
+
+def below_autograd():
+    """Operators called inside skip autograd's kernels, which for ours are Python and cost a small layer dearly.
+
+    Only for code that is a derivative formula, or needs none. Tracers and transforms must see plain calls.
     """
+    plain = torch.compiler.is_compiling() or transforms_active()
+    return contextlib.nullcontext() if plain else torch._C._AutoDispatchBelowAutograd()
 
-    @staticmethod
-    def forward(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed):
+
+def mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed) -> tuple[Tensor, Tensor]:
+    """y (T, out) and what backward needs of the forward pass, S (T, r)."""
+    with below_autograd():
         s = ops.shrink(x, pool_a, index_a, p, seed)
         y = torch.nn.functional.linear(x, weight, bias)
         ops.expand_(y, s, pool_b, index_b, scale)
-        return y, s
+    return y, s
+
+
+def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order (x, weight, bias, pool_a, pool_b, handle_a, handle_b)."""
+    need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
+    with below_autograd():
+        ds, factor_b = ops.expand_backward(dy, s, pool_b, index_b, scale)
+        grads = []
+        if need_x:
+            dx = dy @ weight
+            factor_a = ops.shrink_backward_(dx, ds, x, pool_a, index_a, p, seed)
+            grads.append(dx)
+        elif need_pool_a or need_handle_a:
+            _, factor_a = ops.shrink_backward(ds, x, pool_a, index_a, p, seed)
+        if need_weight:
+            grads.append(dy.T @ x)
+        if need_bias:
+            grads.append(dy.sum(0))
+        if need_pool_a:
+            grads.append(ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype))
+        if need_pool_b:
+            grads.append(ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype))
+        if need_handle_a:
+            grads.append(factor_a)
+        if need_handle_b:
+            grads.append(factor_b)
+    return grads
+
+
+def _in_place_of_inputs(ctx, grads) -> tuple[Tensor | None, ...]:
+    """Gradients at the positions of forward's inputs, None where none is needed."""
+    remaining = iter(grads)
+    return tuple(next(remaining) if need else None for need in ctx.needs_input_grad)
+
+
+class MoSLinear(torch.autograd.Function):
+    """y = x W^T + bias + scale * (dropout(x) A^T) B^T on matrices; see ``functional.mos_linear`` for the arguments.
+
+    Gradients of A and B go to ``handle_a`` and ``handle_b`` where given, else densely to the pools.
+    """
+
+    # forward takes ctx itself: with a separate setup_context torch inspects the signature anew at every call, which
+    # doubles the time of a small layer.
+    @staticmethod
+    def forward(ctx, x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed):
+        y, s = mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed)
+        ctx.scale, ctx.p = scale, p
+        ctx.save_for_backward(x, weight, s, pool_a, pool_b, index_a, index_b, seed)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        grads = _gradients(ctx.needs_input_grad[:7], ctx.scale, ctx.p, dy, *ctx.saved_tensors)
+        return _in_place_of_inputs(ctx, grads)
+
+
+class MoSLinearTransformed(torch.autograd.Function):
+    """The same for ``torch.func``, which wants ``setup_context``: first derivatives in reverse mode."""
+
+    @staticmethod
+    def forward(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed):
+        return mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, _, pool_a, pool_b, _, _, index_a, index_b, ctx.scale, ctx.p, seed = inputs
         s = output[1]
         ctx.mark_non_differentiable(s)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, s, pool_a, pool_b, index_a, index_b, seed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _ds):
-        if dy is None:
-            return (None,) * 12
-        x, weight, s, pool_a, pool_b, index_a, index_b, seed = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b, *_ = (
-            ctx.needs_input_grad
-        )
-        ds, factor_b = ops.expand_backward(dy, s, pool_b, index_b, ctx.scale)
-        dx = None
-        if need_x:
-            dx = dy @ weight
-            factor_a = ops.shrink_backward_(dx, ds, x, pool_a, index_a, ctx.p, seed)
-        elif need_pool_a or need_handle_a:
-            _, factor_a = ops.shrink_backward(ds, x, pool_a, index_a, ctx.p, seed)
-        return (
-            dx,
-            dy.T @ x if need_weight else None,
-            dy.sum(0) if need_bias else None,
-            ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype) if need_pool_a else None,
-            ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype) if need_pool_b else None,
-            factor_a if need_handle_a else None,
-            factor_b if need_handle_b else None,
-            *(None,) * 5,
-        )
+        needs = ctx.needs_input_grad[:7]
+        return _in_place_of_inputs(ctx, _FirstDerivative.apply(needs, ctx.scale, ctx.p, dy, *ctx.saved_tensors))
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """``_gradients`` as a node without a derivative: torch.func always asks for one, and mostly does not use it."""
+
+    @staticmethod
+    def forward(*arguments):
+        return tuple(_gradients(*arguments))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(_no_backward)

@@ -5,6 +5,8 @@ each rule once, as an error that names argument, rule and value.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,25 @@ from . import loader
 from .schema import NAMESPACE
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # False for NaN, and for integers no float holds
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def check_integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -44,15 +65,25 @@ def check_index(name: str, index: Tensor, num_shards: int) -> None:
         raise ValueError(f"{name} must be in [0, {num_shards}), got {low if low < 0 else high}")
 
 
-def check_activation(x: Tensor, in_features: int, pool: Tensor) -> None:
-    """x (..., in) of a float dtype, on the pool's device; the pool float32 or of the same dtype."""
+def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, pool_a: Tensor, pool_b: Tensor) -> None:
+    """x (..., in) of a float dtype; weight and bias of the same; pools float32 or of the same; all on one device."""
     check_float("x", x)
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must have {in_features} features in its last dimension, got the shape {tuple(x.shape)}")
-    if pool.device != x.device:
-        raise ValueError(f"x must be on the device of the pool, {pool.device}, got {x.device}")
-    if pool.dtype not in (torch.float32, x.dtype):
-        raise TypeError(f"pool must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must have {weight.shape[1]} features in its last dimension, got the shape {tuple(x.shape)}"
+        )
+    for name, base in (("weight", weight), ("bias", bias)):
+        if base is None:
+            continue
+        if base.device != x.device:
+            raise ValueError(f"x must be on the device of the {name}, {base.device}, got {x.device}")
+        if base.dtype != x.dtype:
+            raise TypeError(f"x must have the dtype of the {name}, {base.dtype}, got {x.dtype}")
+    for pool in (pool_a, pool_b):
+        if pool.device != x.device:
+            raise ValueError(f"x must be on the device of the pool, {pool.device}, got {x.device}")
+        if pool.dtype not in (torch.float32, x.dtype):
+            raise TypeError(f"pool must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
 
 
 def why_not_native(op: str, device_type: str) -> str | None:
