@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -318,8 +319,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compare-lora", action="store_true", help="also train LoRA at the same budget (always in the demo)"
     )
-    parser.add_argument("--steps", type=int, default=180)
-    parser.add_argument("--base-steps", type=int, default=300, help="of the demo's own model")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--base-steps", type=int, default=340, help="of the demo's own model")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--eval-blocks", type=int, default=64)
@@ -333,7 +334,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--target-modules", default="all-linear", help="all-linear, a regular expression, or names joined by commas"
     )
-    parser.add_argument("--prompt", default="The ")
+    parser.add_argument("--prompt", default="The")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seed", type=int, default=0)
@@ -351,6 +352,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> list[Run]:
     args = parse(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # notes to its own developers
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
