@@ -11,17 +11,8 @@ import torch
 from ._version import __version__
 from .ops import loader
 from .ops.checks import why_not_native
+from .ops.schema import OPERATORS
 
-OPERATORS = (
-    "gather_concat",
-    "scatter_add",
-    "shrink",
-    "expand",
-    "expand_",
-    "expand_backward",
-    "shrink_backward",
-    "shrink_backward_",
-)
 OPTIONAL = ("safetensors", "transformers", "peft")
 
 

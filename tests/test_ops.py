@@ -6,6 +6,7 @@ import torch
 from mos_ext import reference
 from mos_ext.functional import mos_linear
 from mos_ext.ops.checks import why_not_native
+from mos_ext.ops.schema import OPERATORS as NAMES
 from mos_ext.testing import assert_error_ratio, random_case
 
 ops = torch.ops.mos_ext
@@ -116,18 +117,6 @@ def arguments_of(name, device, dtype=torch.float32):
         "shrink_backward": (s, x, pool, index, 0.2, seed),
         "shrink_backward_": (x.clone(), s, x, pool, index, 0.2, seed),
     }[name]
-
-
-NAMES = [
-    "gather_concat",
-    "scatter_add",
-    "shrink",
-    "expand",
-    "expand_",
-    "expand_backward",
-    "shrink_backward",
-    "shrink_backward_",
-]
 
 
 @pytest.mark.parametrize("name", NAMES)

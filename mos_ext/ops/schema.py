@@ -22,10 +22,12 @@ NAMESPACE = "mos_ext"
 INTERFACE = 1
 
 library = torch.library.Library(NAMESPACE, "DEF")
+OPERATORS: list[str] = []  # the names of all of them
 
 
 def _define(schema: str, default, fake) -> None:
     name = schema.partition("(")[0]
+    OPERATORS.append(name)
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     library.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
