@@ -212,13 +212,13 @@ def copied_package(tmp_path, library):
     ("library", "reason"),
     [
         (None, "not built"),
-        (lambda good: b"mos_ext interface 1. but no library", "does not load: "),
+        (lambda good: b"mos_ext interface 2. but no library", "does not load: "),
         (
             lambda good: good[: len(good) // 8],
             "_C.so is damaged or was built for another version of mos_ext: build it again",
         ),
         (
-            lambda good: good.replace(b"mos_ext interface 1.", b"mos_ext interface 0."),
+            lambda good: good.replace(b"mos_ext interface 2.", b"mos_ext interface 0."),
             "_C.so is damaged or was built for another version of mos_ext: build it again",
         ),
     ],

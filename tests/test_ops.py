@@ -68,16 +68,39 @@ def test_parity(shape, dtypes, p, device):
     exact = reference.expand(*double(s, pool), index, 0.7, torch.float64)
     assert_error_ratio(got, plain, exact, "expand")
 
-    # In place: what was there plus what the functional form gives, with one rounding.
+    # Both factors at once: the same products one after the other, with one rounding where they meet what was there.
+    pool_b, index_b = case.pool_b, case.index_b
+    forward, backward = (x, pool, index, pool_b, index_b), (x, pool, index, pool_b, index_b, 0.7, p, seed)
+    bias, dy = y[0].clone(), random_case(rows, d, d, r, l, dtype=dtype, device=device, seed=2).x
+    tail = (bias, 0.7, p, seed)
+    delta, s_got = ops.low_rank(*forward, *tail)
+    (plain_y, plain_s), (exact_y, exact_s) = low_rank(*forward, *tail), low_rank(*double(*forward, *tail))
+    assert_error_ratio(delta, plain_y, exact_y, "low_rank y")
+    assert_error_ratio(s_got, plain_s, exact_s, "low_rank s")
     accumulated = y.clone()
-    ops.expand_(accumulated, s, pool, index, 0.7)
-    assert_error_ratio(accumulated, y + plain, y.double() + exact, "expand_")
+    assert torch.equal(ops.low_rank_(accumulated, *forward, 0.7, p, seed), s_got)
+    assert_error_ratio(accumulated, y + (plain_y - bias), y.double() + (exact_y - bias.double()), "low_rank_")
+
+    got = ops.low_rank_backward(dy, s, *backward)
+    plain = low_rank_backward(dy, s, *backward)
+    exact = low_rank_backward(*double(dy, s, *backward))
+    for i, triple in enumerate(zip(got, plain, exact, strict=True)):
+        assert_error_ratio(*triple, what=f"low_rank_backward[{i}]")
     dx = y.clone()
-    factor = ops.shrink_backward_(dx, ds, x, pool, index, p, seed)
-    plain_dx, plain_factor = reference.shrink_backward(ds, x, pool, index, p, seed)
-    exact_dx, exact_factor = reference.shrink_backward(*double(ds, x, pool), index, p, seed)
-    assert_error_ratio(dx, y + plain_dx, y.double() + exact_dx, "shrink_backward_ dx")
-    assert_error_ratio(factor, plain_factor, exact_factor, "shrink_backward_ factor")
+    factors = ops.low_rank_backward_(dx, dy, s, *backward)
+    assert torch.equal(factors[0], got[1])
+    assert torch.equal(factors[1], got[2])
+    assert_error_ratio(dx, y + plain[0], y.double() + exact[0], "low_rank_backward_ dx")
+
+
+def low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed):
+    s = reference.shrink(x, pool_a, index_a, p, seed)
+    return reference.expand(s, pool_b, index_b, scale, x.dtype) + bias, s
+
+
+def low_rank_backward(dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed):
+    ds, factor_b = reference.expand_backward(dy, s, pool_b, index_b, scale)
+    return *reference.shrink_backward(ds, x, pool_a, index_a, p, seed), factor_b
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -112,10 +135,12 @@ def arguments_of(name, device, dtype=torch.float32):
         "scatter_add": ([factor, factor], [index, index], 12),
         "shrink": (x, pool, index, 0.2, seed),
         "expand": (s, pool, index, 0.5, dtype),
-        "expand_": (x.clone(), s, pool, index, 0.5),
         "expand_backward": (x, s, pool, index, 0.5),
         "shrink_backward": (s, x, pool, index, 0.2, seed),
-        "shrink_backward_": (x.clone(), s, x, pool, index, 0.2, seed),
+        "low_rank": (x, pool, index, pool, index, x[0].clone(), 0.5, 0.2, seed),
+        "low_rank_": (x.clone(), x, pool, index, pool, index, 0.5, 0.2, seed),
+        "low_rank_backward": (x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
+        "low_rank_backward_": (x.clone(), x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
     }[name]
 
 
@@ -198,7 +223,7 @@ def test_strides(name, device):
                 torch.testing.assert_close(used[0], expected_arguments[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["expand_", "shrink_backward_"])
+@pytest.mark.parametrize("name", ["low_rank_", "low_rank_backward_"])
 def test_in_place_writes_nothing_else(name, device):
     """Sentinels around the view that is written: NaN before, NaN after."""
     arguments = list(arguments_of(name, device))
@@ -214,7 +239,7 @@ def test_in_place_writes_nothing_else(name, device):
     assert torch.isnan(frame[~written]).all()
 
 
-@pytest.mark.parametrize("name", ["expand_", "shrink_backward_"])
+@pytest.mark.parametrize("name", ["low_rank_", "low_rank_backward_"])
 def test_in_place_is_seen_by_autograd(name, device):
     """A tensor that backward needs and an in-place operator changed is an error, as for every in-place operator of torch."""
     arguments = arguments_of(name, device)
@@ -230,7 +255,7 @@ def test_in_place_is_seen_by_autograd(name, device):
         getattr(ops, name)(*needy)
 
 
-@pytest.mark.parametrize("name", ["expand_", "shrink_backward_"])
+@pytest.mark.parametrize("name", ["low_rank_", "low_rank_backward_"])
 def test_an_output_that_overlaps_itself_is_refused(name):
     arguments = list(arguments_of(name, "cpu"))
     arguments[0] = arguments[0][:1].expand(5, -1)

@@ -3,4 +3,4 @@
 // first call. Bump it together with INTERFACE in mos_ext/ops/schema.py, whenever a schema changes.
 #pragma once
 
-#define MOS_EXT_INTERFACE "mos_ext interface 1."
+#define MOS_EXT_INTERFACE "mos_ext interface 2."

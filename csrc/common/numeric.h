@@ -7,13 +7,20 @@
 
 #include "params.h"
 
+// For what kernels use on the device too.
+#if defined(__CUDACC__)
+#define MOS_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MOS_HOST_DEVICE inline
+#endif
+
 namespace mos {
 
 template <class To, class From>
-inline To bit_cast(From value) {
+MOS_HOST_DEVICE To bit_cast(From value) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
   To out;
-  std::memcpy(&out, &value, sizeof(out));
+  memcpy(&out, &value, sizeof(out));
   return out;
 }
 
@@ -96,9 +103,9 @@ inline void dispatch_dtype(DType dtype, const F& f) {
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+MOS_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MOS_HOST_DEVICE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+MOS_HOST_DEVICE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+MOS_HOST_DEVICE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace mos

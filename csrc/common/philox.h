@@ -7,13 +7,7 @@
 // backward, CPU and CUDA and mos_ext/reference.py all agree.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define MOS_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MOS_HOST_DEVICE inline
-#endif
+#include "numeric.h"
 
 namespace mos {
 

@@ -71,8 +71,10 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
   return out;
 }
 
+// The last argument of every product, tf32, is for CUDA: CPUs compute float32 exactly.
+
 Tensor shrink_op(const Tensor& x, const Tensor& pool, const Tensor& index, double dropout,
-                 const std::optional<Tensor>& seed) {
+                 const std::optional<Tensor>& seed, bool) {
   const FactorArgument factor(pool, index);
   const Tensor x_c = rows_contiguous(x);
   LowRankPass pass{factor.view, dropout_of(dropout, seed)};
@@ -98,20 +100,14 @@ void expand_into(const Tensor& y, const Tensor& s, const Tensor& pool, const Ten
   low_rank_pass(pass, torch_parallel);
 }
 
-Tensor expand_op(const Tensor& s, const Tensor& pool, const Tensor& index, double scale, ScalarType dtype) {
+Tensor expand_op(const Tensor& s, const Tensor& pool, const Tensor& index, double scale, ScalarType dtype, bool) {
   Tensor y = torch::stable::new_empty(s, {s.size(0), index.size(1) * pool.size(1)}, dtype);
   expand_into(y, s, pool, index, scale, /*accumulate=*/false);
   return y;
 }
 
-void expand_inplace_op(Tensor y, const Tensor& s, const Tensor& pool, const Tensor& index, double scale) {
-  const Tensor y_c = rows_contiguous(y);
-  expand_into(y_c, s, pool, index, scale, /*accumulate=*/true);
-  if (y_c.get() != y.get()) torch::stable::copy_(y, y_c);
-}
-
 std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s, const Tensor& pool,
-                                              const Tensor& index, double scale) {
+                                              const Tensor& index, double scale, bool) {
   const FactorArgument factor(pool, index);
   const Tensor dy_c = rows_contiguous(dy);
   LowRankPass pass{factor.view, {}, scale};
@@ -151,18 +147,60 @@ Tensor shrink_backward_into(const Tensor& dx, const Tensor& ds, const Tensor& x,
 }
 
 std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x, const Tensor& pool,
-                                              const Tensor& index, double dropout, const std::optional<Tensor>& seed) {
+                                              const Tensor& index, double dropout, const std::optional<Tensor>& seed,
+                                              bool) {
   Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor grad = shrink_backward_into(dx, ds, x, pool, index, dropout, seed, /*accumulate=*/false);
   return {dx, grad};
 }
 
-Tensor shrink_backward_inplace_op(Tensor dx, const Tensor& ds, const Tensor& x, const Tensor& pool, const Tensor& index,
-                                  double dropout, const std::optional<Tensor>& seed) {
+// Both factors at once: the same passes, one after the other.
+
+Tensor low_rank_into(const Tensor& y, bool accumulate, const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+                     const Tensor& pool_b, const Tensor& index_b, double scale, double dropout,
+                     const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(y.size(0) == x.size(0) && y.scalar_type() == x.scalar_type(), "y must have x's rows and dtype");
+  Tensor s = shrink_op(x, pool_a, index_a, dropout, seed, false);
+  expand_into(y, s, pool_b, index_b, scale, accumulate);
+  return s;
+}
+
+std::tuple<Tensor, Tensor> low_rank_op(const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+                                       const Tensor& pool_b, const Tensor& index_b, const std::optional<Tensor>& bias,
+                                       double scale, double dropout, const std::optional<Tensor>& seed, bool) {
+  Tensor y = torch::stable::new_empty(x, {x.size(0), index_b.size(1) * pool_b.size(1)});
+  if (bias.has_value()) torch::stable::copy_(y, *bias);  // every row
+  Tensor s = low_rank_into(y, bias.has_value(), x, pool_a, index_a, pool_b, index_b, scale, dropout, seed);
+  return {y, s};
+}
+
+Tensor low_rank_inplace_op(Tensor y, const Tensor& x, const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b,
+                           const Tensor& index_b, double scale, double dropout, const std::optional<Tensor>& seed,
+                           bool) {
+  const Tensor y_c = rows_contiguous(y);
+  Tensor s = low_rank_into(y_c, /*accumulate=*/true, x, pool_a, index_a, pool_b, index_b, scale, dropout, seed);
+  if (y_c.get() != y.get()) torch::stable::copy_(y, y_c);
+  return s;
+}
+
+std::tuple<Tensor, Tensor, Tensor> low_rank_backward_op(const Tensor& dy, const Tensor& s, const Tensor& x,
+                                                        const Tensor& pool_a, const Tensor& index_a,
+                                                        const Tensor& pool_b, const Tensor& index_b, double scale,
+                                                        double dropout, const std::optional<Tensor>& seed, bool) {
+  auto [ds, grad_b] = expand_backward_op(dy, s, pool_b, index_b, scale, false);
+  auto [dx, grad_a] = shrink_backward_op(ds, x, pool_a, index_a, dropout, seed, false);
+  return {dx, grad_a, grad_b};
+}
+
+std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor& dy, const Tensor& s, const Tensor& x,
+                                                        const Tensor& pool_a, const Tensor& index_a,
+                                                        const Tensor& pool_b, const Tensor& index_b, double scale,
+                                                        double dropout, const std::optional<Tensor>& seed, bool) {
   const Tensor dx_c = rows_contiguous(dx);
-  Tensor grad = shrink_backward_into(dx_c, ds, x, pool, index, dropout, seed, /*accumulate=*/true);
+  auto [ds, grad_b] = expand_backward_op(dy, s, pool_b, index_b, scale, false);
+  Tensor grad_a = shrink_backward_into(dx_c, ds, x, pool_a, index_a, dropout, seed, /*accumulate=*/true);
   if (dx_c.get() != dx.get()) torch::stable::copy_(dx, dx_c);
-  return grad;
+  return {grad_a, grad_b};
 }
 
 }  // namespace
@@ -172,10 +210,12 @@ STABLE_TORCH_LIBRARY_IMPL(mos_ext, CPU, m) {
   m.impl("scatter_add", TORCH_BOX(&scatter_add_op));
   m.impl("shrink", TORCH_BOX(&shrink_op));
   m.impl("expand", TORCH_BOX(&expand_op));
-  m.impl("expand_", TORCH_BOX(&expand_inplace_op));
   m.impl("expand_backward", TORCH_BOX(&expand_backward_op));
   m.impl("shrink_backward", TORCH_BOX(&shrink_backward_op));
-  m.impl("shrink_backward_", TORCH_BOX(&shrink_backward_inplace_op));
+  m.impl("low_rank", TORCH_BOX(&low_rank_op));
+  m.impl("low_rank_", TORCH_BOX(&low_rank_inplace_op));
+  m.impl("low_rank_backward", TORCH_BOX(&low_rank_backward_op));
+  m.impl("low_rank_backward_", TORCH_BOX(&low_rank_backward_inplace_op));
 }
 
 }  // namespace mos::cpu

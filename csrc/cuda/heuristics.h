@@ -1,11 +1,127 @@
-// Launch geometry. Pure functions of shapes, so that a machine without a GPU can test them.
+// Tile sizes and launch geometry. Pure functions of shapes, so that a machine without a GPU can test them, and so that
+// a result does not depend on which GPU computed it.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/numeric.h"
+
 namespace mos::cuda {
 
 constexpr int kWarp = 32;
+
+// The low-rank kernels: four warps, each owning 16 of a tile's 64 rows.
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kWarpRows = 16;
+constexpr int kTileRows = kWarps * kWarpRows;
+// Columns travel in groups of eight: one 16-byte vector of 16-bit elements, and one Philox block of dropout bits.
+constexpr int kGroup = 8;
+
+// Blocks a launch should have, where the shape allows: two for each of an H200's 132 multiprocessors. A constant, for
+// the sums of a split must not depend on the GPU.
+constexpr int64_t kTargetBlocks = 264;
+
+// shrink: columns of a tile of x, 128 bytes wide; cp.async stages in flight.
+MOS_HOST_DEVICE constexpr int shrink_cols(int element_size) { return 128 / element_size; }
+constexpr int kShrinkStages = 3;
+// Planes cost expand a read each, for every block of columns.
+constexpr int64_t kMaxShrinkPlanes = 32;
+// Entries of the index table that shrink keeps in shared memory; longer tables are read through L1.
+constexpr int kTableEntries = 1024;
+
+// expand: columns of a tile of y, and the most tiles that one block keeps the factor of.
+constexpr int kExpandCols = 64;
+MOS_HOST_DEVICE constexpr int max_expand_tiles(int element_size) { return element_size == 8 ? 4 : 8; }
+
+// backward: columns of a tile, the ranks that a block handles (more ranks take more blocks) and the column tiles whose
+// gradient it keeps in registers. 16-bit elements have two sizes of rank: the wide one would waste three quarters of
+// its products on the usual r <= 16.
+MOS_HOST_DEVICE constexpr int backward_cols(int element_size) { return element_size == 2 ? 128 : 64; }
+MOS_HOST_DEVICE constexpr int backward_tiles(int element_size, int ranks) {
+  return element_size == 2 ? (ranks == 16 ? 4 : 2) : element_size == 4 ? 2 : 1;
+}
+MOS_HOST_DEVICE constexpr int backward_stages(int element_size) { return element_size == 8 ? 2 : 3; }
+// A part of fewer row tiles would write more partial gradients than it reads activations.
+constexpr int64_t kMinBackwardTiles = 2;
+
+// Ranks of a block.
+MOS_HOST_DEVICE constexpr int wide_ranks(int element_size) {
+  return element_size == 2 ? 64 : element_size == 4 ? 32 : 16;
+}
+MOS_HOST_DEVICE constexpr int narrow_ranks(int element_size) {
+  return element_size == 2 ? 16 : wide_ranks(element_size);
+}
+inline int ranks_for(int64_t rank, int element_size) {
+  return rank <= narrow_ranks(element_size) ? narrow_ranks(element_size) : wide_ranks(element_size);
+}
+
+// `tiles` tiles dealt to parts of equal size, but for the last.
+struct Parts {
+  int64_t count;
+  int64_t tiles;  // of a part
+};
+// About kTargetBlocks blocks when every part exists `others` times; at most max_parts parts of at least min_tiles.
+inline Parts split(int64_t tiles, int64_t others, int64_t max_parts, int64_t min_tiles = 1) {
+  if (tiles <= 0) return {1, 0};
+  const int64_t wanted = max64(1, ceil_div(kTargetBlocks, max64(1, others)));
+  const int64_t parts = min64(min64(wanted, max_parts), max64(1, tiles / min_tiles));
+  const int64_t size = ceil_div(tiles, parts);
+  return {ceil_div(tiles, size), size};
+}
+
+struct ShrinkGeometry {
+  int ranks;            // of a block
+  int64_t row_tiles;    // grid x
+  Parts columns;        // grid y, in tiles of shrink_cols
+  int64_t rank_blocks;  // grid z
+};
+inline ShrinkGeometry shrink_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
+  const int ranks = ranks_for(rank, element_size);
+  const int64_t row_tiles = ceil_div(rows, kTileRows), rank_blocks = ceil_div(rank, ranks);
+  return {ranks, row_tiles, split(ceil_div(cols, shrink_cols(element_size)), row_tiles * rank_blocks, kMaxShrinkPlanes),
+          rank_blocks};
+}
+
+struct ExpandGeometry {
+  int ranks;         // of one step of the sum over ranks, a multiple of 16
+  int column_tiles;  // of a block
+  int64_t column_blocks;
+  Parts rows;  // in tiles of kTileRows
+};
+inline ExpandGeometry expand_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
+  const int ranks = static_cast<int>(min64(wide_ranks(element_size), round_up(max64(rank, 1), 16)));
+  const int64_t row_tiles = ceil_div(rows, kTileRows), column_tiles = ceil_div(cols, kExpandCols);
+  // Wide blocks share the sums of s; but first there must be blocks for every multiprocessor. A factor of more ranks
+  // than one step is read again for every tile, so there sharing is of no use.
+  const int64_t shared =
+      rank > ranks ? 1 : min64(max_expand_tiles(element_size), column_tiles * row_tiles / kTargetBlocks);
+  const int64_t tiles = max64(1, shared), column_blocks = ceil_div(column_tiles, tiles);
+  return {ranks, static_cast<int>(tiles), column_blocks, split(row_tiles, column_blocks, row_tiles)};
+}
+
+struct BackwardGeometry {
+  int ranks;              // of a block
+  int64_t column_blocks;  // grid x: planes of dS
+  Parts rows;             // grid y, in tiles of kTileRows: planes of dF
+  int64_t rank_blocks;    // grid z
+};
+inline BackwardGeometry backward_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
+  const int ranks = ranks_for(rank, element_size);
+  const int64_t width = backward_cols(element_size) * backward_tiles(element_size, ranks);
+  const int64_t column_blocks = ceil_div(cols, width), rank_blocks = ceil_div(rank, ranks);
+  const int64_t row_tiles = ceil_div(rows, kTileRows);
+  return {ranks, column_blocks, split(row_tiles, column_blocks * rank_blocks, max64(1, row_tiles), kMinBackwardTiles),
+          rank_blocks};
+}
+
+// Whether `planes` planes of `elements` sums are better added by a launch of their own than by each of their `readers`.
+// A launch costs about 2.5 us, in which a large GPU moves about 12 MB through L2 (estimates, not measured yet).
+constexpr int64_t kLaunchBytes = 12 << 20;
+inline bool sum_first(int64_t planes, int64_t readers, int64_t elements) {
+  const int64_t here = planes * readers, there = planes + readers;
+  return planes > 1 && (here - there) * elements * 4 > kLaunchBytes;
+}
 
 // Threads of a block that walks `elements` contiguous elements, one each: whole warps, 64 to 256. Below 64 a block no
 // longer hides the latency of its first load; above 256 the last, partly idle block costs more than the wider ones
@@ -13,10 +129,10 @@ constexpr int kWarp = 32;
 inline int threads_for(int64_t elements) {
   if (elements <= 64) return 64;
   if (elements >= 256) return 256;
-  return static_cast<int>((elements + kWarp - 1) / kWarp * kWarp);
+  return static_cast<int>(round_up(elements, kWarp));
 }
 
-inline int64_t blocks_for(int64_t elements, int threads) { return (elements + threads - 1) / threads; }
+inline int64_t blocks_for(int64_t elements, int64_t of_a_block) { return ceil_div(elements, of_a_block); }
 
 // Bytes that one thread copies at a time: the widest of 16, 8, 4, 2 that divides the segment, the distance between two
 // shards and both addresses.

@@ -1,11 +1,12 @@
-// CUDA kernels of the mos_ext operators, through torch's stable ABI; compiled by the host compiler alone. Operators
-// that have no kernel here run their default (mos_ext/ops/schema.py): the same products through cuBLAS.
+// CUDA kernels of the mos_ext operators, through torch's stable ABI; compiled by the host compiler alone. Tensors to
+// views, scratch from torch's allocator, launches on torch's current stream: nothing here synchronises.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../common/interface.h"
 #include "../common/stable.h"
+#include "heuristics.h"
 #include "launch.h"
 
 namespace mos::cuda {
@@ -26,40 +27,308 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_launch(cudaError_t error, const char* kernel, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(error == cudaSuccess, "mos_ext: launching ", kernel, " for ", rows, " x ", cols,
-                  " failed: ", cudaGetErrorString(error));
+void check_launch(cudaError_t error) {
+  const LaunchRecord& l = last_launch();
+  STD_TORCH_CHECK(error == cudaSuccess, "mos_ext: the kernel ", l.kernel, " (", l.arithmetic, "), grid ", l.grid[0],
+                  " x ", l.grid[1], " x ", l.grid[2], ", ", l.threads, " threads, ", l.shared_bytes,
+                  " bytes of shared memory, did not start: ", cudaGetErrorString(error));
 }
 
+void check_device(const Tensor& t, int32_t device, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == device, name, " must be on CUDA device ", device);
+}
+
+// What every operator begins with: the device of its first tensor made current, and torch's stream there.
+struct Launcher {
+  int32_t device;
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit Launcher(const Tensor& t) : device(t.get_device()), guard(device), stream(current_stream(device)) {}
+};
+
+// A pool and an index as kernels want them, kept alive together with the view of both.
+struct FactorArgument {
+  Tensor pool, index;
+  Factor view;
+
+  FactorArgument(const Tensor& pool_in, const Tensor& index_in, int32_t device)
+      : pool(torch::stable::contiguous(pool_in)),
+        index(torch::stable::contiguous(index_in)),
+        view(factor_of(pool, index)) {
+    check_device(pool, device, "pool");
+    check_device(index, device, "index");
+  }
+
+  void check(const Tensor& x) const {
+    STD_TORCH_CHECK(x.size(1) == view.cols(), "the factor has ", view.cols(), " columns, the activations ", x.size(1));
+    STD_TORCH_CHECK(view.dtype == dtype_of(x) || view.dtype == DType::f32,
+                    "pool must be float32 or of the activations' dtype");
+  }
+};
+
+DeviceDropout dropout_of(double p, const std::optional<Tensor>& seed, int32_t device) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout must be in [0, 1], got ", p);
+  const uint32_t threshold = dropout_threshold(p);
+  if (threshold == 0) return {nullptr, 0};
+  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "dropout needs a seed of one int64");
+  check_device(*seed, device, "seed");
+  return {static_cast<const int64_t*>(seed->const_data_ptr()), threshold};
+}
+
+Float32 float32_of(bool tf32) { return tf32 ? Float32::tf32 : Float32::exact; }
+
+// s, dS: the accumulation type of x, contiguous.
+Tensor sums_contiguous(const Tensor& s, const Tensor& x, int64_t rank) {
+  STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == x.size(0) && s.size(1) == rank && s.scalar_type() == accumulate_type(x),
+                  "s must be (rows of x, rank) in the accumulation type of x");
+  check_device(s, x.get_device(), "s");
+  return torch::stable::contiguous(s);
+}
+
+// `count` planes of the accumulation type of `like`. A single one is a matrix (rows, cols), ready to be returned.
+struct PlanesTensor {
+  Tensor tensor;
+  Planes view;
+
+  PlanesTensor(const Tensor& like, int64_t count, int64_t rows, int64_t cols)
+      : tensor(torch::stable::new_empty(like, {count * rows, cols}, accumulate_type(like))),
+        view{tensor.mutable_data_ptr(), count, rows, cols} {}
+
+  // Where the sum goes: a matrix of its own, unless there is nothing to add.
+  Tensor result() const { return view.count == 1 ? tensor : torch::stable::new_empty(tensor, {view.rows, view.cols}); }
+
+  ConstPlanes read() const { return {view.data, view.count, view.rows, view.cols}; }
+};
+ConstPlanes one_plane(const Tensor& s) { return {s.const_data_ptr(), 1, s.size(0), s.size(1)}; }
+
+// Planes that leave the kernels: their sum, (rows, cols).
+Tensor summed(const PlanesTensor& planes, const Launcher& to) {
+  Tensor out = planes.result();
+  if (planes.view.count > 1) {
+    const Sum sum{planes.read(), out.mutable_data_ptr()};
+    check_launch(launch_sum(&sum, 1, dtype_of(out), to.stream));
+  }
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------- the four passes
+
+PlanesTensor shrink_into_planes(const Tensor& x, const Factor& factor, const DeviceDropout& dropout, Float32 float32,
+                                const Launcher& to) {
+  const Matrix view = matrix_of(x);
+  PlanesTensor s(x, shrink_planes(view, factor), view.rows, factor.rank);
+  check_launch(launch_shrink(view, factor, dropout, s.view, float32, to.stream));
+  return s;
+}
+
+struct ExpandBackwardResult {
+  PlanesTensor ds, factor_grad;
+};
+ExpandBackwardResult expand_backward_into_planes(const Tensor& dy, const Tensor& s, const Factor& factor, double scale,
+                                                 Float32 float32, const Launcher& to) {
+  const Matrix view = matrix_of(dy);
+  const BackwardPlanes counts = backward_planes(view, factor.rank);
+  ExpandBackwardResult out{{dy, counts.projected, view.rows, factor.rank},
+                           {dy, counts.factor_grad, factor.rank, view.cols}};
+  check_launch(
+      launch_expand_backward(view, one_plane(s), factor, scale, out.ds.view, out.factor_grad.view, float32, to.stream));
+  return out;
+}
+
+PlanesTensor shrink_backward_into_planes(const Tensor& x, const ConstPlanes& ds, const Factor& factor,
+                                         const DeviceDropout& dropout, const Tensor& dx, bool accumulate,
+                                         Float32 float32, const Launcher& to) {
+  const Matrix view = matrix_of(x);
+  PlanesTensor grad(x, backward_planes(view, factor.rank).factor_grad, factor.rank, view.cols);
+  check_launch(launch_shrink_backward(view, ds, factor, dropout, output_matrix_of(dx), accumulate, grad.view, float32,
+                                      to.stream));
+  return grad;
+}
+
+// ---------------------------------------------------------------------------------------------- operators
+
 Tensor gather_concat_op(const Tensor& pool, const Tensor& index) {
-  const Tensor pool_c = torch::stable::contiguous(pool), index_c = torch::stable::contiguous(index);
-  const Factor factor = factor_of(pool_c, index_c);
-  STD_TORCH_CHECK(index.is_cuda() && index.get_device() == pool.get_device(), "index must be on the pool's device");
-  const torch::stable::accelerator::DeviceGuard guard(pool.get_device());
-  Tensor out = torch::stable::new_empty(pool, {factor.rank, factor.cols()});
-  check_launch(launch_gather_concat(factor, output_matrix_of(out), current_stream(pool.get_device())), "gather_concat",
-               factor.rank, factor.cols());
+  const Launcher to(pool);
+  const FactorArgument factor(pool, index, to.device);
+  Tensor out = torch::stable::new_empty(pool, {factor.view.rank, factor.view.cols()});
+  check_launch(launch_gather_concat(factor.view, output_matrix_of(out), to.stream));
   return out;
 }
 
 Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, int64_t num_shards) {
   STD_TORCH_CHECK(!grads.empty() && grads.size() == indices.size(), "need one index for each of one or more grads");
   const int64_t shard_size = indices[0].size(1) ? grads[0].size(1) / indices[0].size(1) : 0;
-  const int32_t device = grads[0].get_device();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Launcher to(grads[0]);
   std::vector<FactorGradient> modules;
   for (size_t k = 0; k < grads.size(); ++k) {
     grads[k] = rows_contiguous(grads[k]);
     indices[k] = torch::stable::contiguous(indices[k]);
-    STD_TORCH_CHECK(grads[k].get_device() == device && indices[k].is_cuda() && indices[k].get_device() == device,
-                    "grads and indices must be on one device");
+    check_device(grads[k], to.device, "grads");
+    check_device(indices[k], to.device, "indices");
     modules.push_back(factor_gradient_of(grads[k], indices[k], shard_size, grads[0].scalar_type()));
   }
   Tensor out = torch::stable::new_empty(grads[0], {num_shards, shard_size}, accumulate_type(grads[0]));
-  check_launch(launch_scatter_add(modules.data(), static_cast<int>(modules.size()), output_matrix_of(out),
-                                  current_stream(device)),
-               "scatter_add", num_shards, shard_size);
+  check_launch(launch_scatter_add(modules.data(), static_cast<int>(modules.size()), output_matrix_of(out), to.stream));
   return out;
+}
+
+Tensor shrink_op(const Tensor& x, const Tensor& pool, const Tensor& index, double p, const std::optional<Tensor>& seed,
+                 bool tf32) {
+  const Launcher to(x);
+  const FactorArgument factor(pool, index, to.device);
+  factor.check(x);
+  const Tensor x_c = rows_contiguous(x);
+  return summed(shrink_into_planes(x_c, factor.view, dropout_of(p, seed, to.device), float32_of(tf32), to), to);
+}
+
+Tensor expand_op(const Tensor& s, const Tensor& pool, const Tensor& index, double scale, ScalarType dtype, bool tf32) {
+  const Launcher to(s);
+  const FactorArgument factor(pool, index, to.device);
+  Tensor y = torch::stable::new_empty(s, {s.size(0), factor.view.cols()}, dtype);
+  factor.check(y);
+  const Tensor s_c = sums_contiguous(s, y, factor.view.rank);
+  check_launch(launch_expand(one_plane(s_c), factor.view, scale, output_matrix_of(y), {}, float32_of(tf32), to.stream));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s, const Tensor& pool,
+                                              const Tensor& index, double scale, bool tf32) {
+  const Launcher to(dy);
+  const FactorArgument factor(pool, index, to.device);
+  factor.check(dy);
+  const Tensor dy_c = rows_contiguous(dy), s_c = sums_contiguous(s, dy, factor.view.rank);
+  const auto planes = expand_backward_into_planes(dy_c, s_c, factor.view, scale, float32_of(tf32), to);
+  return {summed(planes.ds, to), summed(planes.factor_grad, to)};
+}
+
+std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x, const Tensor& pool,
+                                              const Tensor& index, double p, const std::optional<Tensor>& seed,
+                                              bool tf32) {
+  const Launcher to(x);
+  const FactorArgument factor(pool, index, to.device);
+  factor.check(x);
+  const Tensor x_c = rows_contiguous(x), ds_c = sums_contiguous(ds, x, factor.view.rank);
+  Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  const PlanesTensor grad =
+      shrink_backward_into_planes(x_c, one_plane(ds_c), factor.view, dropout_of(p, seed, to.device), dx,
+                                  /*accumulate=*/false, float32_of(tf32), to);
+  return {dx, summed(grad, to)};
+}
+
+// ---------------------------------------------------------------------------------------------- both factors at once
+
+// shrink and expand in two launches: the planes of S go straight into expand, which also writes their sum.
+Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tensor>& bias, const Tensor& x,
+                     const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b, const Tensor& index_b,
+                     double scale, double p, const std::optional<Tensor>& seed, bool tf32) {
+  const Launcher to(x);
+  const FactorArgument a(pool_a, index_a, to.device), b(pool_b, index_b, to.device);
+  check_device(y, to.device, "y");
+  a.check(x);
+  b.check(y);
+  STD_TORCH_CHECK(a.view.rank == b.view.rank, "index_a and index_b must have the same rank");
+  STD_TORCH_CHECK(y.size(0) == x.size(0) && y.scalar_type() == x.scalar_type(), "y must have x's rows and dtype");
+  const Tensor x_c = rows_contiguous(x);
+  const PlanesTensor planes = shrink_into_planes(x_c, a.view, dropout_of(p, seed, to.device), float32_of(tf32), to);
+  const bool split = planes.view.count > 1;
+  Tensor s = planes.result();
+  std::optional<Tensor> bias_c;
+  ExpandOptions options;
+  options.accumulate = accumulate;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->numel() == y.size(1) && bias->scalar_type() == y.scalar_type(),
+                    "bias must be (columns of y,) of y's dtype");
+    check_device(*bias, to.device, "bias");
+    bias_c = torch::stable::contiguous(*bias);
+    options.bias = bias_c->const_data_ptr();
+  }
+  const Matrix out = output_matrix_of(y);
+  ConstPlanes sums = planes.read();
+  if (split && sum_first(sums.count, expand_readers(out, a.view.rank), sums.rows * sums.cols)) {
+    const Sum sum{sums, s.mutable_data_ptr()};
+    check_launch(launch_sum(&sum, 1, dtype_of(s), to.stream));
+    sums = one_plane(s);
+  } else if (split) {
+    options.s_sum = s.mutable_data_ptr();
+  }
+  check_launch(launch_expand(sums, b.view, scale, out, options, float32_of(tf32), to.stream));
+  return s;
+}
+
+std::tuple<Tensor, Tensor> low_rank_op(const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+                                       const Tensor& pool_b, const Tensor& index_b, const std::optional<Tensor>& bias,
+                                       double scale, double p, const std::optional<Tensor>& seed, bool tf32) {
+  Tensor y = torch::stable::new_empty(x, {x.size(0), index_b.size(1) * pool_b.size(1)});
+  Tensor s = low_rank_into(y, /*accumulate=*/false, bias, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32);
+  return {y, s};
+}
+
+Tensor low_rank_inplace_op(Tensor y, const Tensor& x, const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b,
+                           const Tensor& index_b, double scale, double p, const std::optional<Tensor>& seed,
+                           bool tf32) {
+  const Tensor y_c = rows_contiguous(y);
+  Tensor s =
+      low_rank_into(y_c, /*accumulate=*/true, std::nullopt, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32);
+  if (y_c.get() != y.get()) torch::stable::copy_(y, y_c);
+  return s;
+}
+
+// The two backward passes, and one launch that adds the planes of both factor gradients.
+std::tuple<Tensor, Tensor> low_rank_backward_into(const Tensor& dx, bool accumulate, const Tensor& dy, const Tensor& s,
+                                                  const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+                                                  const Tensor& pool_b, const Tensor& index_b, double scale, double p,
+                                                  const std::optional<Tensor>& seed, bool tf32) {
+  const Launcher to(x);
+  const FactorArgument a(pool_a, index_a, to.device), b(pool_b, index_b, to.device);
+  check_device(dy, to.device, "dy");
+  check_device(dx, to.device, "dx");
+  a.check(x);
+  b.check(dy);
+  STD_TORCH_CHECK(a.view.rank == b.view.rank, "index_a and index_b must have the same rank");
+  STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.scalar_type() == x.scalar_type(), "dy must have x's rows and dtype");
+  STD_TORCH_CHECK(dx.size(0) == x.size(0) && dx.size(1) == x.size(1) && dx.scalar_type() == x.scalar_type(),
+                  "dx must have the shape and dtype of x");
+  const Tensor x_c = rows_contiguous(x), dy_c = rows_contiguous(dy), s_c = sums_contiguous(s, x, a.view.rank);
+  const Float32 float32 = float32_of(tf32);
+  const auto first = expand_backward_into_planes(dy_c, s_c, b.view, scale, float32, to);
+  ConstPlanes ds = first.ds.read();
+  if (sum_first(ds.count, shrink_backward_readers(matrix_of(x_c), a.view.rank), ds.rows * ds.cols)) {
+    const Sum sum{ds, first.ds.view.data};  // in place: the sum becomes the first plane
+    check_launch(launch_sum(&sum, 1, dtype_of(s_c), to.stream));
+    ds.count = 1;
+  }
+  const PlanesTensor second =
+      shrink_backward_into_planes(x_c, ds, a.view, dropout_of(p, seed, to.device), dx, accumulate, float32, to);
+  Tensor grad_a = second.result(), grad_b = first.factor_grad.result();
+  Sum sums[kSums];
+  int count = 0;
+  if (second.view.count > 1) sums[count++] = {second.read(), grad_a.mutable_data_ptr()};
+  if (first.factor_grad.view.count > 1) sums[count++] = {first.factor_grad.read(), grad_b.mutable_data_ptr()};
+  if (count) check_launch(launch_sum(sums, count, dtype_of(s_c), to.stream));
+  return {grad_a, grad_b};
+}
+
+std::tuple<Tensor, Tensor, Tensor> low_rank_backward_op(const Tensor& dy, const Tensor& s, const Tensor& x,
+                                                        const Tensor& pool_a, const Tensor& index_a,
+                                                        const Tensor& pool_b, const Tensor& index_b, double scale,
+                                                        double p, const std::optional<Tensor>& seed, bool tf32) {
+  Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  auto [grad_a, grad_b] = low_rank_backward_into(dx, /*accumulate=*/false, dy, s, x, pool_a, index_a, pool_b, index_b,
+                                                 scale, p, seed, tf32);
+  return {dx, grad_a, grad_b};
+}
+
+std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor& dy, const Tensor& s, const Tensor& x,
+                                                        const Tensor& pool_a, const Tensor& index_a,
+                                                        const Tensor& pool_b, const Tensor& index_b, double scale,
+                                                        double p, const std::optional<Tensor>& seed, bool tf32) {
+  const Tensor dx_c = rows_contiguous(dx);
+  auto grads = low_rank_backward_into(dx_c, /*accumulate=*/true, dy, s, x, pool_a, index_a, pool_b, index_b, scale, p,
+                                      seed, tf32);
+  if (dx_c.get() != dx.get()) torch::stable::copy_(dx, dx_c);
+  return grads;
 }
 
 }  // namespace
@@ -67,6 +336,14 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
 STABLE_TORCH_LIBRARY_IMPL(mos_ext, CUDA, m) {
   m.impl("gather_concat", TORCH_BOX(&gather_concat_op));
   m.impl("scatter_add", TORCH_BOX(&scatter_add_op));
+  m.impl("shrink", TORCH_BOX(&shrink_op));
+  m.impl("expand", TORCH_BOX(&expand_op));
+  m.impl("expand_backward", TORCH_BOX(&expand_backward_op));
+  m.impl("shrink_backward", TORCH_BOX(&shrink_backward_op));
+  m.impl("low_rank", TORCH_BOX(&low_rank_op));
+  m.impl("low_rank_", TORCH_BOX(&low_rank_inplace_op));
+  m.impl("low_rank_backward", TORCH_BOX(&low_rank_backward_op));
+  m.impl("low_rank_backward_", TORCH_BOX(&low_rank_backward_inplace_op));
 }
 
 }  // namespace mos::cuda

@@ -45,25 +45,27 @@ def _gather_concat_backward(ctx, grad):
     return ops.scatter_add([grad], [index], ctx.num_shards).to(ctx.dtype), None
 
 
-def _shrink_setup(ctx, inputs, output):
+def _shrink_setup(ctx, inputs, keyword_only_inputs, output):
     x, pool, index, ctx.p, seed = inputs
+    ctx.tf32 = keyword_only_inputs["tf32"]
     ctx.save_for_backward(x, pool, index, seed)
 
 
 def _shrink_backward(ctx, ds):
     x, pool, index, seed = ctx.saved_tensors
-    dx, factor_grad = ops.shrink_backward(ds, x, pool, index, ctx.p, seed)
+    dx, factor_grad = ops.shrink_backward(ds, x, pool, index, ctx.p, seed, tf32=ctx.tf32)
     return dx, ops.scatter_add([factor_grad], [index], pool.shape[0]).to(pool.dtype), None, None, None
 
 
-def _expand_setup(ctx, inputs, output):
+def _expand_setup(ctx, inputs, keyword_only_inputs, output):
     s, pool, index, ctx.scale, _ = inputs
+    ctx.tf32 = keyword_only_inputs["tf32"]
     ctx.save_for_backward(s, pool, index)
 
 
 def _expand_backward(ctx, dy):
     s, pool, index = ctx.saved_tensors
-    ds, factor_grad = ops.expand_backward(dy, s, pool, index, ctx.scale)
+    ds, factor_grad = ops.expand_backward(dy, s, pool, index, ctx.scale, tf32=ctx.tf32)
     return ds, ops.scatter_add([factor_grad], [index], pool.shape[0]).to(pool.dtype), None, None, None
 
 
@@ -78,12 +80,12 @@ def _scatter_add_backward(ctx, grad):
     return [ops.gather_concat(grad, index).to(ctx.dtype) for index in indices], [None] * len(indices), None
 
 
-def _no_setup(ctx, inputs, output):
+def _no_setup(ctx, inputs, keyword_only_inputs, output):
     pass
 
 
 def _no_backward(ctx, *grads):
-    raise NotImplementedError("mos_ext: gradients of gradients of shrink and expand are not implemented")
+    raise NotImplementedError("mos_ext: gradients of gradients are not implemented, nor is a gradient of low_rank: mos_linear has one")
 
 
 for _name, _setup, _backward in (
@@ -91,9 +93,11 @@ for _name, _setup, _backward in (
     ("scatter_add", _scatter_add_setup, _scatter_add_backward),
     ("shrink", _shrink_setup, _shrink_backward),
     ("expand", _expand_setup, _expand_backward),
-    # Without these, torch would take their results for constants: a second derivative would be silently wrong.
+    # Without these, torch would take their results for constants: a derivative through them would be silently wrong.
     ("shrink_backward", _no_setup, _no_backward),
     ("expand_backward", _no_setup, _no_backward),
+    ("low_rank", _no_setup, _no_backward),
+    ("low_rank_backward", _no_setup, _no_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=library)
 
@@ -102,17 +106,17 @@ def _in_place(name: str) -> None:
     """What autograd must know of an in-place operator: the first argument has changed, and nothing flows through."""
     op = getattr(ops, name).default
 
-    def kernel(keyset, out, *args):
+    def kernel(keyset, out, *args, **kwargs):
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (out, *args)):
             raise RuntimeError(f"mos_ext::{name} must be called without gradients, got an argument that requires one")
         torch.autograd.graph.increment_version(out)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, out, *args)
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, out, *args, **kwargs)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-for _name in ("expand_", "shrink_backward_"):
+for _name in ("low_rank_", "low_rank_backward_"):
     _in_place(_name)
 
 
@@ -180,27 +184,49 @@ def below_autograd():
     return contextlib.nullcontext() if plain else torch._C._AutoDispatchBelowAutograd()
 
 
+def tf32(x: Tensor) -> bool:
+    """Whether torch's switch lets products of x, float32 on CUDA, be computed in TF32."""
+    return x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+
+
+def _low_rank_first(x: Tensor) -> bool:
+    """How the low-rank branch and the base product meet.
+
+    On CUDA the branch is written first and becomes the C of the base's product, which reads it in its epilogue while
+    the tensor cores are busy: no pass over y of its own. On the CPU the branch is added to the finished product, which
+    costs nothing more and rounds once.
+    """
+    return x.device.type == "cuda"
+
+
 def mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed) -> tuple[Tensor, Tensor]:
     """y (T, out) and what backward needs of the forward pass, S (T, r)."""
+    factors = (pool_a, index_a, pool_b, index_b)
     with below_autograd():
-        s = ops.shrink(x, pool_a, index_a, p, seed)
-        y = torch.nn.functional.linear(x, weight, bias)
-        ops.expand_(y, s, pool_b, index_b, scale)
+        if _low_rank_first(x):
+            y, s = ops.low_rank(x, *factors, bias, scale, p, seed, tf32=tf32(x))
+            y.addmm_(x, weight.t())
+        else:
+            y = torch.nn.functional.linear(x, weight, bias)
+            s = ops.low_rank_(y, x, *factors, scale, p, seed)
     return y, s
 
 
 def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order (x, weight, bias, pool_a, pool_b, handle_a, handle_b)."""
     need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
+    arguments = (dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed)
     with below_autograd():
-        ds, factor_b = ops.expand_backward(dy, s, pool_b, index_b, scale)
+        if need_x and not _low_rank_first(x):
+            dx = dy @ weight
+            factor_a, factor_b = ops.low_rank_backward_(dx, *arguments)
+        else:
+            dx, factor_a, factor_b = ops.low_rank_backward(*arguments, tf32=tf32(x))
+            if need_x:
+                dx.addmm_(dy, weight)
         grads = []
         if need_x:
-            dx = dy @ weight
-            factor_a = ops.shrink_backward_(dx, ds, x, pool_a, index_a, p, seed)
             grads.append(dx)
-        elif need_pool_a or need_handle_a:
-            _, factor_a = ops.shrink_backward(ds, x, pool_a, index_a, p, seed)
         if need_weight:
             grads.append(dy.T @ x)
         if need_bias:

@@ -6,7 +6,8 @@ knows a module or a configuration.
 
 All activations are matrices: ``x``, ``dx`` (T, in); ``y``, ``dy`` (T, out); ``s``, ``ds`` (T, r) in the accumulation
 dtype. ``pool`` (n, d/l) is float32 or of the activations' dtype; ``index`` (r, l) is int32 and in range. ``seed`` is
-one int64 on the device of x.
+one int64 on the device of x. ``tf32`` lets CUDA kernels round float32 operands to TF32; the defaults go through ATen,
+which follows torch's own switch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .. import reference
 NAMESPACE = "mos_ext"
 # Bumped with every change of a schema; a library built for another number is refused (loader.py,
 # csrc/common/interface.h).
-INTERFACE = 1
+INTERFACE = 2
 
 library = torch.library.Library(NAMESPACE, "DEF")
 OPERATORS: list[str] = []  # the names of all of them
@@ -52,64 +53,118 @@ _define(
     lambda grads, indices, num_shards: _sums(grads[0], num_shards, grads[0].shape[1] // indices[0].shape[1]),
 )
 
-# ------------------------------------------------------------------------------------------------ forward
+# ------------------------------------------------------------------------------------------------ one factor
 
-_define(
+
+def _product(schema: str, default, fake) -> None:
+    """An operator with ``tf32``, which defaults and fakes have no use for."""
+
+    def without_tf32(function):
+        return lambda *arguments, tf32=False: function(*arguments)
+
+    _define(schema.replace(") ->", ", *, bool tf32=False) ->"), without_tf32(default), without_tf32(fake))
+
+
+def _factor(s: Tensor, pool: Tensor, index: Tensor) -> Tensor:
+    return s.new_empty(index.shape[0], index.shape[1] * pool.shape[1])
+
+
+_product(
     "shrink(Tensor x, Tensor pool, Tensor index, float p, Tensor? seed) -> Tensor",
     reference.shrink,
     lambda x, pool, index, p, seed: _sums(x, x.shape[0], index.shape[0]),
 )
 
-_define(
+_product(
     "expand(Tensor s, Tensor pool, Tensor index, float scale, ScalarType dtype) -> Tensor",
     reference.expand,
     lambda s, pool, index, scale, dtype: s.new_empty(s.shape[0], index.shape[1] * pool.shape[1], dtype=dtype),
 )
 
-
-def _expand_(y: Tensor, s: Tensor, pool: Tensor, index: Tensor, scale: float) -> None:
-    """y += scale * S F."""
-    y.addmm_((s * scale).to(y.dtype), reference.gather_concat(pool, index).to(y.dtype))
-
-
-_define(
-    "expand_(Tensor(a!) y, Tensor s, Tensor pool, Tensor index, float scale) -> ()",
-    _expand_,
-    lambda y, s, pool, index, scale: None,
-)
-
-# ------------------------------------------------------------------------------------------------ backward
-
-_define(
+_product(
     "expand_backward(Tensor dy, Tensor s, Tensor pool, Tensor index, float scale) -> (Tensor, Tensor)",
     reference.expand_backward,
-    lambda dy, s, pool, index, scale: (
-        s.new_empty(s.shape),
-        s.new_empty(index.shape[0], index.shape[1] * pool.shape[1]),
-    ),
+    lambda dy, s, pool, index, scale: (s.new_empty(s.shape), _factor(s, pool, index)),
 )
 
-_define(
+_product(
     "shrink_backward(Tensor ds, Tensor x, Tensor pool, Tensor index, float p, Tensor? seed) -> (Tensor, Tensor)",
     reference.shrink_backward,
-    lambda ds, x, pool, index, p, seed: (
-        x.new_empty(x.shape),
-        ds.new_empty(index.shape[0], index.shape[1] * pool.shape[1]),
+    lambda ds, x, pool, index, p, seed: (x.new_empty(x.shape), _factor(ds, pool, index)),
+)
+
+# ------------------------------------------------------------------------------------------------ both factors
+
+# What a layer adds to its base, and what that costs it in backward, each as one operator: partial sums of S and dS pass
+# from one kernel to the next without ever being added up in memory. The first form writes, so that its result becomes
+# the C of the base's product; the form with `_` adds to what a base of any kind has computed.
+
+_FACTORS = "Tensor pool_a, Tensor index_a, Tensor pool_b, Tensor index_b"
+
+
+def _low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed) -> tuple[Tensor, Tensor]:
+    """scale * S F_b + bias, and S."""
+    s = reference.shrink(x, pool_a, index_a, p, seed)
+    y = reference.expand(s, pool_b, index_b, scale, x.dtype)
+    return y if bias is None else y.add_(bias), s
+
+
+_product(
+    f"low_rank(Tensor x, {_FACTORS}, Tensor? bias, float scale, float p, Tensor? seed) -> (Tensor, Tensor)",
+    _low_rank,
+    lambda x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed: (
+        x.new_empty(x.shape[0], index_b.shape[1] * pool_b.shape[1]),
+        _sums(x, x.shape[0], index_a.shape[0]),
     ),
 )
 
 
-def _shrink_backward_(
-    dx: Tensor, ds: Tensor, x: Tensor, pool: Tensor, index: Tensor, p: float, seed: Tensor | None
-) -> Tensor:
-    """dx += dropout'(dS F); returns dF."""
-    dx_low, factor_grad = reference.shrink_backward(ds, x, pool, index, p, seed)
+def _low_rank_(y, x, pool_a, index_a, pool_b, index_b, scale, p, seed) -> Tensor:
+    """y += scale * S F_b; returns S."""
+    s = reference.shrink(x, pool_a, index_a, p, seed)
+    y.addmm_((s * scale).to(y.dtype), reference.gather_concat(pool_b, index_b).to(y.dtype))
+    return s
+
+
+_product(
+    f"low_rank_(Tensor(a!) y, Tensor x, {_FACTORS}, float scale, float p, Tensor? seed) -> Tensor",
+    _low_rank_,
+    lambda y, x, pool_a, index_a, pool_b, index_b, scale, p, seed: _sums(x, x.shape[0], index_a.shape[0]),
+)
+
+
+def _low_rank_backward(dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed) -> tuple[Tensor, Tensor, Tensor]:
+    """dx of the low-rank branch, and the gradients of both factors."""
+    ds, factor_b = reference.expand_backward(dy, s, pool_b, index_b, scale)
+    dx, factor_a = reference.shrink_backward(ds, x, pool_a, index_a, p, seed)
+    return dx, factor_a, factor_b
+
+
+_product(
+    f"low_rank_backward(Tensor dy, Tensor s, Tensor x, {_FACTORS}, float scale, float p, Tensor? seed)"
+    " -> (Tensor, Tensor, Tensor)",
+    _low_rank_backward,
+    lambda dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed: (
+        x.new_empty(x.shape),
+        _factor(s, pool_a, index_a),
+        _factor(s, pool_b, index_b),
+    ),
+)
+
+
+def _low_rank_backward_(dx, *arguments) -> tuple[Tensor, Tensor]:
+    """dx += that of the low-rank branch; returns the gradients of both factors."""
+    dx_low, factor_a, factor_b = _low_rank_backward(*arguments)
     dx += dx_low
-    return factor_grad
+    return factor_a, factor_b
 
 
-_define(
-    "shrink_backward_(Tensor(a!) dx, Tensor ds, Tensor x, Tensor pool, Tensor index, float p, Tensor? seed) -> Tensor",
-    _shrink_backward_,
-    lambda dx, ds, x, pool, index, p, seed: ds.new_empty(index.shape[0], index.shape[1] * pool.shape[1]),
+_product(
+    f"low_rank_backward_(Tensor(a!) dx, Tensor dy, Tensor s, Tensor x, {_FACTORS}, float scale, float p, Tensor? seed)"
+    " -> (Tensor, Tensor)",
+    _low_rank_backward_,
+    lambda dx, dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed: (
+        _factor(s, pool_a, index_a),
+        _factor(s, pool_b, index_b),
+    ),
 )

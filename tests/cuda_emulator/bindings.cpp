@@ -1,0 +1,79 @@
+// The kernels' host functions (csrc/cuda/launch.h) with C linkage, for kernels.py. Views travel as pointers to the
+// structs of csrc/common/params.h and launch.h, which kernels.py mirrors.
+#include "../../csrc/cuda/heuristics.h"
+#include "../../csrc/cuda/launch.h"
+
+using namespace mos;
+using namespace mos::cuda;
+
+extern "C" {
+
+// So that kernels.py can tell whether its mirrors are exact.
+void mos_struct_sizes(int64_t* out) {
+  const size_t sizes[] = {sizeof(Matrix), sizeof(Factor), sizeof(FactorGradient), sizeof(DeviceDropout),
+                          sizeof(Planes), sizeof(ExpandOptions)};
+  for (int i = 0; i < 6; ++i) out[i] = static_cast<int64_t>(sizes[i]);
+}
+
+int64_t mos_shrink_planes(const Matrix* x, const Factor* factor) { return shrink_planes(*x, *factor); }
+int mos_shrink(const Matrix* x, const Factor* factor, const DeviceDropout* dropout, const Planes* s, int tf32) {
+  return launch_shrink(*x, *factor, *dropout, *s, tf32 ? Float32::tf32 : Float32::exact, nullptr);
+}
+
+int mos_expand(const ConstPlanes* s, const Factor* factor, double scale, const Matrix* y, const ExpandOptions* options,
+               int tf32) {
+  return launch_expand(*s, *factor, scale, *y, *options, tf32 ? Float32::tf32 : Float32::exact, nullptr);
+}
+
+void mos_backward_planes(const Matrix* activations, int64_t rank, int64_t* out) {
+  const BackwardPlanes planes = backward_planes(*activations, rank);
+  out[0] = planes.projected;
+  out[1] = planes.factor_grad;
+}
+int mos_expand_backward(const Matrix* dy, const ConstPlanes* s, const Factor* factor, double scale, const Planes* ds,
+                        const Planes* factor_grad, int tf32) {
+  return launch_expand_backward(*dy, *s, *factor, scale, *ds, *factor_grad, tf32 ? Float32::tf32 : Float32::exact,
+                                nullptr);
+}
+int mos_shrink_backward(const Matrix* x, const ConstPlanes* ds, const Factor* factor, const DeviceDropout* dropout,
+                        const Matrix* dx, int accumulate, const Planes* factor_grad, int tf32) {
+  return launch_shrink_backward(*x, *ds, *factor, *dropout, *dx, accumulate != 0, *factor_grad,
+                                tf32 ? Float32::tf32 : Float32::exact, nullptr);
+}
+
+int mos_sum(const ConstPlanes* planes, void* out, int dtype) {
+  const Sum sum{*planes, out};
+  return launch_sum(&sum, 1, static_cast<DType>(dtype), nullptr);
+}
+int mos_gather_concat(const Factor* factor, const Matrix* out) { return launch_gather_concat(*factor, *out, nullptr); }
+int mos_scatter_add(const FactorGradient* modules, int count, const Matrix* pool_grad) {
+  return launch_scatter_add(modules, count, *pool_grad, nullptr);
+}
+
+// Geometry, for the tests of heuristics.h.
+void mos_shrink_geometry(int64_t rows, int64_t cols, int64_t rank, int size, int64_t* out) {
+  const ShrinkGeometry g = shrink_geometry(rows, cols, rank, size);
+  const int64_t all[] = {g.ranks, g.row_tiles, g.columns.count, g.columns.tiles, g.rank_blocks};
+  for (int i = 0; i < 5; ++i) out[i] = all[i];
+}
+void mos_expand_geometry(int64_t rows, int64_t cols, int64_t rank, int size, int64_t* out) {
+  const ExpandGeometry g = expand_geometry(rows, cols, rank, size);
+  const int64_t all[] = {g.ranks, g.column_tiles, g.column_blocks, g.rows.count, g.rows.tiles};
+  for (int i = 0; i < 5; ++i) out[i] = all[i];
+}
+void mos_backward_geometry(int64_t rows, int64_t cols, int64_t rank, int size, int64_t* out) {
+  const BackwardGeometry g = backward_geometry(rows, cols, rank, size);
+  const int64_t all[] = {g.ranks, g.column_blocks, g.rows.count, g.rows.tiles, g.rank_blocks};
+  for (int i = 0; i < 5; ++i) out[i] = all[i];
+}
+int mos_sum_first(int64_t planes, int64_t readers, int64_t elements) { return sum_first(planes, readers, elements); }
+
+// What the last launch was: grid x, y, z, threads, bytes of shared memory; returns "kernel arithmetic"'s two halves.
+const char* mos_last_kernel(int64_t* out) {
+  const LaunchRecord& l = last_launch();
+  const int64_t all[] = {l.grid[0], l.grid[1], l.grid[2], l.threads, static_cast<int64_t>(l.shared_bytes)};
+  for (int i = 0; i < 5; ++i) out[i] = all[i];
+  return l.kernel;
+}
+
+}  // extern "C"

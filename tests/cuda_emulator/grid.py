@@ -1,0 +1,237 @@
+"""Every CUDA kernel against NumPy over a grid of shapes, dtypes, alignments and schedules.
+
+    python grid.py FLAVOUR FIRST STEP SEEDS
+
+runs every STEP-th case from FIRST on, in a process of its own: sanitizers must be loaded before Python. Two questions
+are asked of each case. On small integers, where every product and every sum is exact in every type, the bits must be
+NumPy's, whatever the order of the sums. On real numbers the error against float64 must obey the rule of
+mos_ext/testing.py: at most twice that of the same computation in plain NumPy, plus its floors: two units in the last
+place of the dtype that operands are rounded to, 64 in float64.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+
+import emulator
+import numpy as np
+from kernels import Kernels, decode, encode, sums_type
+
+SCALE = 0.5
+FLOOR = {"f32": 2 * 2.0**-23, "f64": 64 * 2.0**-52, "bf16": 2 * 2.0**-7, "f16": 2 * 2.0**-10, "tf32": 2 * 2.0**-10}
+SCHEDULES = emulator.SCHEDULES
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: str
+    pool_dtype: str
+    rows: int
+    shard: int  # elements
+    l: int
+    r: int
+    p: float = 0.0
+    pad: int = 0
+    tf32: bool = False
+
+    @property
+    def cols(self):
+        return self.shard * self.l
+
+    def __str__(self):
+        return "-".join(str(v) for v in vars(self).values())
+
+
+def cases():
+    """Single elements; every remainder of the tiles (64 rows; groups of 8, tiles of 64 and 128 columns; 16 ranks);
+    several tiles, parts and planes in every direction; shards of any length; more ranks than a block has."""
+    shapes = [  # rows, shard, l, r
+        (1, 1, 1, 1),
+        (3, 5, 3, 2),
+        (17, 8, 4, 5),
+        (64, 64, 2, 16),
+        (70, 24, 11, 17),
+        (130, 136, 5, 33),
+        (65, 257, 1, 3),
+        (200, 40, 16, 8),
+        (16, 96, 16, 64),
+        (129, 24, 3, 100),
+        (33, 8, 24, 256),
+        (0, 16, 4, 4),
+    ]
+    for (rows, shard, l, r), dtype in itertools.product(shapes, ("bf16", "f16", "f32", "f64")):
+        heavy = rows * shard * l * r > 600_000
+        for pool_dtype in sorted({dtype, "f32"}, reverse=True):
+            # Doubles and floats share their code with each other; the heavy shapes are there for the tensor cores.
+            if heavy and dtype in ("f32", "f64") and pool_dtype == dtype != "f64":
+                continue
+            yield Case(dtype, pool_dtype, rows, shard, l, r)
+    for dtype in ("bf16", "f16", "f32", "f64"):
+        yield Case(dtype, "f32", 70, 24, 11, 17, p=0.5)
+        yield Case(dtype, "f32", 33, 8, 5, 70, p=0.5)  # ranks in two launches, both with dropout
+        yield Case(dtype, dtype, 67, 16, 9, 12, p=0.5, pad=3)  # rows that are not aligned
+        yield Case(dtype, "f32", 66, 16, 9, 12, pad=8)  # rows that are, at a distance
+        yield Case(dtype, dtype, 20, 13, 7, 6, p=0.5, pad=1)
+    for shape in ((64, 64, 2, 16), (70, 24, 11, 17), (33, 8, 24, 40)):
+        yield Case("f32", "f32", *shape, tf32=True)
+    yield Case("f32", "f32", 67, 13, 9, 12, p=0.5, pad=3, tf32=True)
+
+
+CASES = list(cases())
+
+# ---------------------------------------------------------------------------------------------- what is expected
+
+
+def keep_mask(rows, cols, p, seed):
+    """mos_ext/reference.py's dropout_mask, in NumPy."""
+    low = np.uint64(0xFFFFFFFF)
+    group, row = np.meshgrid(np.arange((cols + 7) // 8, dtype=np.uint64), np.arange(rows, dtype=np.uint64))
+    c = [group, row & low, row >> np.uint64(32), np.zeros_like(row)]
+    key = [np.uint64(seed) & low, np.uint64(seed) >> np.uint64(32)]
+    for _ in range(7):
+        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ key[0], p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ key[1], p0 & low]
+        key = [np.uint64((int(k) + bump) & 0xFFFFFFFF) for k, bump in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
+    bits = np.stack([word >> np.uint64(shift) & np.uint64(0xFFFF) for word in c for shift in (0, 16)], axis=-1)
+    return bits.reshape(rows, -1)[:, :cols] >= int(p * 65536 + 0.5)
+
+
+@dataclass
+class Inputs:
+    """Values (float64) that the dtypes of the case hold exactly."""
+
+    x: np.ndarray
+    y: np.ndarray
+    dy: np.ndarray
+    s: np.ndarray  # planes
+    bias: np.ndarray
+    pool: np.ndarray
+    index: np.ndarray
+    seed: int
+
+    @property
+    def factor(self):
+        return self.pool[self.index].reshape(len(self.index), -1)
+
+
+def inputs(case, integers, number):
+    rng = np.random.default_rng(number)
+    shards = 2 * case.r * case.l
+
+    def draw(dtype, *shape):
+        if integers:
+            return rng.integers(-2, 3, shape).astype(np.float64)
+        return decode(encode(rng.standard_normal(shape), dtype), dtype)
+
+    shape = (case.rows, case.cols)
+    return Inputs(
+        *(draw(case.dtype, *shape) for _ in range(3)),
+        s=draw(sums_type(case.dtype), 1 + number % 3, case.rows, case.r),
+        bias=draw(case.dtype, case.cols),
+        pool=draw(case.pool_dtype, shards, case.shard),
+        index=rng.permutation(shards)[: case.r * case.l].reshape(case.r, case.l),
+        seed=int(rng.integers(2**62)),
+    )
+
+
+def products(case, given, rounded):
+    """What every kernel should return. ``rounded(values, dtype)`` is what plain PyTorch would do where values pass
+    through memory in that dtype; the identity makes this the float64 oracle."""
+    sums = sums_type(case.dtype)
+    keep = keep_mask(case.rows, case.cols, case.p, given.seed) if case.p else np.ones((case.rows, case.cols), bool)
+    dropped = rounded(np.where(keep, given.x / (1 - case.p), 0.0), case.dtype)
+    factor = rounded(given.factor, case.dtype)
+    s = given.s.sum(0)
+    scaled, plain = rounded(s * SCALE, case.dtype), rounded(s, case.dtype)
+    delta = scaled @ factor
+    low = np.where(keep, rounded(plain @ factor, case.dtype) / (1 - case.p), 0.0)
+    return {
+        "shrink": rounded(rounded(dropped @ factor.T, case.dtype), sums),
+        "expand": rounded(rounded(delta, case.dtype) + given.bias, case.dtype),
+        "expand sum": rounded(s, sums),
+        "expand accumulate": rounded(given.y + rounded(delta, case.dtype), case.dtype),
+        "expand_backward ds": rounded(rounded(given.dy @ factor.T, case.dtype) * SCALE, sums),
+        "expand_backward grad": rounded(scaled.T @ given.dy, case.dtype),
+        "shrink_backward dx": rounded(low, case.dtype),
+        "shrink_backward grad": rounded(plain.T @ dropped, case.dtype),
+        "shrink_backward accumulate": rounded(given.y + rounded(low, case.dtype), case.dtype),
+    }
+
+
+def results(kernels, case, given):
+    """The same from the kernels, as stored."""
+    dtype, more = case.dtype, {"tf32": case.tf32, "pad": case.pad}
+    x, y, dy, bias = (encode(v, dtype) for v in (given.x, given.y, given.dy, given.bias))
+    s = encode(given.s, sums_type(dtype))
+    factor = (encode(given.pool, case.pool_dtype), case.pool_dtype, given.index)
+    out = {"shrink": kernels.sum(kernels.shrink(x, dtype, *factor, case.p, given.seed, **more))}
+    out["expand"], out["expand sum"] = kernels.expand(s, dtype, *factor, SCALE, bias=bias, want_sum=True, **more)
+    out["expand accumulate"] = kernels.expand(s, dtype, *factor, SCALE, y=y, **more)
+    ds, grad = kernels.expand_backward(dy, dtype, s, *factor, SCALE, **more)
+    out["expand_backward ds"], out["expand_backward grad"] = kernels.sum(ds), kernels.sum(grad)
+    dx, grad = kernels.shrink_backward(x, dtype, s, *factor, case.p, given.seed, **more)
+    out["shrink_backward dx"], out["shrink_backward grad"] = dx, kernels.sum(grad)
+    dx, again = kernels.shrink_backward(x, dtype, s, *factor, case.p, given.seed, dx=y, **more)
+    out["shrink_backward accumulate"] = dx
+    assert np.array_equal(grad, again), "the factor gradient depends on whether dx is accumulated"
+    return out
+
+
+def relative_error(values, exact):
+    norm = np.linalg.norm(exact)
+    return np.linalg.norm(values - exact) / norm if norm else float(np.abs(values).max(initial=0.0))
+
+
+def check(kernels, case, seeds):
+    """AssertionError unless the case is right under every seed, bit for bit the same under all of them."""
+    for integers in (True, False):
+        given = inputs(case, integers, number=int(integers))
+        exact = products(case, given, lambda values, dtype: values)
+        plain = products(case, given, lambda values, dtype: decode(encode(values, dtype), dtype))
+        first = None
+        for seed in seeds:
+            kernels.emulator.config(seed=seed, schedule=SCHEDULES[seed % 4])
+            got = results(kernels, case, given)
+            for name, stored in got.items():
+                where = f"{case} {name} seed {seed}"
+                dtype = "f64" if stored.dtype == np.float64 else "f32" if stored.dtype == np.float32 else case.dtype
+                values = decode(stored, dtype)
+                assert np.isfinite(values).all(), f"{where}: not finite"
+                if integers:
+                    expected = encode(exact[name], dtype)
+                    wrong = np.argwhere(stored != expected)
+                    assert not len(wrong), f"{where}: {len(wrong)} of {stored.size} differ, first at {wrong[0]}"
+                else:
+                    error, allowed = relative_error(values, exact[name]), 2 * relative_error(plain[name], exact[name])
+                    allowed += FLOOR["tf32" if case.tf32 else case.dtype]
+                    assert error <= allowed, f"{where}: error {error:.2e}, allowed {allowed:.2e}"
+                if first is not None:
+                    assert np.array_equal(stored, first[name]), f"{where}: differs from the first seed"
+            first = first or got
+
+
+def check_gather(kernels, seeds):
+    """Gather-concat and scatter-add: every copy width, tables longer than a warp, several modules and launches."""
+    rng = np.random.default_rng(0)
+    for dtype, shard, seed in itertools.product(("bf16", "f16", "f32", "f64"), (1, 2, 4, 12, 130, 256), seeds):
+        kernels.emulator.config(seed=seed, schedule=SCHEDULES[seed % 4])
+        pool = encode(rng.integers(-2, 3, (23, shard)), dtype)
+        index = rng.integers(0, 23, (3, 5))
+        assert np.array_equal(kernels.gather_concat(pool, dtype, index), pool[index].reshape(3, -1))
+        for count, pad in ((1, 0), (3, 1), (70, 0) if shard == 4 else (2, 4)):
+            indices = [rng.integers(0, 20, (1 + k % 9, 5)) for k in range(count)]
+            grads = [encode(rng.integers(-2, 3, (len(i), 5 * shard)), dtype) for i in indices]
+            got = kernels.scatter_add(grads, dtype, indices, 23, pad=pad)
+            expected = np.zeros((23, shard))
+            for grad, table in zip(grads, indices, strict=True):
+                np.add.at(expected, table.reshape(-1), decode(grad, dtype).reshape(-1, shard))
+            assert np.array_equal(got, expected), (dtype, shard, count, pad, seed)
+
+
+if __name__ == "__main__":
+    flavour, first, step, seeds = sys.argv[1], *map(int, sys.argv[2:])
+    kernels = Kernels(emulator.build(flavour))
+    for case in CASES[first::step]:
+        check(kernels, case, range(seeds))
+    if first == 0:
+        check_gather(kernels, range(seeds))

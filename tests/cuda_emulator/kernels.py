@@ -1,0 +1,190 @@
+"""The kernels of csrc/cuda as NumPy functions, executed by the emulator.
+
+Every argument is copied into memory that ends at an inaccessible page, and every output starts as NaN, so that what a
+kernel reads or writes beyond its arrays, or forgets to write, is seen. bfloat16 travels as uint16 bit patterns; see
+``encode`` and ``decode``.
+"""
+
+import ctypes as C
+
+import numpy as np
+from emulator import Emulator
+
+DTYPES = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3}
+STORAGE = {"f32": np.float32, "f64": np.float64, "bf16": np.uint16, "f16": np.float16}
+
+
+def sums_type(dtype):
+    return "f64" if dtype == "f64" else "f32"
+
+
+def encode(values, dtype):
+    """Values in the storage of a dtype, rounded to nearest even."""
+    if dtype != "bf16":
+        return np.asarray(values).astype(STORAGE[dtype])
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def decode(stored, dtype):
+    """The float64 values of stored numbers."""
+    if dtype == "bf16":
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return stored.astype(np.float64)
+
+
+class Matrix(C.Structure):
+    _fields_ = [("data", C.c_void_p), ("dtype", C.c_int32), ("rows", C.c_int64), ("cols", C.c_int64), ("row_stride", C.c_int64)]  # fmt: skip
+
+
+class Factor(C.Structure):
+    _fields_ = [("pool", C.c_void_p), ("dtype", C.c_int32), ("num_shards", C.c_int64), ("shard_size", C.c_int64), ("pool_stride", C.c_int64), ("index", C.c_void_p), ("rank", C.c_int64), ("shards_per_vector", C.c_int64)]  # fmt: skip
+
+
+class FactorGradient(C.Structure):
+    _fields_ = [("grad", Matrix), ("index", C.c_void_p), ("shards_per_vector", C.c_int64)]
+
+
+class Dropout(C.Structure):
+    _fields_ = [("seed", C.c_void_p), ("threshold", C.c_uint32)]
+
+
+class Planes(C.Structure):
+    _fields_ = [("data", C.c_void_p), ("count", C.c_int64), ("rows", C.c_int64), ("cols", C.c_int64)]
+
+
+class ExpandOptions(C.Structure):
+    _fields_ = [("bias", C.c_void_p), ("accumulate", C.c_bool), ("dropout", Dropout), ("s_sum", C.c_void_p)]
+
+
+STRUCTS = (Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions)
+
+
+class Kernels:
+    """The functions of launch.h. ``pad`` extra elements between rows make matrices strided, and, odd, unaligned."""
+
+    def __init__(self, path):
+        self.emulator = Emulator(path)
+        self.library = self.emulator.library
+        self.library.mos_shrink_planes.restype = C.c_int64
+        self.library.mos_last_kernel.restype = C.c_char_p
+        sizes = (C.c_int64 * len(STRUCTS))()
+        self.library.mos_struct_sizes(sizes)
+        assert list(sizes) == [C.sizeof(s) for s in STRUCTS], "kernels.py does not mirror launch.h"
+
+    def _matrix(self, values, dtype, pad=0, fill=None):
+        """A view and its array (rows, cols); ``values`` None asks for NaN of shape ``fill``."""
+        rows, cols = fill if values is None else values.shape
+        frame = self.emulator.buffer(shape=(max(rows * (cols + pad) - pad, 0),), dtype=STORAGE[dtype])
+        # The last row ends where memory ends: no padding behind it.
+        size = frame.itemsize
+        array = np.lib.stride_tricks.as_strided(frame, (rows, cols), ((cols + pad) * size, size))
+        if values is not None and array.size:
+            array[...] = values
+        return Matrix(frame.ctypes.data, DTYPES[dtype], rows, cols, cols + pad), array
+
+    def _factor(self, pool, dtype, index):
+        stored, table = self.emulator.buffer(pool), self.emulator.buffer(index.astype(np.int32))
+        return Factor(stored.ctypes.data, DTYPES[dtype], *pool.shape, pool.shape[1], table.ctypes.data, *index.shape)
+
+    def _dropout(self, p, seed):
+        threshold = int(p * 65536 + 0.5)
+        return Dropout(self.emulator.buffer(np.array([seed], np.int64)).ctypes.data if threshold else None, threshold)
+
+    def _planes(self, dtype, count, rows, cols):
+        array = self.emulator.buffer(shape=(count, rows, cols), dtype=STORAGE[sums_type(dtype)])
+        return Planes(array.ctypes.data, count, rows, cols), array
+
+    def _given_planes(self, s):
+        array = self.emulator.buffer(s)
+        return Planes(array.ctypes.data, *s.shape)
+
+    def _call(self, name, *arguments):
+        self.emulator.call(name, *(C.byref(a) if isinstance(a, C.Structure) else a for a in arguments))
+
+    def _done(self, *results):
+        results = tuple(r.copy() for r in results)
+        self.emulator.free()
+        return results[0] if len(results) == 1 else results
+
+    def last_launch(self):
+        """The last kernel's name, grid, threads and bytes of shared memory."""
+        out = (C.c_int64 * 5)()
+        return self.library.mos_last_kernel(out).decode(), tuple(out[:3]), out[3], out[4]
+
+    def geometry(self, kernel, rows, cols, rank, size):
+        out = (C.c_int64 * 5)()
+        getattr(self.library, f"mos_{kernel}_geometry")(*map(C.c_int64, (rows, cols, rank)), size, out)
+        return tuple(out)
+
+    # ------------------------------------------------------------------------------------------ K1 to K5
+
+    def shrink(self, x, dtype, pool, pool_dtype, index, p=0.0, seed=0, *, tf32=False, pad=0):
+        """Planes of s, (count, T, r)."""
+        (matrix, _), factor = self._matrix(x, dtype, pad), self._factor(pool, pool_dtype, index)
+        count = self.library.mos_shrink_planes(C.byref(matrix), C.byref(factor))
+        planes, out = self._planes(dtype, count, len(x), len(index))
+        self._call("mos_shrink", matrix, factor, self._dropout(p, seed), planes, C.c_int(tf32))
+        return self._done(out)
+
+    def expand(self, s, dtype, pool, pool_dtype, index, scale, *, y=None, bias=None, p=0.0, seed=0, want_sum=False, tf32=False, pad=0):  # fmt: skip
+        """y (T, C), and the sum of the planes s (count, T, r) where it is wanted; accumulates into ``y`` if given."""
+        factor = self._factor(pool, pool_dtype, index)
+        matrix, out = self._matrix(y, dtype, pad, fill=(s.shape[1], index.shape[1] * pool.shape[1]))
+        total = self.emulator.buffer(shape=s.shape[1:], dtype=s.dtype)
+        options = ExpandOptions(
+            None if bias is None else self.emulator.buffer(bias).ctypes.data,
+            y is not None,
+            self._dropout(p, seed),
+            total.ctypes.data if want_sum else None,
+        )
+        self._call("mos_expand", self._given_planes(s), factor, float(scale), matrix, options, C.c_int(tf32))
+        return self._done(out, total) if want_sum else self._done(out)
+
+    def _backward_planes(self, matrix, rank):
+        out = (C.c_int64 * 2)()
+        self.library.mos_backward_planes(C.byref(matrix), C.c_int64(rank), out)
+        return out[0], out[1]
+
+    def expand_backward(self, dy, dtype, s, pool, pool_dtype, index, scale, *, tf32=False, pad=0):
+        """Planes of ds (count, T, r) and of the factor gradient (count, r, C)."""
+        (matrix, _), factor = self._matrix(dy, dtype, pad), self._factor(pool, pool_dtype, index)
+        projected, grads = self._backward_planes(matrix, len(index))
+        ds, ds_out = self._planes(dtype, projected, len(dy), len(index))
+        grad, grad_out = self._planes(dtype, grads, len(index), dy.shape[1])
+        self._call("mos_expand_backward", matrix, self._given_planes(s), factor, float(scale), ds, grad, C.c_int(tf32))
+        return self._done(ds_out, grad_out)
+
+    def shrink_backward(self, x, dtype, ds, pool, pool_dtype, index, p=0.0, seed=0, *, dx=None, tf32=False, pad=0):
+        """dx (T, C), accumulated where it is given, and planes of the factor gradient (count, r, C)."""
+        (matrix, _), factor = self._matrix(x, dtype, pad), self._factor(pool, pool_dtype, index)
+        target, out = self._matrix(dx, dtype, pad, fill=x.shape)
+        grad, grad_out = self._planes(dtype, self._backward_planes(matrix, len(index))[1], len(index), x.shape[1])
+        self._call(
+            "mos_shrink_backward",
+            *(matrix, self._given_planes(ds), factor, self._dropout(p, seed), target, C.c_int(dx is not None), grad),
+            C.c_int(tf32),
+        )
+        return self._done(out, grad_out)
+
+    def sum(self, planes):
+        out = self.emulator.buffer(shape=planes.shape[1:], dtype=planes.dtype)
+        dtype = "f64" if planes.dtype == np.float64 else "f32"
+        self._call("mos_sum", self._given_planes(planes), out, C.c_int(DTYPES[dtype]))
+        return self._done(out)
+
+    def gather_concat(self, pool, dtype, index):
+        factor = self._factor(pool, dtype, index)
+        matrix, out = self._matrix(None, dtype, fill=(len(index), index.shape[1] * pool.shape[1]))
+        self._call("mos_gather_concat", factor, matrix)
+        return self._done(out)
+
+    def scatter_add(self, grads, dtype, indices, num_shards, *, pad=0):
+        modules = (FactorGradient * len(grads))()
+        for module, grad, index in zip(modules, grads, indices, strict=True):
+            table = self.emulator.buffer(index.astype(np.int32))
+            module.grad, module.index, module.shards_per_vector = self._matrix(grad, dtype, pad)[0], table.ctypes.data, index.shape[1]  # fmt: skip
+        shard = grads[0].shape[1] // indices[0].shape[1]
+        matrix, out = self._matrix(None, sums_type(dtype), fill=(num_shards, shard))
+        self._call("mos_scatter_add", C.byref(modules), C.c_int(len(grads)), matrix)
+        return self._done(out)
