@@ -34,7 +34,7 @@ struct BackwardParams {
   int64_t row_tiles, row_tiles_of_part;
 };
 
-// Shared memory: stages of activations, F, s, and a byte of dropout decisions for each group of a tile.
+// Where things are in shared memory.
 template <class E, int kRanks>
 struct BackwardShared {
   static constexpr int kSize = sizeof(E), kCols = backward_cols(kSize), kTiles = backward_tiles(kSize, kRanks);
@@ -42,6 +42,7 @@ struct BackwardShared {
   static constexpr int kFactorPitch = pitch_of(kTiles * kCols, kSize), kSPitch = pitch_of(kRanks, kSize);
   static constexpr int kFactorAt = backward_stages(kSize) * kInBytes, kSAt = kFactorAt + kRanks * kFactorPitch;
   static constexpr int kKeepAt = kSAt + kTileRows * kSPitch, kBytes = kKeepAt + kTileRows * kCols / kGroup;
+  static_assert(kBytes == backward_shared(kSize, kRanks));
 };
 
 template <class M, int kRanks, bool kXPass>
@@ -166,17 +167,22 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
           for (int k = 0; k < kRanks; k += M::kStep) {
             M::multiply(sums, M::a_rows(s, first_row, k, lane), M::b_cols(factor, k, t * kCols + n * 16, lane));
           }
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              const int row = first_row + block_row(lane, k), col = n * 16 + block_col(lane, j, k);
-              S value = sums.sum[j][k] * p.out_scale;
-              if (p.threshold && !(keep[row * kGroups + col / kGroup] >> col % kGroup & 1)) value = S(0);
-              if (p.accumulate) value += to_sum(*tile.at(row, col));
-              *tile.at(row, col) = from_sum<E>(value);
+          for_each_pair(sums, lane, [&](int r, int c, S first, S second) {
+            const int row = first_row + r, col = n * 16 + c;
+            E* target = tile.at(row, col);
+            first *= p.out_scale;
+            second *= p.out_scale;
+            if (p.threshold) {
+              const unsigned kept = keep[row * kGroups + col / kGroup] >> col % kGroup;
+              first = kept & 1 ? first : S(0);
+              second = kept & 2 ? second : S(0);
             }
-          }
+            if (p.accumulate) {
+              first += to_sum(target[0]);
+              second += to_sum(target[1]);
+            }
+            store_pair(target, first, second);
+          });
         }
         __syncwarp();
 #pragma unroll 1
@@ -194,17 +200,12 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
       S* plane = p.projected + static_cast<int64_t>(blockIdx.x) * p.in.rows * p.factor.rank;
 #pragma unroll
       for (int n = 0; n < kRankBlocks; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int64_t row = row0 + first_row + block_row(lane, k);
-            const int rank = rank0 + n * 16 + block_col(lane, j, k);
-            if (row < p.in.rows && rank < p.factor.rank) {
-              plane[row * p.factor.rank + rank] = projected[n].sum[j][k] * p.out_scale;
-            }
-          }
-        }
+        for_each_pair(projected[n], lane, [&](int r, int c, S first, S second) {
+          const int64_t row = row0 + first_row + r;
+          if (row >= p.in.rows) return;
+          S* target = plane + row * p.factor.rank;
+          write_sums(target, rank0 + n * 16 + c, p.factor.rank, first * p.out_scale, second * p.out_scale);
+        });
       }
     }
   }
@@ -216,17 +217,12 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
     for (int m = 0; m < kRankBlocks; ++m) {
 #pragma unroll
       for (int n = 0; n < kGradBlocks; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int rank = rank0 + m * 16 + block_row(lane, k);
-            const int64_t col = col0 + t * kCols + warp * kWarpCols + n * 16 + block_col(lane, j, k);
-            if (rank < p.factor.rank && col < p.in.cols) {
-              plane[rank * p.in.cols + col] = grad[t][m][n].sum[j][k] * p.grad_scale;
-            }
-          }
-        }
+        for_each_pair(grad[t][m][n], lane, [&](int r, int c, S first, S second) {
+          const int rank = rank0 + m * 16 + r;
+          if (rank >= p.factor.rank) return;
+          const int64_t col = col0 + t * kCols + warp * kWarpCols + n * 16 + c;
+          write_sums(plane + rank * p.in.cols, col, p.in.cols, first * p.grad_scale, second * p.grad_scale);
+        });
       }
     }
   }

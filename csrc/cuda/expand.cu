@@ -28,13 +28,9 @@ struct ExpandParams {
   int64_t row_tiles, row_tiles_of_part;
 };
 
-// Shared memory: F, s, y, and a byte of dropout decisions for each group of y.
 constexpr int kExpandGroups = kExpandCols / kGroup;
 template <class E>
 constexpr int kExpandYPitch = pitch_of(kExpandCols, sizeof(E));
-MOS_HOST_DEVICE int expand_factor_pitch(int column_tiles, int size) {
-  return pitch_of(column_tiles * kExpandCols, size);
-}
 
 template <class M>
 __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 3 : 4)
@@ -46,18 +42,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 3 : 4)
   const int lane = threadIdx.x % kWarp, first_row = threadIdx.x / kWarp * kWarpRows;
   const int64_t col0 = blockIdx.x * static_cast<int64_t>(p.column_tiles * kExpandCols);
   const int64_t tile0 = blockIdx.y * p.row_tiles_of_part, tile_end = min64(tile0 + p.row_tiles_of_part, p.row_tiles);
-  const int factor_pitch = expand_factor_pitch(p.column_tiles, kSize), s_pitch = pitch_of(p.ranks, kSize);
+  const int factor_pitch = pitch_of(p.column_tiles * kExpandCols, kSize), s_pitch = pitch_of(p.ranks, kSize);
   const SharedMatrix<E> factor = shared_matrix<E>(shared, factor_pitch);
   const SharedMatrix<E> s = shared_matrix<E>(shared + p.ranks * factor_pitch, s_pitch);
   const SharedMatrix<E> y = shared_matrix<E>(s.data + kTileRows * s_pitch, kExpandYPitch<E>);
-  unsigned char* keep = y.data + kTileRows * kExpandYPitch<E>;
+  S* bias = reinterpret_cast<S*>(y.data + kTileRows * kExpandYPitch<E>);
+  unsigned char* keep = reinterpret_cast<unsigned char*>(bias + p.column_tiles * kExpandCols);
   const bool one_step = p.factor.rank <= p.ranks;
   S* s_sum = blockIdx.x == 0 ? p.s_sum : nullptr;
 
-  if (one_step) {
-    load_factor(factor, p.factor, 0, p.ranks, col0, p.column_tiles * kExpandCols);
-    __syncthreads();
+  if (p.bias) {
+    for (int i = threadIdx.x; i < p.column_tiles * kExpandCols; i += kThreads) {
+      bias[i] = col0 + i < p.y.cols ? to_sum(p.bias[col0 + i]) : S(0);
+    }
   }
+  if (one_step) load_factor(factor, p.factor, 0, p.ranks, col0, p.column_tiles * kExpandCols);
+  __syncthreads();
   for (int64_t tile = tile0; tile < tile_end; ++tile) {
     const int64_t row0 = tile * kTileRows;
     if (one_step) {
@@ -102,20 +102,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 3 : 4)
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < kExpandCols / 16; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int row = first_row + block_row(lane, k), col = n * 16 + block_col(lane, j, k);
-            S value = sums[n].sum[j][k];
-            if (p.threshold) {
-              value = keep[row * kExpandGroups + col / kGroup] >> col % kGroup & 1 ? value * p.keep_scale : S(0);
-            }
-            if (p.bias && col_y + col < p.y.cols) value += to_sum(p.bias[col_y + col]);
-            if (p.accumulate) value += to_sum(*y.at(row, col));
-            *y.at(row, col) = from_sum<E>(value);
+        for_each_pair(sums[n], lane, [&](int r, int c, S first, S second) {
+          const int row = first_row + r, col = n * 16 + c;
+          E* target = y.at(row, col);
+          if (p.threshold) {
+            const unsigned kept = keep[row * kExpandGroups + col / kGroup] >> col % kGroup;
+            first = kept & 1 ? first * p.keep_scale : S(0);
+            second = kept & 2 ? second * p.keep_scale : S(0);
           }
-        }
+          if (p.bias) {
+            first += bias[column_tile * kExpandCols + col];
+            second += bias[column_tile * kExpandCols + col + 1];
+          }
+          if (p.accumulate) {
+            first += to_sum(target[0]);
+            second += to_sum(target[1]);
+          }
+          store_pair(target, first, second);
+        });
       }
       __syncwarp();
 #pragma unroll 1
@@ -148,8 +152,7 @@ cudaError_t expand_as(const ConstPlanes& s, const Factor& factor, double scale, 
                                   g.column_tiles,
                                   ceil_div(y.rows, kTileRows),
                                   g.rows.tiles};
-  const size_t shared_bytes = g.ranks * expand_factor_pitch(g.column_tiles, sizeof(E)) +
-                              kTileRows * (pitch_of(g.ranks, sizeof(E)) + kExpandYPitch<E> + kExpandGroups);
+  const size_t shared_bytes = expand_shared(sizeof(E), g.ranks, g.column_tiles);
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count));
   return launch("expand", M::kName, expand_kernel<M>, grid, kThreads, shared_bytes, stream, params);
 }

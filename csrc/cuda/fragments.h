@@ -46,9 +46,33 @@ MOS_DEVICE E from_sum(S x) {
   }
 }
 
+// Two neighbouring elements with one store; target is aligned to both.
+template <class E, class S>
+MOS_DEVICE void store_pair(E* target, S first, S second) {
+  if constexpr (sizeof(E) == 2) {
+    *reinterpret_cast<uint32_t*>(target) = pack<E>(first, second);
+  } else {
+    struct alignas(2 * sizeof(E)) Pair {
+      E first, second;
+    };
+    *reinterpret_cast<Pair*>(target) = {static_cast<E>(first), static_cast<E>(second)};
+  }
+}
+
+// Calls write(row, col, first, second) for each pair of neighbouring sums that this lane holds of a block.
+template <class S, class F>
+MOS_DEVICE void for_each_pair(const Block<S>& block, int lane, const F& write) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      write(block_row(lane, k), block_col(lane, j, k), block.sum[j][k], block.sum[j][k + 1]);
+    }
+  }
+}
+
 // A matrix of E in shared memory. `group` is the distance in bytes between groups of 8 consecutive elements: 8 *
-// sizeof(E), or more where the elements were narrowed in place (shrink.cu). Pitches are odd multiples of 16 bytes, so
-// that the eight rows of an ldmatrix fall into different banks.
+// sizeof(E), or more where the elements were narrowed in place (shrink.cu). Pitches: heuristics.h.
 template <class E>
 struct SharedMatrix {
   unsigned char* data;
@@ -63,9 +87,6 @@ template <class E>
 MOS_DEVICE SharedMatrix<E> shared_matrix(unsigned char* data, int pitch) {
   return {data, pitch, static_cast<int>(8 * sizeof(E))};
 }
-// The pitch in bytes of a shared matrix with `cols` (a multiple of 16) columns of `size` bytes.
-MOS_HOST_DEVICE constexpr int pitch_of(int cols, int size) { return cols * size + 16; }
-
 // 16-bit elements: mma.sync.m16n8k16 from ldmatrix.
 template <class E_>
 struct TensorCore {

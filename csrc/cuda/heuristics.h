@@ -70,6 +70,35 @@ inline Parts split(int64_t tiles, int64_t others, int64_t max_parts, int64_t min
   return {ceil_div(tiles, size), size};
 }
 
+// The pitch in bytes of a matrix in shared memory with `cols` (a multiple of 16) columns of `size` bytes: an odd
+// multiple of 16, so that the eight rows of an ldmatrix fall into different banks.
+MOS_HOST_DEVICE constexpr int pitch_of(int cols, int size) { return cols * size + 16; }
+
+// Shared memory of a block, in bytes. All stay below the 99 KiB that sm_86, sm_89 and sm_120 allow.
+// shrink: stages of x and of F (as the pool stores it, or as E where that is wider), and the index table.
+constexpr int shrink_factor_group(int size, int pool_size) { return kGroup * (size > pool_size ? size : pool_size); }
+MOS_HOST_DEVICE constexpr int shrink_factor_pitch(int size, int factor_group) {
+  return shrink_cols(size) / kGroup * factor_group + 16;
+}
+constexpr int shrink_shared(int size, int ranks, int factor_group) {
+  return kShrinkStages *
+             (kTileRows * pitch_of(shrink_cols(size), size) + ranks * shrink_factor_pitch(size, factor_group)) +
+         kTableEntries * 4;
+}
+// expand: F, s, y, the bias, and a byte of dropout decisions for each group of y.
+constexpr int expand_shared(int size, int ranks, int column_tiles) {
+  const int columns = column_tiles * kExpandCols, sum_size = size == 8 ? 8 : 4;
+  return ranks * pitch_of(columns, size) +
+         kTileRows * (pitch_of(ranks, size) + pitch_of(kExpandCols, size) + kExpandCols / kGroup) + columns * sum_size;
+}
+// backward: stages of activations, F, s, and a byte of dropout decisions for each group of a tile.
+constexpr int backward_shared(int size, int ranks) {
+  const int cols = backward_cols(size);
+  return backward_stages(size) * kTileRows * pitch_of(cols, size) +
+         ranks * pitch_of(backward_tiles(size, ranks) * cols, size) +
+         kTileRows * (pitch_of(ranks, size) + cols / kGroup);
+}
+
 struct ShrinkGeometry {
   int ranks;            // of a block
   int64_t row_tiles;    // grid x

@@ -25,10 +25,8 @@ struct ShrinkParams {
   int32_t factor_group;  // bytes between groups of F in shared memory: room for the pool's elements and for E's
 };
 
-// Shared memory: stages of x, stages of F, the index table.
 template <class E>
 constexpr int kShrinkXBytes = kTileRows * pitch_of(shrink_cols(sizeof(E)), sizeof(E));
-MOS_HOST_DEVICE int factor_pitch(int cols, int group) { return cols / kGroup * group + kVector; }
 
 template <class M, int kRanks>
 __global__ void __launch_bounds__(kThreads, 4)
@@ -43,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int rank0 = blockIdx.z * kRanks, ranks = min(kRanks, p.factor.rank - rank0);
   const int64_t tile0 = blockIdx.y * p.tiles_of_part;
   const int tiles = static_cast<int>(min64(p.tiles_of_part, p.column_tiles - tile0));
-  const int pitch = factor_pitch(kCols, p.factor_group), factor_bytes = kRanks * pitch;
+  const int pitch = shrink_factor_pitch(sizeof(E), p.factor_group), factor_bytes = kRanks * pitch;
   unsigned char* factor_shared = shared + kStages * kShrinkXBytes<E>;
   int32_t* shared_table = reinterpret_cast<int32_t*>(factor_shared + kStages * factor_bytes);
 
@@ -133,15 +131,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   S* plane = p.planes + static_cast<int64_t>(blockIdx.y) * p.x.rows * p.factor.rank;
 #pragma unroll
   for (int n = 0; n < kRanks / 16; ++n) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int64_t row = row0 + first_row + block_row(lane, k);
-        const int rank = rank0 + n * 16 + block_col(lane, j, k);
-        if (row < p.x.rows && rank < p.factor.rank) plane[row * p.factor.rank + rank] = sums[n].sum[j][k] * p.scale;
-      }
-    }
+    for_each_pair(sums[n], lane, [&](int r, int c, S first, S second) {
+      const int64_t row = row0 + first_row + r;
+      if (row >= p.x.rows) return;
+      write_sums(plane + row * p.factor.rank, rank0 + n * 16 + c, p.factor.rank, first * p.scale, second * p.scale);
+    });
   }
 }
 
@@ -152,7 +146,7 @@ cudaError_t shrink_as(const Matrix& x, const Factor& factor, const DeviceDropout
   using S = typename M::S;
   const ShrinkGeometry g = shrink_geometry(x.rows, x.cols, factor.rank, sizeof(E));
   const FactorParams f = factor_params(factor);
-  const int group = kGroup * static_cast<int>(max64(sizeof(E), f.pool_bytes));
+  const int group = shrink_factor_group(sizeof(E), f.pool_bytes);
   const ShrinkParams<E, S> params{rows_of<const E>(x),
                                   f,
                                   dropout.seed,
@@ -162,9 +156,7 @@ cudaError_t shrink_as(const Matrix& x, const Factor& factor, const DeviceDropout
                                   ceil_div(x.cols, shrink_cols(sizeof(E))),
                                   g.columns.tiles,
                                   group};
-  const size_t shared_bytes =
-      kShrinkStages * (kShrinkXBytes<E> + kRanks * factor_pitch(shrink_cols(sizeof(E)), group)) +
-      kTableEntries * sizeof(int32_t);
+  const size_t shared_bytes = shrink_shared(sizeof(E), kRanks, group);
   const dim3 grid(static_cast<unsigned>(g.row_tiles), static_cast<unsigned>(g.columns.count),
                   static_cast<unsigned>(g.rank_blocks));
   return launch("shrink", M::kName, shrink_kernel<M, kRanks>, grid, kThreads, shared_bytes, stream, params);

@@ -229,6 +229,17 @@ struct PlaneParams {
   int64_t plane;  // elements of one
   bool aligned;   // four ranks start at a multiple of 16 bytes
 };
+// Two neighbouring sums of a row of a plane with `cols` columns; those that exist.
+template <class S>
+MOS_DEVICE void write_sums(S* row, int64_t col, int64_t cols, S first, S second) {
+  if (cols % 2 == 0) {  // planes start at multiples of 16 bytes, so that even rows keep pairs aligned
+    if (col < cols) store_pair(row + col, first, second);
+  } else {
+    if (col < cols) row[col] = first;
+    if (col + 1 < cols) row[col + 1] = second;
+  }
+}
+
 template <class S>
 PlaneParams<S> plane_params(const ConstPlanes& p) {
   return {static_cast<const S*>(p.data), static_cast<int32_t>(p.count), static_cast<int32_t>(p.cols), p.rows * p.cols,

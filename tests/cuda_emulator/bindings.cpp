@@ -10,8 +10,8 @@ extern "C" {
 
 // So that kernels.py can tell whether its mirrors are exact.
 void mos_struct_sizes(int64_t* out) {
-  const size_t sizes[] = {sizeof(Matrix), sizeof(Factor), sizeof(FactorGradient), sizeof(DeviceDropout),
-                          sizeof(Planes), sizeof(ExpandOptions)};
+  const size_t sizes[] = {sizeof(Matrix),        sizeof(Factor), sizeof(FactorGradient),
+                          sizeof(DeviceDropout), sizeof(Planes), sizeof(ExpandOptions)};
   for (int i = 0; i < 6; ++i) out[i] = static_cast<int64_t>(sizes[i]);
 }
 
@@ -65,6 +65,12 @@ void mos_backward_geometry(int64_t rows, int64_t cols, int64_t rank, int size, i
   const BackwardGeometry g = backward_geometry(rows, cols, rank, size);
   const int64_t all[] = {g.ranks, g.column_blocks, g.rows.count, g.rows.tiles, g.rank_blocks};
   for (int i = 0; i < 5; ++i) out[i] = all[i];
+}
+// The most shared memory of a kernel's blocks: of shrink with a float pool, of expand with all its column tiles.
+int mos_shared_bytes(int kernel, int size, int ranks) {
+  return kernel == 0   ? shrink_shared(size, ranks, shrink_factor_group(size, size > 4 ? size : 4))
+         : kernel == 1 ? expand_shared(size, wide_ranks(size), max_expand_tiles(size))
+                       : backward_shared(size, ranks);
 }
 int mos_sum_first(int64_t planes, int64_t readers, int64_t elements) { return sum_first(planes, readers, elements); }
 

@@ -2,13 +2,13 @@
 // with. For the emulator only.
 //     bugs list                 names
 //     bugs NAME [SEEDS]         "NAME detected 17/20: first message"; a sanitizer adds its own reports
-#include "../../csrc/cuda/device.h"
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
+
+#include "../../csrc/cuda/device.h"
 
 extern "C" int emulator_config(const char* options);
 extern "C" const char* emulator_last_error();
@@ -151,17 +151,21 @@ __global__ void deadlock(const float* x, float* out) {
   out[threadIdx.x] = x[threadIdx.x];
 }
 
+// One of the blocks; the others end.
+__global__ void deadlock_of_a_block(const float* x, float* out) {
+  if (blockIdx.x == 1) deadlock(x, out);
+}
+
 enum class Matrices { correct, half_warp, after_exit, uninitialised, row_outside };
 template <Matrices kBug>
-__global__ void matrices(const float* x, float* out) {
+__global__ void matrices(const float*, float* out) {
   MOS_DYNAMIC_SHARED(shared);
-  if (threadIdx.x < 32) reinterpret_cast<float*>(shared)[threadIdx.x * 4] = x[threadIdx.x];
+  if (threadIdx.x < 32) store_16(shared + threadIdx.x * 16, {0, 0, 0, 0});
   __syncthreads();
   const unsigned lane = threadIdx.x % 32;
   float sum[4];
   uint32_t a[4];
   const uint32_t b[2] = {0, 0};
-  for (uint32_t& word : a) word = 0;
   if (kBug != Matrices::uninitialised) sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
   ldmatrix_x4(a, shared_address(shared) + (lane + (kBug == Matrices::row_outside ? 1 : 0)) * 16);
   if (kBug == Matrices::after_exit && threadIdx.x == 40) return;
@@ -186,6 +190,9 @@ __global__ void stack_overflow(const float* x, float* out) {
 __global__ void overflowing_index(const float* x, float* out) {
   const int row = 70000 + static_cast<int>(threadIdx.x), pitch = 70000;
   out[threadIdx.x] = static_cast<float>(row * pitch) + x[0];
+}
+__global__ void division_by_zero(const float* x, float* out) {
+  out[threadIdx.x] = static_cast<float>(7 / static_cast<int>(x[threadIdx.x]));
 }
 __global__ void endless(const float* x, float* out) {
   while (x[threadIdx.x] >= 0) __syncthreads();
@@ -225,6 +232,7 @@ const Case kCases[] = {
     {"barrier_in_branch", barrier_in_branch, Result::any},
     {"barrier_in_loop", barrier_in_loop, Result::any},
     {"deadlock", deadlock, Result::any},
+    {"deadlock_of_a_block", deadlock_of_a_block, Result::any, 0, 4},
     {"half_warp_mma", matrices<Matrices::half_warp>, Result::any, 512},
     {"mma_after_exit", matrices<Matrices::after_exit>, Result::any, 512},
     {"uninitialised_sum", matrices<Matrices::uninitialised>, Result::zero, 512},
@@ -235,6 +243,7 @@ const Case kCases[] = {
     {"blocks_race", blocks_race, Result::any, 0, 4},
     {"stack_overflow", stack_overflow, Result::any},
     {"overflowing_index", overflowing_index, Result::any},
+    {"division_by_zero", division_by_zero, Result::any},
     {"endless", endless, Result::any},
 };
 
@@ -265,7 +274,8 @@ std::string problem(const Case& test) {
   for (int i = 0; i < kThreads && text.empty() && test.result != Result::any; ++i) {
     const float want = expected(test.result, x, i);
     if (out[i] == want) continue;
-    text = "result " + std::to_string(out[i]) + " of thread " + std::to_string(i) + " instead of " + std::to_string(want);
+    text =
+        "result " + std::to_string(out[i]) + " of thread " + std::to_string(i) + " instead of " + std::to_string(want);
   }
   const bool intact = emulator_guarded_free(x, kInBytes, 16) & emulator_guarded_free(out, kOutBytes, 16);
   return intact || !text.empty() ? text : "written outside a buffer";

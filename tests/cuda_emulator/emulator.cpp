@@ -1,10 +1,8 @@
 // The emulator's scheduler, rendezvous, shared memory and collectives; README.md is the overview.
 //
-// Never compiled with -fsanitize=thread, not even in the tsan flavour (which defines MOS_EMULATOR_TSAN): ThreadSanitizer
-// is to see the accesses of the kernels and what is announced to it below, not the bookkeeping here. That is also why
-// nothing on a fiber's path calls malloc or memcpy: their interceptors would see this file after all.
-#include "cuda_emulator.h"
-
+// Never compiled with -fsanitize=thread, not even in the tsan flavour (which defines MOS_EMULATOR_TSAN):
+// ThreadSanitizer is to see the accesses of the kernels and what is announced to it below, not the bookkeeping here.
+// That is also why nothing on a fiber's path calls malloc or memcpy: their interceptors would see this file after all.
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -15,9 +13,11 @@
 #include <time.h>
 
 #include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "../../csrc/common/numeric.h"
+#include "cuda_emulator.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -200,7 +200,7 @@ void (*kernel_body)(void*);
 void* kernel_arguments;
 double deadline;
 bool failed;
-sigjmp_buf segfault_return;
+sigjmp_buf signal_return;
 char start_order, exit_order;  // for ThreadSanitizer: the host before its kernels, kernels before the host
 
 char message[1 << 16];
@@ -229,6 +229,20 @@ unsigned random_bit(Mask mask) {
   const unsigned shift = random_bits() % kBits;
   const Mask rotated = mask >> shift | mask << (kBits - shift) % kBits;
   return (static_cast<unsigned>(__builtin_ctzll(rotated)) + shift) % kBits;
+}
+
+// What lies next to buffers: NaN in 16-bit elements and larger ones, and different everywhere, or a kernel that copies
+// from behind one array to behind another would leave no trace.
+unsigned char canary(const unsigned char* p) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  const uint32_t hash = static_cast<uint32_t>(address / 2) * 0x9E3779B1u;
+  return address % 2 ? 0xFF : static_cast<unsigned char>(0x81 | hash >> 25);
+}
+void place_canaries(unsigned char* from, const unsigned char* to) {
+  for (unsigned char* p = from; p < to; ++p) *p = canary(p);
+}
+bool intact(const unsigned char* from, const unsigned char* to) {
+  return std::all_of(from, to, [](const unsigned char& byte) { return byte == canary(&byte); });
 }
 
 // ---------------------------------------------------------------------------------------------- failures
@@ -266,8 +280,7 @@ Activity activity(const Fiber& t) {
 }
 bool same_place(const Fiber& a, const Fiber& b) {
   if (activity(a) != activity(b) || a.warp != b.warp) return false;
-  return activity(a) != Activity::waiting ||
-         (a.inside == b.inside && a.site.line == b.site.line && a.lanes == b.lanes);
+  return activity(a) != Activity::waiting || (a.inside == b.inside && a.site.line == b.site.line && a.lanes == b.lanes);
 }
 // Where every resident thread is, in runs of neighbours that are in one place.
 void append_threads() {
@@ -664,7 +677,7 @@ void start_block(unsigned slot, uint64_t number, size_t shared_bytes) {
     const unsigned stack = b->fiber_set * b->stack_count + i;
     t.stack = b->stacks + stack * (b->stack_bytes + kPage) + kPage;
     t.stack_bytes = b->stack_bytes;
-    unpoison(t.stack, t.stack_bytes);  // the red zones of frames that never returned
+    unpoison(t.stack + t.stack_bytes - kPage, kPage);  // the red zones of fiber_main's frames, which never return
     t.stack_pointer = initial_stack(t, i);
     t.tsan_fiber = b->tsan_fibers[stack];
     if (kThreadSanitizer) {
@@ -678,16 +691,11 @@ void start_block(unsigned slot, uint64_t number, size_t shared_bytes) {
   __tsan_release(&start_order);
 }
 
-bool untouched(const unsigned char* from, const unsigned char* to) {
-  return std::all_of(from, to, [](unsigned char byte) { return byte == kNan; });
-}
-
 // Fails where the bytes around the block's shared memory are not what they were.
 void check_canaries(const Block* b) {
-  if (kAddressSanitizer) return;  // it has seen every access
+  if (kAddressSanitizer || !b->shared) return;  // it has seen every access
   const unsigned char* end = b->arena_end();
-  const unsigned char* shared = b->shared ? b->shared : end - b->shared_bytes;
-  const bool before = untouched(end - b->used_bytes(), shared), after = untouched(shared + b->shared_bytes, end);
+  const bool before = intact(end - b->used_bytes(), b->shared), after = intact(b->shared + b->shared_bytes, end);
   if (before && after) return;
   begin_message();
   append("block (%u,%u,%u): shared memory written %s the %zu bytes of the launch", b->index.x, b->index.y, b->index.z,
@@ -696,18 +704,23 @@ void check_canaries(const Block* b) {
 
 // ---------------------------------------------------------------------------------------------- launches
 
-struct sigaction old_segv, old_bus;
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE};
+struct sigaction old_actions[std::size(kSignals)];
 
-void on_segfault(int, siginfo_t* info, void*) {
-  if (!in_kernel()) {  // not ours: once more, to whom it concerns
-    sigaction(SIGSEGV, &old_segv, nullptr);
-    sigaction(SIGBUS, &old_bus, nullptr);
-    return;
-  }
+void restore_signals() {
+  for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &old_actions[i], nullptr);
+}
+
+void on_signal(int signal, siginfo_t* info, void*) {
+  if (!in_kernel()) return restore_signals();  // not ours: once more, to whom it concerns
   const Fiber* t = self();
   const Block* b = t->block;
   const unsigned char* p = static_cast<const unsigned char*>(info->si_addr);
   begin_message();
+  if (signal == SIGFPE) {
+    append("division by zero");
+    siglongjmp(signal_return, 1);
+  }
   append("invalid address %p", info->si_addr);
   if (t->inside) append(" in %s at %s:%d", t->inside, t->site.file, t->site.line);
   if (p >= b->arena - kPage && p < b->arena) append(", below shared memory");
@@ -715,29 +728,27 @@ void on_segfault(int, siginfo_t* info, void*) {
     append(", past the %zu bytes of shared memory", b->shared_bytes);
   }
   if (p >= t->stack - kPage && p < t->stack) append(", stack overflow");
-  siglongjmp(segfault_return, 1);
+  siglongjmp(signal_return, 1);
 }
 
 // While it exists, invalid accesses of kernels end the launch and not the process. The sanitizers have their own.
-class SegfaultHandler {
+class SignalHandler {
  public:
-  SegfaultHandler() {
+  SignalHandler() {
     if (kThreadSanitizer || kAddressSanitizer) return;
     static char stack[64 * 1024];
     stack_t handler_stack{};
     handler_stack.ss_sp = stack;
     handler_stack.ss_size = sizeof(stack);
     sigaltstack(&handler_stack, &old_stack_);
-    struct sigaction action {};
-    action.sa_sigaction = on_segfault;
+    struct sigaction action{};
+    action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &old_segv);
-    sigaction(SIGBUS, &action, &old_bus);
+    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &old_actions[i]);
   }
-  ~SegfaultHandler() {
+  ~SignalHandler() {
     if (kThreadSanitizer || kAddressSanitizer) return;
-    sigaction(SIGSEGV, &old_segv, nullptr);
-    sigaction(SIGBUS, &old_bus, nullptr);
+    restore_signals();
     sigaltstack(&old_stack_, nullptr);
   }
 
@@ -745,15 +756,25 @@ class SegfaultHandler {
   stack_t old_stack_{};
 };
 
+struct Stack {
+  void* bottom;
+  size_t bytes;
+};
+Stack own_stack() {
+  Stack stack{};
+  pthread_attr_t attributes;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &stack.bottom, &stack.bytes);
+  pthread_attr_destroy(&attributes);
+  return stack;
+}
+
 void describe_host() {
   host.tsan_fiber = __tsan_get_current_fiber();
   if (kAddressSanitizer) {
-    pthread_attr_t attributes;
-    void* bottom = nullptr;
-    pthread_getattr_np(pthread_self(), &attributes);
-    pthread_attr_getstack(&attributes, &bottom, &host.stack_bytes);
-    pthread_attr_destroy(&attributes);
-    host.stack = static_cast<unsigned char*>(bottom);
+    static thread_local const Stack stack = own_stack();  // it costs as much as a launch
+    host.stack = static_cast<unsigned char*>(stack.bottom);
+    host.stack_bytes = stack.bytes;
   }
 }
 
@@ -769,11 +790,17 @@ std::vector<uint64_t> block_order(uint64_t count) {
 
 // Runs fibers until a block has finished or the launch has failed.
 void run_fibers() {
-  if (sigsetjmp(segfault_return, 0) != 0) {
+  if (sigsetjmp(signal_return, 0) != 0) {
     current = &host;
     return;
   }
-  switch_to(pick());
+  if (Fiber* next = pick()) {
+    switch_to(next);
+  } else {  // the other blocks have finished, and nobody is left to let these go on
+    begin_message();
+    append("deadlock: no thread can run");
+    append_threads();
+  }
 }
 
 void run_blocks(size_t shared_bytes) {
@@ -828,15 +855,17 @@ cudaError_t execute(void (*body)(void*), void* arguments, dim3 grid, dim3 block,
   ready_blocks = 0;
   current_slot = 0;
   for (Block* b : blocks) {
-    if (b) b->active = false;
-    if (b) b->ready_warps = 0;
+    if (!b || !b->active) continue;
+    b->active = false;  // abandoned by a failure, with red zones anywhere
+    b->ready_warps = 0;
+    unpoison(b->stacks, kFiberSets * b->stack_count * (b->stack_bytes + kPage));
   }
   deadline = now() + config.timeout;
   statistics.launches++;
   describe_host();
   current = &host;
   {
-    const SegfaultHandler handler;
+    const SignalHandler handler;
     run_blocks(shared_bytes);
   }
   if (failed) order_abandoned_fibers();
@@ -857,6 +886,10 @@ unsigned char* dynamic_shared(size_t align, Site site) {
     if (config.seed % 2 && !(start & align)) start -= align;
     b->shared = reinterpret_cast<unsigned char*>(start);
     unpoison(b->shared, b->shared_bytes);
+    if (!kAddressSanitizer) {
+      place_canaries(b->arena_end() - b->used_bytes(), b->shared);
+      place_canaries(b->shared + b->shared_bytes, b->arena_end());
+    }
   }
   if (b->shared_align != align) fail("%s:%d: a second alignment of shared memory", site.file, site.line);
   return b->shared;
@@ -1167,7 +1200,9 @@ MOS_EMULATOR_API int emulator_config(const char* options) {
 MOS_EMULATOR_API const char* emulator_last_error() { return emulator::message; }
 MOS_EMULATOR_API void emulator_clear_error() { emulator::clear_message(); }
 
-MOS_EMULATOR_API void emulator_stats(uint64_t* out) { memcpy(out, &emulator::statistics, sizeof(emulator::statistics)); }
+MOS_EMULATOR_API void emulator_stats(uint64_t* out) {
+  memcpy(out, &emulator::statistics, sizeof(emulator::statistics));
+}
 
 // Memory full of NaN, aligned to `align` bytes, that ends where an inaccessible page begins (up to the alignment: the
 // bytes between are canaries). With a sanitizer it is the sanitizer's.
@@ -1183,8 +1218,10 @@ MOS_EMULATOR_API void* emulator_guarded_alloc(size_t bytes, size_t align) {
   unsigned char* end = pages + kPage + size;
   mprotect(pages, kPage, PROT_NONE);
   mprotect(end, kPage, PROT_NONE);
-  memset(pages + kPage, kNan, size);
-  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(end - bytes) & ~(align - 1));
+  unsigned char* buffer = reinterpret_cast<unsigned char*>(reinterpret_cast<uintptr_t>(end - bytes) & ~(align - 1));
+  place_canaries(pages + kPage, end);
+  memset(buffer, kNan, bytes);
+  return buffer;
 }
 
 // Whether the bytes around the buffer are as they were.
@@ -1197,8 +1234,9 @@ MOS_EMULATOR_API int emulator_guarded_free(void* buffer, size_t bytes, size_t al
   const size_t size = buffer_pages(bytes, align);
   unsigned char* first = static_cast<unsigned char*>(buffer);
   unsigned char* last = first + bytes;
-  unsigned char* end = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(last) + kPage - 1) / kPage * kPage);
-  const bool whole = untouched(end - size, first) && untouched(last, end);
+  unsigned char* end =
+      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(last) + kPage - 1) / kPage * kPage);
+  const bool whole = intact(end - size, first) && intact(last, end);
   munmap(end - size - kPage, kPage + size + kPage);
   return whole;
 }

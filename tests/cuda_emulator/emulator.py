@@ -40,7 +40,7 @@ KERNEL_FLAGS = {
 # ThreadSanitizer must not see the emulator itself, and loops turned into memcpy would be seen.
 EMULATOR_FLAGS = {
     "plain": ["-O3"],
-    "asan": ["-O1", "-fsanitize=address"],
+    "asan": ["-O2", "-fsanitize=address"],
     "tsan": ["-O2", "-DMOS_EMULATOR_TSAN", "-fno-tree-loop-distribute-patterns"],
 }
 LINK_FLAGS = {"plain": [], "asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}
@@ -105,8 +105,10 @@ def _link(target, sources, flavour, shared):
         for source in sources:
             own = source.name == "emulator.cpp"
             flags = [*EMULATOR_FLAGS[flavour], *_machine_flags()] if own else KERNEL_FLAGS[flavour]
-            command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT))]
-            objects.append(folder / f"{source.name}.o")
+            # Relative paths, for messages; sources elsewhere leave their objects elsewhere.
+            inside = source.is_relative_to(ROOT)
+            command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT) if inside else source)]
+            objects.append((folder if inside else source.parent) / f"{source.name}.o")
             if not _is_current(objects[-1], command, [source, *headers]):
                 pending.append((command, objects[-1]))
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -117,11 +119,15 @@ def _link(target, sources, flavour, shared):
     return target
 
 
+def build_library(sources, target, flavour="plain"):
+    """The emulator and these sources, as a library for Emulator."""
+    return _link(target, [HERE / "emulator.cpp", *sources], flavour, shared=True)
+
+
 def build(flavour="plain"):
-    """The library with the emulator, every kernel of csrc/cuda and bindings.cpp."""
+    """The library of every kernel of csrc/cuda, with bindings.cpp."""
     kernels = [*sorted(CUDA.glob("*.cu")), CUDA / "launch.cpp"]
-    sources = [HERE / "emulator.cpp", HERE / "bindings.cpp", *kernels]
-    return _link(OUTPUT / f"{flavour}.so", sources, flavour, shared=True)
+    return build_library([HERE / "bindings.cpp", *kernels], OUTPUT / f"{flavour}.so", flavour)
 
 
 def build_program(source, flavour="plain"):

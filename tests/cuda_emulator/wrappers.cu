@@ -2,12 +2,12 @@
 // (tests/test_cuda_emulator.py), where it tests the emulator, and by hand with nvcc for a GPU, where it tests that the
 // emulator and the hardware mean the same:
 //     nvcc -std=c++17 -arch=native -o wrappers tests/cuda_emulator/wrappers.cu && ./wrappers
-#include "../../csrc/cuda/device.h"
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
+
+#include "../../csrc/cuda/device.h"
 
 namespace {
 
@@ -240,7 +240,8 @@ __global__ void convert_kernel(const float* in, uint32_t* bf16, uint32_t* f16, u
 void test_conversions() {
   std::vector<float> in{0.f, -0.f, 1.f, 65504.f, 65519.f, 65520.f, 1e30f, 3e38f, 0x1p-24f, 0x1p-25f, 0x1.8p-25f, 1e-7f};
   in.insert(in.end(), {INFINITY, 1.f + 0x1p-8f, 1.f + 0x1p-9f, 1.f + 0x1p-11f, 1.f + 0x1p-12f, 6.1e-5f});
-  while (in.size() < 256) in.push_back(std::ldexp(static_cast<float>(std::rand() - RAND_MAX / 2), std::rand() % 60 - 60));
+  while (in.size() < 256)
+    in.push_back(std::ldexp(static_cast<float>(std::rand() - RAND_MAX / 2), std::rand() % 60 - 60));
   const int n = static_cast<int>(in.size());
   Array<float> source(in), widened(2 * n);
   Array<uint32_t> bf16(n), f16(n), tf32(n);
