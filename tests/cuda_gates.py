@@ -101,7 +101,7 @@ def shared_bytes(kernel, arithmetic, ranks):
     if kernel not in LOW_RANK:
         return 0
     library = ctypes.CDLL(str(emulator.build("plain")))
-    size = {name: size for name, size in ARITHMETIC.values()}[arithmetic]
+    size = dict(ARITHMETIC.values())[arithmetic]
     return library.mos_shared_bytes(LOW_RANK.index(kernel), size, ranks or 0)
 
 

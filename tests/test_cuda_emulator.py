@@ -4,15 +4,10 @@ kernel is right, and notice where it is wrong."""
 import platform
 import shutil
 import sys
-from pathlib import Path
 
+import emulator
 import numpy as np
 import pytest
-
-FOLDER = Path(__file__).with_name("cuda_emulator")
-sys.path.insert(0, str(FOLDER))
-
-import emulator  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which(emulator.COMPILER),

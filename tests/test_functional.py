@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from mos_ext import reference
 from mos_ext.functional import gather_concat, mos_linear
+from mos_ext.ops import autograd
 from mos_ext.testing import assert_error_ratio, check_case, random_case
 
 
@@ -18,6 +19,16 @@ from mos_ext.testing import assert_error_ratio, check_case, random_case
 @pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 9), (2, 3, 5), (3, 0)], ids=str)
 def test_forward_and_gradients(rows, dtype, bias, device):
     check_case(random_case(rows, 40, 24, 6, 4, dtype=dtype, bias=bias, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_low_rank_first(dtype, bias, monkeypatch, device):
+    """CUDA's order, in which the low-rank branch becomes the C of the base's product, on every device."""
+    calls = []
+    monkeypatch.setattr(autograd, "_low_rank_first", lambda x: calls.append(x) or True)
+    check_case(random_case((3, 7), 24, 40, 5, 4, dtype=dtype, bias=bias, device=device))
+    assert len(calls) >= 2  # forward and backward
 
 
 @pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float32])

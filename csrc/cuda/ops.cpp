@@ -31,7 +31,10 @@ void check_launch(cudaError_t error) {
   const LaunchRecord& l = last_launch();
   STD_TORCH_CHECK(error == cudaSuccess, "mos_ext: the kernel ", l.kernel, " (", l.arithmetic, "), grid ", l.grid[0],
                   " x ", l.grid[1], " x ", l.grid[2], ", ", l.threads, " threads, ", l.shared_bytes,
-                  " bytes of shared memory, did not start: ", cudaGetErrorString(error));
+                  " bytes of shared memory, did not start: ", cudaGetErrorString(error),
+                  error == cudaErrorNoKernelImageForDevice
+                      ? "; GPUs below compute capability 8.0 run plain PyTorch with MOS_EXT_DISABLE_NATIVE=1"
+                      : "");
 }
 
 void check_device(const Tensor& t, int32_t device, const char* name) {

@@ -85,7 +85,9 @@ def _no_setup(ctx, inputs, keyword_only_inputs, output):
 
 
 def _no_backward(ctx, *grads):
-    raise NotImplementedError("mos_ext: gradients of gradients are not implemented, nor is a gradient of low_rank: mos_linear has one")
+    raise NotImplementedError(
+        "mos_ext: gradients of gradients are not implemented, nor is a gradient of low_rank: mos_linear has one"
+    )
 
 
 for _name, _setup, _backward in (

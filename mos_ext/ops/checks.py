@@ -86,9 +86,23 @@ def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, pool_a: Ten
             raise TypeError(f"pool must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
 
 
+CUDA_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for (setup.py)
+
+
 def why_not_native(op: str, device_type: str) -> str | None:
-    """Why operator ``op`` runs as plain PyTorch on a device type, in one sentence; None when a native kernel runs."""
+    """Why operator ``op`` cannot use a native kernel on a device type, in one sentence; None when it does.
+
+    Every float dtype, shape, stride and rank up to 256 has one, so the reasons are only ever the library's or the
+    GPU's. For reports, not for every call: it asks the GPU.
+    """
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", device_type.upper()):
+        if device_type == "cuda" and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            if (major, minor) < CUDA_CAPABILITY:
+                return (
+                    f"the GPU has compute capability {major}.{minor}, _C_cuda needs "
+                    f"{CUDA_CAPABILITY[0]}.{CUDA_CAPABILITY[1]} or newer (MOS_EXT_DISABLE_NATIVE=1 runs plain PyTorch)"
+                )
         return None
     for name, library in loader.libraries.items():
         if loader.DEVICE_OF[name] == device_type:

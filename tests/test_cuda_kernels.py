@@ -1,0 +1,162 @@
+"""The CUDA kernels, executed on the CPU (tests/cuda_emulator): results, memory, races; their launch geometry; their sources."""
+
+import ctypes
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import emulator
+import grid
+import pytest
+from kernels import Kernels
+
+HERE = Path(__file__).resolve().parent
+CUDA = HERE.parent / "csrc" / "cuda"
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which(emulator.COMPILER),
+    reason="the emulator needs g++ on x86-64 Linux",
+)
+
+# Jobs per flavour, and seeds per case: each seed is another schedule, of which ThreadSanitizer needs only one.
+JOBS = {"plain": (4, 4), "asan": (2, 1), "tsan": (6, 1)}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return Kernels(emulator.build("plain"))
+
+
+@pytest.mark.parametrize(
+    ("flavour", "job"), [(flavour, job) for flavour, (jobs, _) in JOBS.items() for job in range(jobs)]
+)
+def test_grid(flavour, job):
+    """Bit-exact on integers, within the error-ratio rule on real numbers, the same under every schedule; no address out of bounds, no race."""
+    jobs, seeds = JOBS[flavour]
+    emulator.build(flavour)
+    done = emulator.run_sanitized(
+        flavour, [sys.executable, HERE / "cuda_emulator" / "grid.py", flavour, job, jobs, seeds]
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def test_grid_reaches_every_instance(kernels):
+    """Every arithmetic and block of ranks, planes in every direction, and the launch of its own for dx."""
+    seen = set()
+    for case in grid.CASES:
+        size = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}[case.dtype]
+        shrink = kernels.geometry("shrink", case.rows, case.cols, case.r, size)
+        expand = kernels.geometry("expand", case.rows, case.cols, case.r, size)
+        backward = kernels.geometry("backward", case.rows, case.cols, case.r, size)
+        seen |= {(case.dtype, case.tf32, shrink[0])}
+        seen |= {f"shrink planes {shrink[2] > 1}", f"shrink rank blocks {shrink[4] > 1}"}
+        seen |= {f"backward columns {backward[1] > 1}", f"backward rows {backward[2] > 1}"}
+        seen |= {f"backward row tiles {backward[3] > 1}", f"expand steps {case.r > expand[0]}"}
+    assert seen >= {(dtype, False, ranks) for dtype in ("bf16", "f16") for ranks in (16, 64)}
+    assert seen >= {("f32", False, 32), ("f32", True, 32), ("f64", False, 16)}
+    names = ("shrink planes", "shrink rank blocks", "backward columns", "backward rows", "backward row tiles")
+    assert seen >= {f"{name} {value}" for name in (*names, "expand steps") for value in (True, False)}
+
+
+# ------------------------------------------------------------------------------------------------ geometry
+
+SHAPES = [
+    (rows, cols, rank, size)
+    for rows in (1, 16, 64, 65, 512, 2048, 8192, 1 << 20, 1 << 33)
+    for cols in (1, 64, 513, 4096, 14336, 1 << 20)
+    for rank in (1, 16, 17, 64, 256)
+    for size in (2, 4, 8)
+]
+TARGET = 264  # kTargetBlocks
+
+
+def test_parts_cover_every_tile_once(kernels):
+    for rows, cols, rank, size in SHAPES:
+        where = (rows, cols, rank, size)
+        row_tiles = -(-rows // 64)
+        ranks, tiles, parts, per_part, rank_blocks = kernels.geometry("shrink", *where)
+        assert tiles == row_tiles
+        assert (parts - 1) * per_part < -(-cols // (128 // size)) <= parts * per_part, where
+        assert (rank_blocks - 1) * ranks < rank <= rank_blocks * ranks, where
+        ranks, column_tiles, column_blocks, parts, per_part = kernels.geometry("expand", *where)
+        assert (column_blocks - 1) * column_tiles < -(-cols // 64) <= column_blocks * column_tiles, where
+        assert (parts - 1) * per_part < row_tiles <= parts * per_part, where
+        assert ranks % 16 == 0
+        ranks, column_blocks, parts, per_part, rank_blocks = kernels.geometry("backward", *where)
+        assert (parts - 1) * per_part < row_tiles <= parts * per_part, where
+        assert (rank_blocks - 1) * ranks < rank <= rank_blocks * ranks, where
+
+
+def test_grids_are_large_enough_and_legal(kernels):
+    """Enough blocks to fill a GPU where the shape has them; y and z at most 65535, which is what CUDA allows."""
+    for rows, cols, rank, size in SHAPES:
+        where = (rows, cols, rank, size)
+        _, tiles, parts, _, rank_blocks = kernels.geometry("shrink", *where)
+        assert parts <= 32
+        assert tiles < 2**31
+        assert rank_blocks <= 65535
+        possible = min(32, -(-cols // (128 // size))) * tiles * rank_blocks
+        assert tiles * parts * rank_blocks >= min(TARGET, possible) / 2, where
+        _, _, column_blocks, parts, _ = kernels.geometry("expand", *where)
+        assert parts <= 65535
+        assert column_blocks * parts >= min(TARGET, -(-cols // 64) * tiles) / 2, where
+        _, column_blocks, parts, _, rank_blocks = kernels.geometry("backward", *where)
+        assert parts <= 65535
+        assert column_blocks * parts * rank_blocks >= min(TARGET, column_blocks * rank_blocks * (tiles // 2)) / 2, where
+
+
+def test_every_block_fits_every_architecture(kernels):
+    for kernel, size in ((k, s) for k in range(3) for s in (2, 4, 8)):
+        for ranks in {2: (16, 64), 4: (32,), 8: (16,)}[size]:
+            assert 0 < kernels.library.mos_shared_bytes(kernel, size, ranks) <= 99 * 1024, (kernel, size, ranks)
+
+
+def test_sums_get_a_launch_of_their_own_where_rereading_costs_more(kernels):
+    def sum_first(planes, readers, rows, rank):
+        return bool(kernels.library.mos_sum_first(*map(ctypes.c_int64, (planes, readers, rows * rank))))
+
+    assert not sum_first(1, 100, 8192, 16)  # nothing to add
+    assert not sum_first(32, 64, 1, 16)  # decode: a launch costs more than any reading
+    assert not sum_first(8, 8, 2048, 16)
+    assert sum_first(16, 16, 8192, 64)
+    assert sum_first(28, 8, 8192, 16)
+
+
+def test_a_wrong_number_of_planes_is_refused(kernels):
+    case = grid.Case("bf16", "f32", 8, 64, 8, 4)
+    given = grid.inputs(case, True, 0)
+    x = grid.encode(given.x, "bf16")
+    planes = kernels._planes
+    kernels._planes = lambda dtype, count, rows, cols: planes(dtype, count + 1, rows, cols)
+    try:
+        with pytest.raises(RuntimeError, match="status 1"):
+            kernels.shrink(x, "bf16", grid.encode(given.pool, "f32"), "f32", given.index)
+    finally:
+        kernels._planes = planes
+        kernels.emulator.free()
+
+
+def test_the_last_launch_is_known(kernels):
+    case = grid.Case("bf16", "f32", 70, 64, 8, 4)
+    given = grid.inputs(case, True, 0)
+    kernels.shrink(grid.encode(given.x, "bf16"), "bf16", grid.encode(given.pool, "f32"), "f32", given.index)
+    name, launched, threads, shared = kernels.last_launch()
+    ranks, tiles, parts, _, rank_blocks = kernels.geometry("shrink", 70, 512, 4, 2)
+    assert (name, launched, threads) == ("shrink", (tiles, parts, rank_blocks), 128)
+    assert shared == kernels.library.mos_shared_bytes(0, 2, ranks)
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+SEAM = re.compile(
+    r"\basm\b|<<<|__shared__|\batomic\w*\(|cudaLaunch|cuda_bf16|cuda_fp16|__trap|\bmalloc|cudaMalloc|Synchronize"
+)
+
+
+@pytest.mark.parametrize("file", sorted(p for p in CUDA.iterdir() if p.name != "device.h"), ids=lambda p: p.name)
+def test_only_device_h_knows_the_machine(file):
+    """What the emulator executes is what the GPU executes, because nothing but device.h distinguishes them; and no launch allocates, synchronises or adds atomically."""
+    code = re.sub(r"//.*", "", file.read_text())
+    assert not SEAM.findall(code)
+    assert not re.search(r"#\s*if", code), "no conditional compilation"
