@@ -128,7 +128,7 @@ def test_races_are_reported_by_the_thread_sanitizer(name):
 
 def test_a_deadlock_says_where_every_thread_waits():
     message = run_bug("deadlock", "plain", 1).stdout
-    lines = (FOLDER / "bugs.cu").read_text().splitlines()
+    lines = (emulator.HERE / "bugs.cu").read_text().splitlines()
     first = next(i for i, line in enumerate(lines, 1) if "__syncwarp(3u)" in line)
     assert f"threads 0 to 0: waiting in __syncwarp at tests/cuda_emulator/bugs.cu:{first}, mask 00000003" in message
     assert f"threads 1 to 31: waiting in __syncthreads at tests/cuda_emulator/bugs.cu:{first + 1}\n" in message
@@ -237,9 +237,9 @@ def test_bad_options_are_refused(plain):
 def test_sanitized_libraries_are_called_from_python(library, flavour, report):
     path = library(flavour)
     command = [sys.executable, "-c", SCRIPT, path]
-    good = emulator.run_sanitized(flavour, [*command, 0], cwd=FOLDER)
+    good = emulator.run_sanitized(flavour, [*command, 0], cwd=emulator.HERE)
     assert good.returncode == 0, good.stderr
     if report:
-        bad = emulator.run_sanitized(flavour, [*command, 1], cwd=FOLDER)
+        bad = emulator.run_sanitized(flavour, [*command, 1], cwd=emulator.HERE)
         assert bad.returncode != 0
         assert report in bad.stderr
