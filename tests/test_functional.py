@@ -1,6 +1,7 @@
 """functional.mos_linear: the fused forward and backward as users call it."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,23 @@ from mos_ext.testing import assert_error_ratio, check_case, random_case
 @pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 9), (2, 3, 5), (3, 0)], ids=str)
 def test_forward_and_gradients(rows, dtype, bias, device):
     check_case(random_case(rows, 40, 24, 6, 4, dtype=dtype, bias=bias, device=device))
+
+
+def test_tf32_follows_the_switches_of_torch():
+    on_cuda, on_cpu = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda")), torch.zeros(1)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, expected in (("tf32", True), ("ieee", False)):
+            matmul.fp32_precision = precision
+            assert autograd.tf32(on_cuda) is expected
+            assert autograd.tf32(on_cpu) is False
+            assert autograd.tf32(SimpleNamespace(dtype=torch.float64, device=torch.device("cuda"))) is False
+            compiled = torch.compile(lambda x: x + autograd._tf32_allowed(), fullgraph=True, backend="eager")
+            assert compiled(on_cpu).item() == expected
+            torch.compiler.reset()
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -186,9 +186,15 @@ def below_autograd():
     return contextlib.nullcontext() if plain else torch._C._AutoDispatchBelowAutograd()
 
 
+@torch.compiler.assume_constant_result  # a compiled graph keeps what was set when it was compiled
+def _tf32_allowed() -> bool:
+    # The one getter that understands torch's old switches and its new ones; allow_tf32 raises once a new one was set.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def tf32(x: Tensor) -> bool:
-    """Whether torch's switch lets products of x, float32 on CUDA, be computed in TF32."""
-    return x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    """Whether torch's switches let products of x be computed in TF32: float32 on CUDA, and asked for."""
+    return x.dtype == torch.float32 and x.device.type == "cuda" and _tf32_allowed()
 
 
 def _low_rank_first(x: Tensor) -> bool:
