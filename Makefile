@@ -21,6 +21,7 @@ help:
 	@echo "make check-cuda-torch  build, link and import beside a CUDA build of torch (a download of gigabytes, once); no GPU"
 	@echo "make cuda-resources    check-cuda, and keep its table of registers and occupancy"
 	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
+	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
 	@echo "make wheel       sdist and wheel in dist/"
 	@echo "make clean       remove builds and caches (not $(VENV))"
 
@@ -75,6 +76,11 @@ check-cuda-torch: $(CUDA_VENV)/.ready
 
 mutants: $(READY)
 	$(BIN)/python tests/cuda_emulator/mutants.py
+
+# With the interpreter that has a CUDA build of torch, not the virtual environment. See benchmarks/README.md.
+gpu-report:
+	@test -n "$(OUT)" || { echo "make gpu-report OUT=dir [PART=build,test,sanitize,bench]: OUT must be given"; exit 2; }
+	@$(PYTHON) -m benchmarks.gpu_report "$(OUT)" $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE))
 
 wheel: $(READY)
 	$(BIN)/python -m build --no-isolation
