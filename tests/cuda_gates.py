@@ -61,15 +61,19 @@ def dump(library, *options):
 
 
 def short_name(text):
-    """("backward", "bfloat16", 64, "x") for a demangled kernel; details are None where a kernel has none."""
+    """("backward", "bfloat16", 64, "x pass whole") for a demangled kernel; details are None where a kernel has none.
+
+    "whole" is the variant for aligned matrices and shards, "any" the one that takes everything.
+    """
     kernel, arguments = KERNEL.search(text).groups()
     arguments = re.sub(r"mos::cuda::", "", arguments)
     if kernel not in LOW_RANK:
         return kernel, re.sub(r"mos::|unsigned ", "", arguments), None, None
     parts = [part.strip() for part in re.split(r", (?![^<]*>)", arguments)]
-    ranks = int(re.sub(r"\(int\)", "", parts[1])) if len(parts) > 1 else None
-    which = ("x" if parts[2].endswith(("true", "1")) else "dy") if len(parts) > 2 else None
-    return kernel, ARITHMETIC[parts[0]][0], ranks, which
+    flags = [part.endswith(("true", "1")) for part in parts[1:] if re.search(r"(true|false|\(bool\)[01])$", part)]
+    ranks = int(re.sub(r"\(int\)", "", parts[1])) if kernel != "expand" else None
+    which = [] if kernel != "backward" else ["x pass" if flags[0] else "dy pass"]
+    return kernel, ARITHMETIC[parts[0]][0], ranks, " ".join([*which, "whole" if flags[-1] else "any"])
 
 
 def resources(library):
@@ -142,7 +146,7 @@ def problems(library):
                 yield f"{where}: tensor cores are {'not ' if tensor else ''}used"
             if arithmetic in ("bfloat16", "float16") and not has("LDSM"):
                 yield f"{where}: no ldmatrix"
-            wide = {"LDGSTS": kernel != "expand", "STG": kernel == "expand" or which == "x", "LDG": True}
+            wide = {"LDGSTS": kernel != "expand", "STG": kernel == "expand" or "x pass" in which, "LDG": True}
             for op, wanted in wide.items():
                 vectors = [o for o in ops if o.startswith(op + ".") and ".128" in o]
                 # shrink copies F with cp.async too, so it has nothing to load through registers.
@@ -162,7 +166,7 @@ def table(library):
         for architecture in ARCHITECTURES:
             registers, _ = used[architecture, name]
             cells.append(f"{registers}, {blocks_per_multiprocessor(architecture, registers, shared, THREADS[kernel])}")
-        label = " ".join(str(part) for part in (kernel, which and f"({which} pass)", arithmetic, ranks) if part)
+        label = " ".join(str(part) for part in (kernel, which, arithmetic, ranks) if part)
         yield f"| {label} | {shared / 1024:.1f} | " + " | ".join(cells) + " |"
 
 

@@ -1,6 +1,6 @@
 """The CUDA kernels, executed on the CPU (tests/cuda_emulator): results, memory, races; their launch geometry; their sources."""
 
-import ctypes
+import ctypes as C
 import platform
 import re
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import emulator
 import grid
+import numpy as np
 import pytest
 from kernels import Kernels
 
@@ -59,7 +60,40 @@ def test_grid_reaches_every_instance(kernels):
     assert seen >= {f"{name} {value}" for name in (*names, "expand steps") for value in (True, False)}
 
 
+@pytest.mark.parametrize("entry", [-1, 8])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned):
+    """Tables are checked where they are made; one that slips through must not become a silent wrong result."""
+    shard = 16 if aligned else 5
+    pool, index = np.zeros((8, shard), np.float32), np.array([[0, entry], [1, 2]])
+    x, s = np.zeros((3, 2 * shard), np.float32), np.zeros((1, 3, 2), np.float32)
+    factor = (pool, "f32", index)
+    calls = {
+        "shrink": lambda: kernels.shrink(x, "f32", *factor),
+        "expand": lambda: kernels.expand(s, "f32", *factor, 1.0),
+        "expand_backward": lambda: kernels.expand_backward(x, "f32", s, *factor, 1.0),
+        "shrink_backward": lambda: kernels.shrink_backward(x, "f32", s, *factor),
+        "gather_concat": lambda: kernels.gather_concat(pool, "f32", index),
+        "scatter_add": lambda: kernels.scatter_add([x[:2]], "f32", [index], 8),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match="trap"):
+            call()
+        kernels.emulator.free()
+        assert kernels.last_launch()[0] == name
+
+
 # ------------------------------------------------------------------------------------------------ geometry
+
+
+def test_division_by_multiplication_is_exact(kernels):
+    rng = np.random.default_rng(0)
+    for d in [*range(1, 300), 1024, 4096, 2**20 - 1, 2**31 - 1, *rng.integers(1, 2**31, 200)]:
+        near = [q * int(d) + e for q in (0, 1, 7, (2**31 - 1) // int(d)) for e in (-1, 0, 1)]
+        for n in [0, 2**31 - 1, *near, *map(int, rng.integers(0, 2**31, 20))]:
+            if 0 <= n < 2**31:
+                assert kernels.library.mos_divide(C.c_uint32(n), C.c_uint32(int(d))) == n // int(d), (n, d)
+
 
 SHAPES = [
     (rows, cols, rank, size)
@@ -71,13 +105,18 @@ SHAPES = [
 TARGET = 264  # kTargetBlocks
 
 
+def width(size, ranks):
+    """Columns of a tile of shrink."""
+    return 32 if (size, ranks) == (2, 64) else 128 // size
+
+
 def test_parts_cover_every_tile_once(kernels):
     for rows, cols, rank, size in SHAPES:
         where = (rows, cols, rank, size)
         row_tiles = -(-rows // 64)
         ranks, tiles, parts, per_part, rank_blocks = kernels.geometry("shrink", *where)
-        assert tiles == row_tiles
-        assert (parts - 1) * per_part < -(-cols // (128 // size)) <= parts * per_part, where
+        assert tiles == -(-rows // (128 if (size, ranks) == (2, 64) else 64))
+        assert (parts - 1) * per_part < -(-cols // width(size, ranks)) <= parts * per_part, where
         assert (rank_blocks - 1) * ranks < rank <= rank_blocks * ranks, where
         ranks, column_tiles, column_blocks, parts, per_part = kernels.geometry("expand", *where)
         assert (column_blocks - 1) * column_tiles < -(-cols // 64) <= column_blocks * column_tiles, where
@@ -92,18 +131,23 @@ def test_grids_are_large_enough_and_legal(kernels):
     """Enough blocks to fill a GPU where the shape has them; y and z at most 65535, which is what CUDA allows."""
     for rows, cols, rank, size in SHAPES:
         where = (rows, cols, rank, size)
-        _, tiles, parts, _, rank_blocks = kernels.geometry("shrink", *where)
+        ranks, tiles, parts, _, rank_blocks = kernels.geometry("shrink", *where)
         assert parts <= 32
         assert tiles < 2**31
         assert rank_blocks <= 65535
-        possible = min(32, -(-cols // (128 // size))) * tiles * rank_blocks
-        assert tiles * parts * rank_blocks >= min(TARGET, possible) / 2, where
+        fills(parts, tiles * rank_blocks, min(32, -(-cols // width(size, ranks))), where)
         _, _, column_blocks, parts, _ = kernels.geometry("expand", *where)
         assert parts <= 65535
-        assert column_blocks * parts >= min(TARGET, -(-cols // 64) * tiles) / 2, where
+        fills(parts, column_blocks, -(-rows // 64), where)
         _, column_blocks, parts, _, rank_blocks = kernels.geometry("backward", *where)
         assert parts <= 65535
-        assert column_blocks * parts * rank_blocks >= min(TARGET, column_blocks * rank_blocks * (tiles // 2)) / 2, where
+        fills(parts, column_blocks * rank_blocks, max(1, -(-rows // 64) // 2), where)
+
+
+def fills(parts, others, most, where):
+    """Splitting makes no second wave, and leaves at most half of the first one empty."""
+    assert parts == 1 or parts * others <= TARGET, where
+    assert parts * others >= min(TARGET, most * others) / 2, where
 
 
 def test_every_block_fits_every_architecture(kernels):
@@ -114,7 +158,7 @@ def test_every_block_fits_every_architecture(kernels):
 
 def test_sums_get_a_launch_of_their_own_where_rereading_costs_more(kernels):
     def sum_first(planes, readers, rows, rank):
-        return bool(kernels.library.mos_sum_first(*map(ctypes.c_int64, (planes, readers, rows * rank))))
+        return bool(kernels.library.mos_sum_first(*map(C.c_int64, (planes, readers, rows * rank))))
 
     assert not sum_first(1, 100, 8192, 16)  # nothing to add
     assert not sum_first(32, 64, 1, 16)  # decode: a launch costs more than any reading

@@ -45,7 +45,34 @@ struct BackwardShared {
   static_assert(kBytes == backward_shared(kSize, kRanks));
 };
 
-template <class M, int kRanks, bool kXPass>
+// dx of one tile over the warp's 16 rows of it in shared memory: ds F, times scale, plus what is there.
+template <class M, int kRanks, class Finish>
+MOS_DEVICE void multiply_tile(const SharedMatrix<typename M::E>& tile, const SharedMatrix<typename M::E>& s,
+                              const SharedMatrix<typename M::E>& factor, int first_row, int factor_col, int cols,
+                              int lane, const Finish& finish) {
+  // Fragments of tensor cores are small: all of the warp's s at once. Volatile loads are not hoisted by the compiler.
+  constexpr bool kHoist = sizeof(typename M::E) == 2;
+  typename M::A a[kHoist ? kRanks / M::kStep : 1];
+  if constexpr (kHoist) {
+#pragma unroll
+    for (int k = 0; k < kRanks; k += M::kStep) a[k / M::kStep] = M::a_rows(s, first_row, k, lane);
+  }
+#pragma unroll 2
+  for (int n = 0; n < cols; n += 16) {
+    Block<typename M::S> sums;
+    clear(sums);
+#pragma unroll(kHoist ? kRanks / M::kStep : M::kUnroll)
+    for (int k = 0; k < kRanks; k += M::kStep) {
+      if constexpr (!kHoist) a[0] = M::a_rows(s, first_row, k, lane);
+      M::multiply(sums, a[kHoist ? k / M::kStep : 0], M::b_cols(factor, k, factor_col + n, lane));
+    }
+    for_each_pair(sums, lane, [&](int r, int c, typename M::S first, typename M::S second) {
+      finish(first_row + r, n + c, tile.at(first_row + r, n + c), first, second);
+    });
+  }
+}
+
+template <class M, int kRanks, bool kXPass, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
     backward_kernel(const __grid_constant__ BackwardParams<typename M::E, typename M::S> p) {
   using E = typename M::E;
@@ -69,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const int i = j * kWarp + lane, row = first_row + i / kGroups, col = i % kGroups * kGroup;
-      load_group(tile.at(row, col), p.in, row_tile * kTileRows + row, p.in.rows, col0 + column_tile * kCols + col);
+      load_group<kWhole>(tile.at(row, col), p.in, row_tile * kTileRows + row, col0 + column_tile * kCols + col);
     }
   };
 
@@ -89,12 +116,12 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
     if (tile0 + t / kTiles < tile_end) load(t, tile0 + t / kTiles, t % kTiles);
     cp_async_commit();
   }
-  load_factor(factor, p.factor, rank0, kRanks, col0, kTiles * kCols);
+  load_factor<kWhole>(factor, p.factor, rank0, kRanks, col0, kTiles * kCols);
   int stage = 0;
   for (int64_t row_tile = tile0; row_tile < tile_end; ++row_tile) {
     const int64_t row0 = row_tile * kTileRows;
     __syncthreads();  // nobody needs s of the tile before any more
-    load_sums<E, S>(s, p.s, row0, p.in.rows, rank0, kRanks, p.s_scale, nullptr, first_row, lane);
+    load_sums<4>(s, p.s, row0, first_row, kWarpRows, rank0, kRanks, p.s_scale, static_cast<S*>(nullptr), lane, kWarp);
     Block<S> projected[kXPass ? 1 : kRankBlocks];
     if constexpr (!kXPass) {
 #pragma unroll
@@ -110,10 +137,9 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
 #pragma unroll 1
         for (int j = 0; j < kOwn; ++j) {
           const int i = j * kWarp + lane, row = first_row + i / kGroups, group = i % kGroups;
-          const uint32_t bits =
-              keep_bits(static_cast<uint64_t>(*p.seed), p.threshold, row0 + row, tile_col + group * kGroup);
-          drop_group(tile.at(row, group * kGroup), bits);
-          keep[row * kGroups + group] = static_cast<unsigned char>(bits);
+          const KeepMask mask = keep_mask(p.seed, p.threshold, row0 + row, tile_col + group * kGroup);
+          drop_group(tile.at(row, group * kGroup), mask);
+          keep[row * kGroups + group] = static_cast<unsigned char>(mask.bits());
         }
       }
       __syncthreads();  // the tile and s are complete, and the stage of the tile before is free
@@ -153,43 +179,35 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
 #pragma unroll 1
           for (int j = 0; j < kOwn; ++j) {
             const int i = j * kWarp + lane, row = first_row + i / kGroups, col = i % kGroups * kGroup;
-            if (row0 + row < p.dx.rows && tile_col + col < p.dx.cols) {
-              read_group(tile.at(row, col), p.dx, row0 + row, tile_col + col);
+            const int64_t at = tile_col + col;
+            if (row0 + row < p.dx.rows && at < p.dx.cols) {
+              copy_group<kWhole>(tile.at(row, col), p.dx.at(row0 + row, at), p.dx.aligned, p.dx.cols - at);
             }
           }
           __syncwarp();
         }
-#pragma unroll 1
-        for (int n = 0; n < kCols / 16; ++n) {
-          Block<S> sums;
-          clear(sums);
-#pragma unroll M::kUnroll
-          for (int k = 0; k < kRanks; k += M::kStep) {
-            M::multiply(sums, M::a_rows(s, first_row, k, lane), M::b_cols(factor, k, t * kCols + n * 16, lane));
+        const auto finish = [&](int row, int col, E* target, S first, S second) {
+          first *= p.out_scale;
+          second *= p.out_scale;
+          if (p.threshold) {
+            const unsigned kept = keep[row * kGroups + col / kGroup] >> col % kGroup;
+            first = kept & 1 ? first : S(0);
+            second = kept & 2 ? second : S(0);
           }
-          for_each_pair(sums, lane, [&](int r, int c, S first, S second) {
-            const int row = first_row + r, col = n * 16 + c;
-            E* target = tile.at(row, col);
-            first *= p.out_scale;
-            second *= p.out_scale;
-            if (p.threshold) {
-              const unsigned kept = keep[row * kGroups + col / kGroup] >> col % kGroup;
-              first = kept & 1 ? first : S(0);
-              second = kept & 2 ? second : S(0);
-            }
-            if (p.accumulate) {
-              first += to_sum(target[0]);
-              second += to_sum(target[1]);
-            }
-            store_pair(target, first, second);
-          });
-        }
+          if (p.accumulate) {
+            first += to_sum(target[0]);
+            second += to_sum(target[1]);
+          }
+          store_pair(target, first, second);
+        };
+        multiply_tile<M, kRanks>(tile, s, factor, first_row, t * kCols, kCols, lane, finish);
         __syncwarp();
-#pragma unroll 1
+#pragma unroll 4
         for (int j = 0; j < kOwn; ++j) {
           const int i = j * kWarp + lane, row = first_row + i / kGroups, col = i % kGroups * kGroup;
-          if (row0 + row < p.dx.rows && tile_col + col < p.dx.cols) {
-            store_group(p.dx, row0 + row, tile_col + col, tile.at(row, col));
+          const int64_t at = tile_col + col;
+          if (row0 + row < p.dx.rows && at < p.dx.cols) {
+            copy_group<kWhole>(p.dx.at(row0 + row, at), tile.at(row, col), p.dx.aligned, p.dx.cols - at);
           }
         }
       }
@@ -200,12 +218,8 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
       S* plane = p.projected + static_cast<int64_t>(blockIdx.x) * p.in.rows * p.factor.rank;
 #pragma unroll
       for (int n = 0; n < kRankBlocks; ++n) {
-        for_each_pair(projected[n], lane, [&](int r, int c, S first, S second) {
-          const int64_t row = row0 + first_row + r;
-          if (row >= p.in.rows) return;
-          S* target = plane + row * p.factor.rank;
-          write_sums(target, rank0 + n * 16 + c, p.factor.rank, first * p.out_scale, second * p.out_scale);
-        });
+        const int rank = rank0 + n * 16;
+        store_block(projected[n], plane, p.in.rows, p.factor.rank, row0 + first_row, rank, p.out_scale, lane);
       }
     }
   }
@@ -217,12 +231,8 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
     for (int m = 0; m < kRankBlocks; ++m) {
 #pragma unroll
       for (int n = 0; n < kGradBlocks; ++n) {
-        for_each_pair(grad[t][m][n], lane, [&](int r, int c, S first, S second) {
-          const int rank = rank0 + m * 16 + r;
-          if (rank >= p.factor.rank) return;
-          const int64_t col = col0 + t * kCols + warp * kWarpCols + n * 16 + c;
-          write_sums(plane + rank * p.in.cols, col, p.in.cols, first * p.grad_scale, second * p.grad_scale);
-        });
+        const int64_t col = col0 + t * kCols + warp * kWarpCols + n * 16;
+        store_block(grad[t][m][n], plane, p.factor.rank, p.in.cols, rank0 + m * 16, col, p.grad_scale, lane);
       }
     }
   }
@@ -253,8 +263,14 @@ cudaError_t backward_as(const Matrix& in, const ConstPlanes& s, const Factor& fa
                                     g.rows.tiles};
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count),
                   static_cast<unsigned>(g.rank_blocks));
-  return launch(kXPass ? "shrink_backward" : "expand_backward", M::kName, backward_kernel<M, kRanks, kXPass>, grid,
-                kThreads, BackwardShared<E, kRanks>::kBytes, stream, params);
+  const char* name = kXPass ? "shrink_backward" : "expand_backward";
+  constexpr size_t kBytes = BackwardShared<E, kRanks>::kBytes;
+  if constexpr (M::kWholeVariant) {
+    if (params.in.whole() && params.factor.aligned && (!dx || params.dx.aligned)) {
+      return launch(name, M::kName, backward_kernel<M, kRanks, kXPass, true>, grid, kThreads, kBytes, stream, params);
+    }
+  }
+  return launch(name, M::kName, backward_kernel<M, kRanks, kXPass, false>, grid, kThreads, kBytes, stream, params);
 }
 
 bool wanted(const Matrix& in, const Factor& factor, const Planes* projected, const Planes& grad) {
@@ -266,13 +282,13 @@ bool wanted(const Matrix& in, const Factor& factor, const Planes* projected, con
 
 BackwardPlanes backward_planes(const Matrix& activations, int64_t rank) {
   const BackwardGeometry g = backward_geometry(activations.rows, activations.cols, rank, size_of(activations.dtype));
-  return {max64(1, g.column_blocks), g.rows.count};
+  return {g.column_blocks, g.rows.count};
 }
 
 cudaError_t launch_expand_backward(const Matrix& dy, const ConstPlanes& s, const Factor& factor, double scale,
                                    const Planes& ds, const Planes& factor_grad, Float32 float32, cudaStream_t stream) {
-  if (dy.cols == 0 || factor.rank == 0) return cudaSuccess;
-  if (!wanted(dy, factor, &ds, factor_grad)) return cudaErrorInvalidValue;
+  if (factor.rank == 0) return cudaSuccess;
+  if (!wanted(dy, factor, &ds, factor_grad) || !representable(factor)) return cudaErrorInvalidValue;
   return with_arithmetic(dy.dtype, float32, factor.rank, [&](auto arithmetic, auto ranks) {
     return backward_as<decltype(arithmetic), decltype(ranks)::value, false>(dy, s, factor, scale, {nullptr, 0}, &ds,
                                                                             nullptr, false, factor_grad, stream);
@@ -288,13 +304,14 @@ int64_t shrink_backward_fused_rank(DType dtype) { return wide_ranks(size_of(dtyp
 cudaError_t launch_shrink_backward(const Matrix& x, const ConstPlanes& ds, const Factor& factor,
                                    const DeviceDropout& dropout, const Matrix& dx, bool accumulate,
                                    const Planes& factor_grad, Float32 float32, cudaStream_t stream) {
-  if (x.cols == 0 || factor.rank == 0) return cudaSuccess;
-  if (!wanted(x, factor, nullptr, factor_grad)) return cudaErrorInvalidValue;
-  const bool fused = factor.rank <= shrink_backward_fused_rank(x.dtype);
-  const cudaError_t error = with_arithmetic(x.dtype, float32, factor.rank, [&](auto arithmetic, auto ranks) {
-    return backward_as<decltype(arithmetic), decltype(ranks)::value, true>(
-        x, ds, factor, 1.0, dropout, nullptr, fused ? &dx : nullptr, accumulate, factor_grad, stream);
-  });
+  if (x.cols == 0) return cudaSuccess;
+  if (!wanted(x, factor, nullptr, factor_grad) || !representable(factor)) return cudaErrorInvalidValue;
+  const bool fused = factor.rank > 0 && factor.rank <= shrink_backward_fused_rank(x.dtype);
+  const cudaError_t error =
+      factor.rank == 0 ? cudaSuccess : with_arithmetic(x.dtype, float32, factor.rank, [&](auto arithmetic, auto ranks) {
+        return backward_as<decltype(arithmetic), decltype(ranks)::value, true>(
+            x, ds, factor, 1.0, dropout, nullptr, fused ? &dx : nullptr, accumulate, factor_grad, stream);
+      });
   if (error != cudaSuccess || fused) return error;
   ExpandOptions options;
   options.accumulate = accumulate;

@@ -1,8 +1,9 @@
 // K2: y = scale * s F + bias, or y += scale * s F, with F read from the pool.
 //
-// A block owns a range of columns, whose part of F it reads once into shared memory, and a range of rows. Its warps
-// then go their own way: each sums the planes of s for its 16 rows, multiplies, and writes whole 16-byte vectors of y
-// through its own strip of shared memory. Ranks beyond one step (64 for 16-bit elements) reload s and F for every tile.
+// A block owns a range of columns, whose part of F it reads once into shared memory, and a range of rows. Its threads
+// add the planes of s for 64 rows together; then its warps go their own way: each multiplies its 16 rows and writes
+// whole 16-byte vectors of y through its own strip of shared memory. Ranks beyond one step (64 for 16-bit elements)
+// reload s and F for every tile.
 //
 // Traffic: y once (and read once to accumulate); F once per range of rows and the planes of s once per range of
 // columns, from L2.
@@ -32,12 +33,12 @@ constexpr int kExpandGroups = kExpandCols / kGroup;
 template <class E>
 constexpr int kExpandYPitch = pitch_of(kExpandCols, sizeof(E));
 
-template <class M>
-__global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 3 : 4)
+template <class M, bool kWhole>
+__global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2 : 4)
     expand_kernel(const __grid_constant__ ExpandParams<typename M::E, typename M::S> p) {
   using E = typename M::E;
   using S = typename M::S;
-  constexpr int kOwn = kWarpRows * kExpandGroups / kWarp, kSize = sizeof(E);
+  constexpr int kOwn = kWarpRows * kExpandGroups / kWarp, kSize = sizeof(E), kBlocks = kExpandCols / 16;
   MOS_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % kWarp, first_row = threadIdx.x / kWarp * kWarpRows;
   const int64_t col0 = blockIdx.x * static_cast<int64_t>(p.column_tiles * kExpandCols);
@@ -51,37 +52,41 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 3 : 4)
   const bool one_step = p.factor.rank <= p.ranks;
   S* s_sum = blockIdx.x == 0 ? p.s_sum : nullptr;
 
+  const auto load_s = [&](int64_t row0, int rank0) {
+    load_sums<8>(s, p.s, row0, 0, kTileRows, rank0, p.ranks, p.scale, s_sum, static_cast<int>(threadIdx.x), kThreads);
+  };
+
   if (p.bias) {
     for (int i = threadIdx.x; i < p.column_tiles * kExpandCols; i += kThreads) {
       bias[i] = col0 + i < p.y.cols ? to_sum(p.bias[col0 + i]) : S(0);
     }
   }
-  if (one_step) load_factor(factor, p.factor, 0, p.ranks, col0, p.column_tiles * kExpandCols);
-  __syncthreads();
+  if (one_step) load_factor<kWhole>(factor, p.factor, 0, p.ranks, col0, p.column_tiles * kExpandCols);
   for (int64_t tile = tile0; tile < tile_end; ++tile) {
     const int64_t row0 = tile * kTileRows;
     if (one_step) {
-      load_sums(s, p.s, row0, p.y.rows, 0, p.ranks, p.scale, s_sum, first_row, lane);
-      __syncwarp();
+      __syncthreads();  // everyone is done with s of the tile before
+      load_s(row0, 0);
+      __syncthreads();  // s is complete, and so are F and the bias
     }
     for (int column_tile = 0; column_tile < p.column_tiles; ++column_tile) {
       const int64_t col_y = col0 + column_tile * kExpandCols;
-      if (col_y >= p.y.cols) break;
-      Block<S> sums[kExpandCols / 16];
+      if (col_y >= p.y.cols && column_tile > 0) break;
+      Block<S> sums[kBlocks];
 #pragma unroll
-      for (int n = 0; n < kExpandCols / 16; ++n) clear(sums[n]);
+      for (int n = 0; n < kBlocks; ++n) clear(sums[n]);
       for (int rank0 = 0; rank0 < p.factor.rank; rank0 += p.ranks) {
         if (!one_step) {
           __syncthreads();  // everyone is done with the step before
-          load_factor(factor, p.factor, rank0, p.ranks, col_y, kExpandCols);
-          load_sums(s, p.s, row0, p.y.rows, rank0, p.ranks, p.scale, s_sum, first_row, lane);
+          load_factor<kWhole>(factor, p.factor, rank0, p.ranks, col_y, kExpandCols);
+          load_s(row0, rank0);
           __syncthreads();
         }
 #pragma unroll 1
         for (int k = 0; k < p.ranks; k += M::kStep) {
           const typename M::A a = M::a_rows(s, first_row, k, lane);
 #pragma unroll
-          for (int n = 0; n < kExpandCols / 16; ++n) {
+          for (int n = 0; n < kBlocks; ++n) {
             M::multiply(sums[n], a, M::b_cols(factor, k, column_tile * kExpandCols + n * 16, lane));
           }
         }
@@ -91,17 +96,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 3 : 4)
 #pragma unroll 1
       for (int j = 0; j < kOwn; ++j) {
         const int i = j * kWarp + lane, row = first_row + i / kExpandGroups, group = i % kExpandGroups;
-        if (p.accumulate && row0 + row < p.y.rows && col_y + group * kGroup < p.y.cols) {
-          read_group(y.at(row, group * kGroup), p.y, row0 + row, col_y + group * kGroup);
+        const int64_t at = col_y + group * kGroup;
+        if (p.accumulate && row0 + row < p.y.rows && at < p.y.cols) {
+          copy_group<kWhole>(y.at(row, group * kGroup), p.y.at(row0 + row, at), p.y.aligned, p.y.cols - at);
         }
         if (p.threshold) {
-          keep[row * kExpandGroups + group] = static_cast<unsigned char>(
-              keep_bits(static_cast<uint64_t>(*p.seed), p.threshold, row0 + row, col_y + group * kGroup));
+          const uint32_t bits = keep_mask(p.seed, p.threshold, row0 + row, at).bits();
+          keep[row * kExpandGroups + group] = static_cast<unsigned char>(bits);
         }
       }
       __syncwarp();
 #pragma unroll
-      for (int n = 0; n < kExpandCols / 16; ++n) {
+      for (int n = 0; n < kBlocks; ++n) {
         for_each_pair(sums[n], lane, [&](int r, int c, S first, S second) {
           const int row = first_row + r, col = n * 16 + c;
           E* target = y.at(row, col);
@@ -122,10 +128,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 3 : 4)
         });
       }
       __syncwarp();
-#pragma unroll 1
+#pragma unroll
       for (int j = 0; j < kOwn; ++j) {
         const int i = j * kWarp + lane, row = first_row + i / kExpandGroups, col = i % kExpandGroups * kGroup;
-        if (row0 + row < p.y.rows && col_y + col < p.y.cols) store_group(p.y, row0 + row, col_y + col, y.at(row, col));
+        const int64_t at = col_y + col;
+        if (row0 + row < p.y.rows && at < p.y.cols) {
+          copy_group<kWhole>(p.y.at(row0 + row, at), y.at(row, col), p.y.aligned, p.y.cols - at);
+        }
       }
       __syncwarp();  // the strip is free again
     }
@@ -154,7 +163,12 @@ cudaError_t expand_as(const ConstPlanes& s, const Factor& factor, double scale, 
                                   g.rows.tiles};
   const size_t shared_bytes = expand_shared(sizeof(E), g.ranks, g.column_tiles);
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count));
-  return launch("expand", M::kName, expand_kernel<M>, grid, kThreads, shared_bytes, stream, params);
+  if constexpr (M::kWholeVariant) {
+    if (params.y.whole() && params.factor.aligned) {
+      return launch("expand", M::kName, expand_kernel<M, true>, grid, kThreads, shared_bytes, stream, params);
+    }
+  }
+  return launch("expand", M::kName, expand_kernel<M, false>, grid, kThreads, shared_bytes, stream, params);
 }
 
 }  // namespace
@@ -165,7 +179,8 @@ int64_t expand_readers(const Matrix& y, int64_t rank) {
 
 cudaError_t launch_expand(const ConstPlanes& s, const Factor& factor, double scale, const Matrix& y,
                           const ExpandOptions& options, Float32 float32, cudaStream_t stream) {
-  if (y.rows == 0 || y.cols == 0) return cudaSuccess;
+  if (y.rows == 0) return cudaSuccess;
+  if (!representable(factor)) return cudaErrorInvalidValue;
   return with_arithmetic(y.dtype, float32, factor.rank, [&](auto arithmetic, auto) {
     return expand_as<decltype(arithmetic)>(s, factor, scale, y, options, stream);
   });

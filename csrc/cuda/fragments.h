@@ -95,6 +95,8 @@ struct TensorCore {
   static constexpr const char* kName = std::is_same_v<E, bf16_t> ? "bfloat16" : "float16";
   static constexpr int kStep = 16;   // of the summed index, per multiply
   static constexpr int kUnroll = 4;  // multiplies in a row worth their registers
+  // Compile a kernel for whole vectors too: half the code. For the types that people train in.
+  static constexpr bool kWholeVariant = true;
   struct A {
     uint32_t word[4];
   };
@@ -152,6 +154,7 @@ struct Tf32 {
   static constexpr const char* kName = "tf32";
   static constexpr int kStep = 8;
   static constexpr int kUnroll = 2;
+  static constexpr bool kWholeVariant = false;
   struct A {
     uint32_t word[4];
   };
@@ -200,6 +203,7 @@ struct MultiplyAdd {
   static constexpr const char* kName = sizeof(T) == 4 ? "float32" : "float64";
   static constexpr int kStep = 4;
   static constexpr int kUnroll = 1;
+  static constexpr bool kWholeVariant = false;
   struct A {
     T value[2][kStep];
   };

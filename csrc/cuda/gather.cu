@@ -84,16 +84,18 @@ __global__ void __launch_bounds__(kThreads) scatter_add_kernel(const __grid_cons
     for (int k = 0; k < p.count; ++k) {
       const ScatterModule& module = p.module[k];
       const G* grad = static_cast<const G*>(module.grad) + column;
-#pragma unroll 2
       for (int first = 0; first < module.entries; first += kWarp) {
-        const bool match = first + lane < module.entries && module.index[first + lane] == shard;
-        for (unsigned bits = __ballot_sync(0xFFFFFFFFu, match); bits; bits &= bits - 1) {
+        const int64_t index = first + lane < module.entries ? module.index[first + lane] : -1;
+        if (first + lane < module.entries && (index < 0 || index >= p.num_shards)) trap();
+        for (unsigned bits = __ballot_sync(0xFFFFFFFFu, index == shard); bits; bits &= bits - 1) {
           const int q = first + __ffs(static_cast<int>(bits)) - 1;
           const int64_t row = q / module.shards_per_vector, part = q % module.shards_per_vector;
           const G* source = grad + row * module.row_stride + part * p.shard_size;
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            if (mine) sum[c] += static_cast<S>(to_sum(source[c]));
+          if (!mine) continue;
+          if constexpr (kColumns == 4) {
+            add_planes<1>(sum, source, 0, 1, true, 4);
+          } else {
+            sum[0] += static_cast<S>(to_sum(source[0]));
           }
         }
       }
@@ -117,7 +119,6 @@ cudaError_t gather_as(const Factor& f, const Matrix& out, int64_t segment_bytes,
   return launch("gather_concat", "copy", gather_concat_kernel<W>, grid, threads, 0, stream, params);
 }
 
-// Four columns a lane where four never straddle a row's end; the compiler makes one load of them where it can.
 template <class G, class S, int kColumns>
 cudaError_t scatter_as(const FactorGradient* modules, int count, const Matrix& pool_grad, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(min64(pool_grad.rows, 65535)),
@@ -146,11 +147,14 @@ cudaError_t scatter_as(const FactorGradient* modules, int count, const Matrix& p
   return cudaSuccess;
 }
 
-template <class G, class S>
-cudaError_t scatter_of(const FactorGradient* modules, int count, const Matrix& pool_grad, cudaStream_t stream) {
-  const bool four = pool_grad.cols % 4 == 0 && pool_grad.cols >= 4 * kWarp;
-  return four ? scatter_as<G, S, 4>(modules, count, pool_grad, stream)
-              : scatter_as<G, S, 1>(modules, count, pool_grad, stream);
+// Factor gradients are float: four of them are one vector, where every module's rows and segments allow it.
+bool fours(const FactorGradient* modules, int count, const Matrix& pool_grad) {
+  bool all = pool_grad.cols % 4 == 0;
+  for (int k = 0; k < count; ++k) {
+    all =
+        all && reinterpret_cast<uintptr_t>(modules[k].grad.data) % kVector == 0 && modules[k].grad.row_stride % 4 == 0;
+  }
+  return all;
 }
 
 }  // namespace
@@ -175,13 +179,14 @@ cudaError_t launch_scatter_add(const FactorGradient* modules, int count, const M
   if (pool_grad.rows == 0 || pool_grad.cols == 0) return cudaSuccess;
   switch (count ? modules[0].grad.dtype : pool_grad.dtype) {
     case DType::f32:
-      return scatter_of<float, float>(modules, count, pool_grad, stream);
+      return fours(modules, count, pool_grad) ? scatter_as<float, float, 4>(modules, count, pool_grad, stream)
+                                              : scatter_as<float, float, 1>(modules, count, pool_grad, stream);
     case DType::f64:
-      return scatter_of<double, double>(modules, count, pool_grad, stream);
+      return scatter_as<double, double, 1>(modules, count, pool_grad, stream);
     case DType::bf16:
-      return scatter_of<bf16_t, float>(modules, count, pool_grad, stream);
+      return scatter_as<bf16_t, float, 1>(modules, count, pool_grad, stream);
     case DType::f16:
-      return scatter_of<f16_t, float>(modules, count, pool_grad, stream);
+      return scatter_as<f16_t, float, 1>(modules, count, pool_grad, stream);
   }
   return cudaErrorInvalidValue;
 }

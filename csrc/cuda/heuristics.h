@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../common/numeric.h"
+#include "../common/params.h"
 
 namespace mos::cuda {
 
@@ -18,12 +19,18 @@ constexpr int kTileRows = kWarps * kWarpRows;
 // Columns travel in groups of eight: one 16-byte vector of 16-bit elements, and one Philox block of dropout bits.
 constexpr int kGroup = 8;
 
-// Blocks a launch should have, where the shape allows: two for each of an H200's 132 multiprocessors. A constant, for
-// the sums of a split must not depend on the GPU.
+// The most blocks that splitting makes of a launch: two for each of an H200's 132 multiprocessors, for more would wait
+// for a second wave. A constant, since the sums of a split must not depend on the GPU.
 constexpr int64_t kTargetBlocks = 264;
 
-// shrink: columns of a tile of x, 128 bytes wide; cp.async stages in flight.
-MOS_HOST_DEVICE constexpr int shrink_cols(int element_size) { return 128 / element_size; }
+// shrink: rows and columns of a tile of x, 8 KiB; cp.async stages in flight. With 64 ranks the way of F through L2 and
+// shared memory costs more than that of x: twice the rows share it.
+MOS_HOST_DEVICE constexpr int shrink_rows(int element_size, int ranks) {
+  return element_size == 2 && ranks == 64 ? 128 : kTileRows;
+}
+MOS_HOST_DEVICE constexpr int shrink_cols(int element_size, int ranks) {
+  return 128 / element_size * kTileRows / shrink_rows(element_size, ranks);
+}
 constexpr int kShrinkStages = 3;
 // Planes cost expand a read each, for every block of columns.
 constexpr int64_t kMaxShrinkPlanes = 32;
@@ -61,10 +68,10 @@ struct Parts {
   int64_t count;
   int64_t tiles;  // of a part
 };
-// About kTargetBlocks blocks when every part exists `others` times; at most max_parts parts of at least min_tiles.
+// At most kTargetBlocks blocks when every part exists `others` times, and max_parts parts of at least min_tiles.
 inline Parts split(int64_t tiles, int64_t others, int64_t max_parts, int64_t min_tiles = 1) {
   if (tiles <= 0) return {1, 0};
-  const int64_t wanted = max64(1, ceil_div(kTargetBlocks, max64(1, others)));
+  const int64_t wanted = max64(1, kTargetBlocks / max64(1, others));
   const int64_t parts = min64(min64(wanted, max_parts), max64(1, tiles / min_tiles));
   const int64_t size = ceil_div(tiles, parts);
   return {ceil_div(tiles, size), size};
@@ -77,13 +84,14 @@ MOS_HOST_DEVICE constexpr int pitch_of(int cols, int size) { return cols * size 
 // Shared memory of a block, in bytes. All stay below the 99 KiB that sm_86, sm_89 and sm_120 allow.
 // shrink: stages of x and of F (as the pool stores it, or as E where that is wider), and the index table.
 constexpr int shrink_factor_group(int size, int pool_size) { return kGroup * (size > pool_size ? size : pool_size); }
-MOS_HOST_DEVICE constexpr int shrink_factor_pitch(int size, int factor_group) {
-  return shrink_cols(size) / kGroup * factor_group + 16;
+MOS_HOST_DEVICE constexpr int shrink_factor_pitch(int cols, int factor_group) {
+  return cols / kGroup * factor_group + 16;
 }
 constexpr int shrink_shared(int size, int ranks, int factor_group) {
-  return kShrinkStages *
-             (kTileRows * pitch_of(shrink_cols(size), size) + ranks * shrink_factor_pitch(size, factor_group)) +
-         kTableEntries * 4;
+  const int cols = shrink_cols(size, ranks);
+  const int x = shrink_rows(size, ranks) * pitch_of(cols, size),
+            factor = ranks * shrink_factor_pitch(cols, factor_group);
+  return kShrinkStages * (x + factor) + kTableEntries * 4;
 }
 // expand: F, s, y, the bias, and a byte of dropout decisions for each group of y.
 constexpr int expand_shared(int size, int ranks, int column_tiles) {
@@ -107,9 +115,9 @@ struct ShrinkGeometry {
 };
 inline ShrinkGeometry shrink_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
   const int ranks = ranks_for(rank, element_size);
-  const int64_t row_tiles = ceil_div(rows, kTileRows), rank_blocks = ceil_div(rank, ranks);
-  return {ranks, row_tiles, split(ceil_div(cols, shrink_cols(element_size)), row_tiles * rank_blocks, kMaxShrinkPlanes),
-          rank_blocks};
+  const int64_t row_tiles = ceil_div(rows, shrink_rows(element_size, ranks)), rank_blocks = ceil_div(rank, ranks);
+  const int64_t column_tiles = ceil_div(cols, shrink_cols(element_size, ranks));
+  return {ranks, row_tiles, split(column_tiles, row_tiles * rank_blocks, kMaxShrinkPlanes), rank_blocks};
 }
 
 struct ExpandGeometry {
@@ -124,8 +132,8 @@ inline ExpandGeometry expand_geometry(int64_t rows, int64_t cols, int64_t rank, 
   // Wide blocks share the sums of s; but first there must be blocks for every multiprocessor. A factor of more ranks
   // than one step is read again for every tile, so there sharing is of no use.
   const int64_t shared =
-      rank > ranks ? 1 : min64(max_expand_tiles(element_size), column_tiles * row_tiles / kTargetBlocks);
-  const int64_t tiles = max64(1, shared), column_blocks = ceil_div(column_tiles, tiles);
+      rank > ranks ? 1 : min64(max_expand_tiles(element_size), ceil_div(column_tiles * row_tiles, kTargetBlocks));
+  const int64_t tiles = max64(1, shared), column_blocks = max64(1, ceil_div(column_tiles, tiles));
   return {ranks, static_cast<int>(tiles), column_blocks, split(row_tiles, column_blocks, row_tiles)};
 }
 
@@ -138,7 +146,7 @@ struct BackwardGeometry {
 inline BackwardGeometry backward_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
   const int ranks = ranks_for(rank, element_size);
   const int64_t width = backward_cols(element_size) * backward_tiles(element_size, ranks);
-  const int64_t column_blocks = ceil_div(cols, width), rank_blocks = ceil_div(rank, ranks);
+  const int64_t column_blocks = max64(1, ceil_div(cols, width)), rank_blocks = ceil_div(rank, ranks);
   const int64_t row_tiles = ceil_div(rows, kTileRows);
   return {ranks, column_blocks, split(row_tiles, column_blocks * rank_blocks, max64(1, row_tiles), kMinBackwardTiles),
           rank_blocks};
@@ -151,6 +159,25 @@ inline bool sum_first(int64_t planes, int64_t readers, int64_t elements) {
   const int64_t here = planes * readers, there = planes + readers;
   return planes > 1 && (here - there) * elements * 4 > kLaunchBytes;
 }
+
+// n / d for n < 2^31 by a multiplication: with 2^(s-1) < d <= 2^s and m = ceil(2^(31+s) / d), n * m / 2^(31+s) exceeds
+// n / d by less than n / 2^(31+s) < 1 / d.
+struct Divider {
+  uint32_t multiplier;
+  int32_t shift;
+};
+inline Divider divider(uint32_t d) {
+  int32_t shift = 0;
+  while ((uint64_t{1} << shift) < d) ++shift;
+  const uint64_t power = uint64_t{1} << (31 + shift);
+  return {static_cast<uint32_t>(d ? (power + d - 1) / d : 0), 31 + shift};
+}
+MOS_HOST_DEVICE uint32_t divide(uint32_t n, const Divider& by) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(n) * by.multiplier >> by.shift);
+}
+
+// Columns are counted in 31 bits within a row; rows and pools in 64.
+inline bool representable(const Factor& f) { return f.cols() <= INT32_MAX && f.rank <= 65535; }
 
 // Threads of a block that walks `elements` contiguous elements, one each: whole warps, 64 to 256. Below 64 a block no
 // longer hides the latency of its first load; above 256 the last, partly idle block costs more than the wider ones

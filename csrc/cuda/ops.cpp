@@ -47,8 +47,16 @@ struct Launcher {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
 
-  explicit Launcher(const Tensor& t) : device(t.get_device()), guard(device), stream(current_stream(device)) {}
+  explicit Launcher(const Tensor& t) : device(device_of(t)), guard(device), stream(current_stream(device)) {}
+
+  static int32_t device_of(const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cuda(), "mos_ext: all tensors must be on one CUDA device");
+    return t.get_device();
+  }
 };
+
+// Without a trip through the dispatcher where there is nothing to do.
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A pool and an index as kernels want them, kept alive together with the view of both.
 struct FactorArgument {
@@ -56,9 +64,7 @@ struct FactorArgument {
   Factor view;
 
   FactorArgument(const Tensor& pool_in, const Tensor& index_in, int32_t device)
-      : pool(torch::stable::contiguous(pool_in)),
-        index(torch::stable::contiguous(index_in)),
-        view(factor_of(pool, index)) {
+      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index)) {
     check_device(pool, device, "pool");
     check_device(index, device, "index");
   }
@@ -87,7 +93,7 @@ Tensor sums_contiguous(const Tensor& s, const Tensor& x, int64_t rank) {
   STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == x.size(0) && s.size(1) == rank && s.scalar_type() == accumulate_type(x),
                   "s must be (rows of x, rank) in the accumulation type of x");
   check_device(s, x.get_device(), "s");
-  return torch::stable::contiguous(s);
+  return as_contiguous(s);
 }
 
 // `count` planes of the accumulation type of `like`. A single one is a matrix (rows, cols), ready to be returned.
@@ -167,7 +173,7 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
   std::vector<FactorGradient> modules;
   for (size_t k = 0; k < grads.size(); ++k) {
     grads[k] = rows_contiguous(grads[k]);
-    indices[k] = torch::stable::contiguous(indices[k]);
+    indices[k] = as_contiguous(indices[k]);
     check_device(grads[k], to.device, "grads");
     check_device(indices[k], to.device, "indices");
     modules.push_back(factor_gradient_of(grads[k], indices[k], shard_size, grads[0].scalar_type()));
@@ -244,7 +250,7 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tenso
     STD_TORCH_CHECK(bias->numel() == y.size(1) && bias->scalar_type() == y.scalar_type(),
                     "bias must be (columns of y,) of y's dtype");
     check_device(*bias, to.device, "bias");
-    bias_c = torch::stable::contiguous(*bias);
+    bias_c = as_contiguous(*bias);
     options.bias = bias_c->const_data_ptr();
   }
   const Matrix out = output_matrix_of(y);

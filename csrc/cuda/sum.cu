@@ -17,31 +17,20 @@ struct SumParams {
   } sum[kSums];
 };
 
-constexpr int kSumThreads = 256, kSumElements = 4;  // of a thread
+constexpr int kSumThreads = 256;
 
 // Blocks (x: elements; y: which sum).
 template <class S>
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ SumParams<S> p) {
   const typename SumParams<S>::One& one = p.sum[blockIdx.y];
-  const int64_t first = (blockIdx.x * static_cast<int64_t>(kSumThreads) + threadIdx.x) * kSumElements;
+  const int64_t first = (blockIdx.x * static_cast<int64_t>(kSumThreads) + threadIdx.x) * kQuad;
   if (first >= one.elements) return;
-  S sum[kSumElements] = {S(0), S(0), S(0), S(0)};
-  const bool whole = one.aligned && first + kSumElements <= one.elements;
-  const S* source = one.planes + first;
-#pragma unroll 4
-  for (int k = 0; k < one.count; ++k, source += one.elements) {
-    if (whole) {
-      add_four(sum, source);
-    } else {
+  S sum[kQuad] = {};
+  const int64_t live = one.elements - first;
+  add_planes<8>(sum, one.planes + first, one.elements, one.count, one.aligned, live);
 #pragma unroll
-      for (int i = 0; i < kSumElements; ++i) {
-        if (first + i < one.elements) sum[i] += source[i];
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kSumElements; ++i) {
-    if (first + i < one.elements) one.out[first + i] = sum[i];
+  for (int i = 0; i < kQuad; ++i) {
+    if (i < live) one.out[first + i] = sum[i];
   }
 }
 
@@ -54,11 +43,11 @@ cudaError_t sum_as(const Sum* sums, int count, cudaStream_t stream) {
     const int64_t elements = p.rows * p.cols;
     params.sum[i] = {static_cast<const S*>(p.data), static_cast<S*>(sums[i].out), elements,
                      static_cast<int32_t>(p.count),
-                     elements % kSumElements == 0 && reinterpret_cast<uintptr_t>(p.data) % kVector == 0};
+                     elements % kQuad == 0 && reinterpret_cast<uintptr_t>(p.data) % kVector == 0};
     most = max64(most, elements);
   }
   if (most == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(blocks_for(most, kSumThreads * kSumElements)), static_cast<unsigned>(count));
+  const dim3 grid(static_cast<unsigned>(blocks_for(most, kSumThreads * kQuad)), static_cast<unsigned>(count));
   return launch("sum", sizeof(S) == 4 ? "float32" : "float64", sum_kernel<S>, grid, kSumThreads, 0, stream, params);
 }
 

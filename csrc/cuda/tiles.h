@@ -2,6 +2,7 @@
 //
 // Everywhere: what lies outside a matrix is read as zeros and never written. Matrices whose address and rows are
 // aligned to 16 bytes travel in vectors, others element by element; the arithmetic does not know the difference.
+// kWhole promises that there is nothing but whole, aligned groups: the usual case, compiled without the other.
 #pragma once
 
 #include "../common/philox.h"
@@ -12,17 +13,18 @@ namespace mos::cuda {
 
 constexpr int kVector = 16;  // bytes
 
-// Vectors in a group of eight elements.
-template <class E>
-constexpr int kGroupVectors = kGroup * static_cast<int>(sizeof(E)) / kVector;
+inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// ---------------------------------------------------------------------------------------------- parameters, from views
+// ---------------------------------------------------------------------------------------------- activations
 
 template <class E>
 struct Rows {
   E* data;
   int64_t rows, cols, stride;
   bool aligned;  // every group of eight columns starts at a multiple of 16 bytes
+
+  bool whole() const { return aligned && cols % kGroup == 0; }
+  MOS_DEVICE E* at(int64_t row, int64_t col) const { return data + row * stride + col; }
 };
 template <class E>
 Rows<E> rows_of(const Matrix& m) {
@@ -30,85 +32,34 @@ Rows<E> rows_of(const Matrix& m) {
   return {static_cast<E*>(m.data), m.rows, m.cols, m.row_stride, bits % kVector == 0};
 }
 
-struct FactorParams {
-  const void* pool;
-  const int32_t* index;
-  int64_t num_shards, pool_stride;
-  int64_t cols;
-  uint32_t shard_size;
-  int32_t rank, shards_per_vector;
-  int32_t pool_bytes;  // of an element: E's, or 4 for a float pool
-  bool aligned;        // groups of eight columns never straddle shards and start at multiples of 16 bytes
-};
-inline FactorParams factor_params(const Factor& f) {
-  const int size = f.dtype == DType::f64 ? 8 : f.dtype == DType::f32 ? 4 : 2;
-  const uint64_t bits = reinterpret_cast<uintptr_t>(f.pool) | static_cast<uint64_t>(f.pool_stride) * size;
-  return {f.pool,
-          f.index,
-          f.num_shards,
-          f.pool_stride,
-          f.cols(),
-          static_cast<uint32_t>(f.shard_size),
-          static_cast<int32_t>(f.rank),
-          static_cast<int32_t>(f.shards_per_vector),
-          size,
-          f.shard_size % kGroup == 0 && bits % kVector == 0};
-}
-
-inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
-// ---------------------------------------------------------------------------------------------- activations
-
 // Columns [col, col + 8) of a row into shared memory, asynchronously where that is possible.
-template <class E>
-MOS_DEVICE void load_group(E* target, const Rows<const E>& m, int64_t row, int64_t row_end, int64_t col) {
-  const bool inside = row < row_end && col < m.cols;
-  const E* source = m.data + row * m.stride + col;
-  if (m.aligned && (col + kGroup <= m.cols || !inside)) {
+template <bool kWhole, class E>
+MOS_DEVICE void load_group(E* target, const Rows<const E>& m, int64_t row, int64_t col) {
+  const bool inside = row < m.rows && col < m.cols;
+  const E* source = m.at(row, col);
+  if (kWhole || (m.aligned && (col + kGroup <= m.cols || !inside))) {
     const uint32_t shared = shared_address(target);
+    constexpr int kStep = kVector / sizeof(E);
 #pragma unroll
-    for (int v = 0; v < kGroupVectors<E>; ++v) {
-      cp_async_16(shared + v * kVector, inside ? source + v * (kVector / sizeof(E)) : m.data, inside ? kVector : 0);
+    for (int i = 0; i < kGroup; i += kStep) {
+      cp_async_16(shared + i * sizeof(E), inside ? source + i : m.data, inside ? kVector : 0);
     }
   } else {
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kGroup; ++i) target[i] = inside && col + i < m.cols ? source[i] : E{};
   }
 }
 
-// The same at once, of a row and a column that exist; columns beyond the matrix are left alone.
-template <class E>
-MOS_DEVICE void read_group(E* target, const Rows<E>& m, int64_t row, int64_t col) {
-  const E* source = m.data + row * m.stride + col;
-  if (m.aligned && col + kGroup <= m.cols) {
+// Eight elements between global and shared memory, either way; or as many as are left of a row of a global matrix.
+template <bool kWhole, class E>
+MOS_DEVICE void copy_group(E* target, const E* source, bool aligned, int64_t left) {
+  if (kWhole || (aligned && left >= kGroup)) {
+    constexpr int kStep = kVector / sizeof(E);
 #pragma unroll
-    for (int v = 0; v < kGroupVectors<E>; ++v) {
-      constexpr int step = kVector / sizeof(E);
-      store_16(target + v * step, load_16(source + v * step));
-    }
+    for (int i = 0; i < kGroup; i += kStep) store_16(target + i, load_16(source + i));
   } else {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (col + i < m.cols) target[i] = source[i];
-    }
-  }
-}
-
-// The other way.
-template <class E>
-MOS_DEVICE void store_group(const Rows<E>& m, int64_t row, int64_t col, const E* source) {
-  E* target = m.data + row * m.stride + col;
-  if (m.aligned && col + kGroup <= m.cols) {
-#pragma unroll
-    for (int v = 0; v < kGroupVectors<E>; ++v) {
-      constexpr int step = kVector / sizeof(E);
-      store_16(target + v * step, load_16(source + v * step));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (col + i < m.cols) target[i] = source[i];
-    }
+#pragma unroll 1
+    for (int i = 0; i < min64(kGroup, left); ++i) target[i] = source[i];
   }
 }
 
@@ -117,118 +68,179 @@ MOS_DEVICE void store_group(const Rows<E>& m, int64_t row, int64_t col, const E*
 // The factor that kept elements are multiplied by: 1 / (1 - p), and 0 with p = 1.
 inline double keep_scale(const DeviceDropout& d) { return Dropout{0, d.threshold}.keep_scale(); }
 
-// Bit i: element col + i of a row is kept.
-MOS_DEVICE uint32_t keep_bits(uint64_t seed, uint32_t threshold, int64_t row, int64_t col) {
-  const PhiloxBlock block = philox(seed, static_cast<uint32_t>(col / kDropoutGroup), static_cast<uint64_t>(row));
-  uint32_t bits = 0;
+// 16 ones for each kept element of a group, in order.
+struct KeepMask {
+  uint32_t word[4];
+
+  // Bit i: element i is kept.
+  MOS_DEVICE uint32_t bits() const {
+    uint32_t out = 0;
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) bits |= static_cast<uint32_t>(dropout_bits(block, i) >= threshold) << i;
-  return bits;
+    for (int w = 0; w < 4; ++w) out |= ((word[w] & 1u) | (word[w] >> 30 & 2u)) << (2 * w);
+    return out;
+  }
+};
+
+// Of columns [col, col + 8) of a row. threshold is not 0.
+MOS_DEVICE KeepMask keep_mask(const int64_t* seed, uint32_t threshold, int64_t row, int64_t col) {
+  const PhiloxBlock block =
+      philox(static_cast<uint64_t>(*seed), static_cast<uint32_t>(col / kDropoutGroup), static_cast<uint64_t>(row));
+  // An element is dropped when its 16 bits are below the threshold. Compared as the upper half of a word whose lower
+  // half is anything: at most threshold - 1 followed by ones.
+  const uint32_t last = (threshold - 1) << 16 | 0xFFFFu;
+  KeepMask mask;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    mask.word[w] = (block.word[w] << 16 > last ? 0x0000FFFFu : 0u) | (block.word[w] > last ? 0xFFFF0000u : 0u);
+  }
+  return mask;
 }
 
 // Zeroes the dropped elements of a group in shared memory; the scale of the kept ones goes onto the sums.
 template <class E>
-MOS_DEVICE void drop_group(E* group, uint32_t keep) {
-  constexpr int kElements = sizeof(E) < 4 ? 4 / sizeof(E) : 1, kWords = sizeof(E) > 4 ? sizeof(E) / 4 : 1;
+MOS_DEVICE void drop_group(E* group, const KeepMask& mask) {
+  constexpr int kStep = kVector / sizeof(E);
 #pragma unroll
-  for (int v = 0; v < kGroupVectors<E>; ++v) {
-    E* p = group + v * (kVector / sizeof(E));
-    uint4 vector = load_16(p);
-    uint32_t* word[4] = {&vector.x, &vector.y, &vector.z, &vector.w};
+  for (int i = 0; i < kGroup; i += kStep) {
+    const uint4 v = load_16(group + i);
+    uint32_t word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const int first = v * (kVector / static_cast<int>(sizeof(E))) + w * kElements / kWords;
-      if constexpr (kElements == 2) {
-        *word[w] &= (keep >> first & 1 ? 0x0000FFFFu : 0u) | (keep >> (first + 1) & 1 ? 0xFFFF0000u : 0u);
-      } else {
-        *word[w] &= keep >> first & 1 ? 0xFFFFFFFFu : 0u;
-      }
+      const int element = i + w * kStep / 4;
+      const uint32_t half = element % 2 ? mask.word[element / 2] >> 16 : mask.word[element / 2] & 0xFFFFu;
+      word[w] &= sizeof(E) == 2 ? mask.word[element / 2] : half * 0x10001u;
     }
-    store_16(p, vector);
+    store_16(group + i, {word[0], word[1], word[2], word[3]});
   }
 }
 
 // ---------------------------------------------------------------------------------------------- factors
 
-// Where column `col` of rank vector `rank` is stored, as an element number of the pool.
-MOS_DEVICE int64_t pool_offset(const FactorParams& f, const int32_t* table, int rank, int64_t col) {
-  const uint32_t part = static_cast<uint32_t>(col) / f.shard_size;
-  const int64_t shard = table[rank * f.shards_per_vector + static_cast<int>(part)];
-  if (shard < 0 || shard >= f.num_shards) trap();
+struct FactorParams {
+  const void* pool;
+  const int32_t* index;
+  int64_t num_shards, pool_stride;
+  int64_t cols;
+  uint32_t shard_size;
+  Divider by_shard_size;
+  int32_t rank, shards_per_vector;
+  int32_t pool_bytes;  // of an element: E's, or 4 for a float pool
+  bool aligned;        // groups of eight columns never straddle shards and start at multiples of 16 bytes
+};
+inline FactorParams factor_params(const Factor& f) {
+  const int size = size_of(f.dtype);
+  const uint64_t bits = reinterpret_cast<uintptr_t>(f.pool) | static_cast<uint64_t>(f.pool_stride) * size;
+  return {f.pool,
+          f.index,
+          f.num_shards,
+          f.pool_stride,
+          f.cols(),
+          static_cast<uint32_t>(f.shard_size),
+          divider(static_cast<uint32_t>(f.shard_size)),
+          static_cast<int32_t>(f.rank),
+          static_cast<int32_t>(f.shards_per_vector),
+          size,
+          f.shard_size % kGroup == 0 && bits % kVector == 0};
+}
+
+// Where column `col` of rank vector `rank` is stored, as an element number of the pool. An index out of range sets
+// `bad` and reads shard 0: the caller traps once it has issued its loads, for a branch between them would part them.
+MOS_DEVICE int64_t pool_offset(const FactorParams& f, const int32_t* table, int rank, int64_t col, bool& bad) {
+  const uint32_t part = divide(static_cast<uint32_t>(col), f.by_shard_size);
+  int64_t shard = table[rank * f.shards_per_vector + static_cast<int>(part)];
+  if (shard < 0 || shard >= f.num_shards) {
+    bad = true;
+    shard = 0;
+  }
   return shard * f.pool_stride + (static_cast<uint32_t>(col) - part * f.shard_size);
 }
 
-// Eight elements, as they are stored in the pool, to E.
+// A group as the pool stores it: E's, or floats.
 template <class E>
-MOS_DEVICE void narrow_group(E* target, const float* source) {
-  if constexpr (sizeof(E) == 2) {
-    uint32_t word[4];
-    const uint4 low = load_16(source), high = load_16(source + 4);
-    word[0] = pack<E>(bit_cast<float>(low.x), bit_cast<float>(low.y));
-    word[1] = pack<E>(bit_cast<float>(low.z), bit_cast<float>(low.w));
-    word[2] = pack<E>(bit_cast<float>(high.x), bit_cast<float>(high.y));
-    word[3] = pack<E>(bit_cast<float>(high.z), bit_cast<float>(high.w));
-    store_16(target, {word[0], word[1], word[2], word[3]});
-  } else {
-    E value[kGroup];  // all read before any is written: target and source may be one
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) value[i] = static_cast<E>(source[i]);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) target[i] = value[i];
-  }
-}
-
-// Columns [col, col + 8) of a rank vector into shared memory, converted to E. Synchronous.
-template <class E>
-MOS_DEVICE void load_factor_group(E* target, const FactorParams& f, int rank, int64_t col) {
-  const bool inside = rank < f.rank && col < f.cols;
-  if (f.aligned && inside) {
-    const int64_t offset = pool_offset(f, f.index, rank, col);
-    if (sizeof(E) != 4 && f.pool_bytes == 4) {
-      narrow_group(target, static_cast<const float*>(f.pool) + offset);
-    } else {
-      const E* source = static_cast<const E*>(f.pool) + offset;
-#pragma unroll
-      for (int v = 0; v < kGroupVectors<E>; ++v) {
-        constexpr int step = kVector / sizeof(E);
-        store_16(target + v * step, load_16(source + v * step));
-      }
-    }
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < kGroup; ++i) {
-      E value{};
-      if (inside && col + i < f.cols) {
-        const int64_t offset = pool_offset(f, f.index, rank, col + i);
-        value = sizeof(E) != 4 && f.pool_bytes == 4 ? from_sum<E>(static_cast<const float*>(f.pool)[offset])
-                                                    : static_cast<const E*>(f.pool)[offset];
-      }
-      target[i] = value;
-    }
-  }
-}
-
-// Rank vectors [rank, rank + ranks) and columns [col, col + cols) of a factor: all threads of the block together.
-template <class E>
-MOS_DEVICE void load_factor(const SharedMatrix<E>& target, const FactorParams& f, int rank, int ranks, int64_t col,
-                            int cols) {
-  const int groups = cols / kGroup;
-  for (int i = threadIdx.x; i < ranks * groups; i += kThreads) {
-    const int row = i / groups, group = i % groups;
-    load_factor_group(target.at(row, group * kGroup), f, rank + row, col + group * kGroup);
-  }
-}
-
-// ---------------------------------------------------------------------------------------------- low-rank sums
-
-template <class S>
-struct PlaneParams {
-  const S* data;
-  int32_t count;
-  int32_t rank;
-  int64_t plane;  // elements of one
-  bool aligned;   // four ranks start at a multiple of 16 bytes
+struct RawGroup {
+  static constexpr int kVectors = sizeof(E) == 8 ? 4 : 2;
+  uint4 vector[kVectors];
 };
+template <class E>
+MOS_DEVICE void load_raw(RawGroup<E>& raw, const void* source, int pool_bytes) {
+#pragma unroll
+  for (int v = 0; v < RawGroup<E>::kVectors; ++v) {
+    if (v * kVector < kGroup * pool_bytes) raw.vector[v] = load_16(static_cast<const char*>(source) + v * kVector);
+  }
+}
+// Converts it to E.
+template <class E>
+MOS_DEVICE void store_raw(E* target, const RawGroup<E>& raw, int pool_bytes) {
+  if (sizeof(E) == 4 || pool_bytes != 4) {
+    constexpr int kStep = kVector / sizeof(E);
+#pragma unroll
+    for (int i = 0; i < kGroup; i += kStep) store_16(target + i, raw.vector[i / kStep]);
+  } else if constexpr (sizeof(E) != 4) {
+    const uint4 &low = raw.vector[0], &high = raw.vector[1];
+    const uint32_t word[kGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < kGroup; i += 2) store_pair(target + i, bit_cast<float>(word[i]), bit_cast<float>(word[i + 1]));
+  }
+}
+
+// Columns [col, col + 8) of a rank vector, element by element.
+template <class E>
+MOS_DEVICE void load_factor_elements(E* target, const FactorParams& f, const int32_t* table, int rank, int64_t col,
+                                     bool inside, bool& bad) {
+#pragma unroll 1
+  for (int i = 0; i < kGroup; ++i) {
+    E value{};
+    if (inside && col + i < f.cols) {
+      const int64_t offset = pool_offset(f, table, rank, col + i, bad);
+      value = sizeof(E) != 4 && f.pool_bytes == 4 ? from_sum<E>(static_cast<const float*>(f.pool)[offset])
+                                                  : static_cast<const E*>(f.pool)[offset];
+    }
+    target[i] = value;
+  }
+}
+
+// Rank vectors [rank0, rank0 + ranks) and columns [col0, col0 + cols) of a factor, cols a multiple of 64: all threads
+// of the block together, four groups in flight each, since nothing else hides the way to L2 and back.
+template <bool kWhole, class E>
+MOS_DEVICE void load_factor(const SharedMatrix<E>& target, const FactorParams& f, int rank0, int ranks, int64_t col0,
+                            int cols) {
+  constexpr int kStride = 64, kBatch = 4;
+  bool bad = false;
+  for (int i = threadIdx.x; i < ranks * (kStride / kGroup); i += kThreads) {
+    const int row = i / (kStride / kGroup), rank = rank0 + row;
+    for (int first = i % (kStride / kGroup) * kGroup; first < cols; first += kBatch * kStride) {
+      if (kWhole || f.aligned) {
+        RawGroup<E> raw[kBatch] = {};
+        int64_t offset[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int col = first + b * kStride;
+          const bool inside = rank < f.rank && col < cols && col0 + col < f.cols;
+          offset[b] = inside ? pool_offset(f, f.index, rank, col0 + col, bad) : -1;
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const char* pool = static_cast<const char*>(f.pool);
+          if (offset[b] >= 0) load_raw(raw[b], pool + offset[b] * f.pool_bytes, f.pool_bytes);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          if (first + b * kStride < cols) store_raw(target.at(row, first + b * kStride), raw[b], f.pool_bytes);
+        }
+      } else {
+#pragma unroll 1
+        for (int col = first; col < min(cols, first + kBatch * kStride); col += kStride) {
+          const bool inside = rank < f.rank && col0 + col < f.cols;
+          load_factor_elements(target.at(row, col), f, f.index, rank, col0 + col, inside, bad);
+        }
+      }
+    }
+  }
+  if (bad) trap();
+}
+
+// ---------------------------------------------------------------------------------------------- sums
+
 // Two neighbouring sums of a row of a plane with `cols` columns; those that exist.
 template <class S>
 MOS_DEVICE void write_sums(S* row, int64_t col, int64_t cols, S first, S second) {
@@ -240,57 +252,83 @@ MOS_DEVICE void write_sums(S* row, int64_t col, int64_t cols, S first, S second)
   }
 }
 
-template <class S>
-PlaneParams<S> plane_params(const ConstPlanes& p) {
-  return {static_cast<const S*>(p.data), static_cast<int32_t>(p.count), static_cast<int32_t>(p.cols), p.rows * p.cols,
-          p.cols % 4 == 0 && reinterpret_cast<uintptr_t>(p.data) % kVector == 0};
-}
+constexpr int kQuad = 4;  // sums that a thread adds at a time
 
-template <class S>
-MOS_DEVICE void add_four(S (&sum)[4], const S* source) {
-  if constexpr (sizeof(S) == 4) {
-    const uint4 v = load_16(source);
-    sum[0] += bit_cast<float>(v.x), sum[1] += bit_cast<float>(v.y);
-    sum[2] += bit_cast<float>(v.z), sum[3] += bit_cast<float>(v.w);
-  } else {
+// sum += four sums of each of `count` planes, in order; only `live` of the four exist. kBatch loads are in flight: one
+// trip to L2 takes as long as hundreds of additions. (An unroll pragma on the plain loop does not do it: nvcc keeps an
+// exit test, and with it a wait, between the copies.)
+template <int kBatch, class S>
+MOS_DEVICE void add_planes(S (&sum)[kQuad], const S* source, int64_t plane, int count, bool aligned, int64_t live) {
+  if (sizeof(S) == 4 && aligned) {
+    for (int k = 0; k < count; k += kBatch) {
+      uint4 v[kBatch] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += source[i];
+      for (int b = 0; b < kBatch; ++b) {
+        if (k + b < count) v[b] = load_16(source + (k + b) * plane);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        sum[0] += bit_cast<float>(v[b].x), sum[1] += bit_cast<float>(v[b].y);
+        sum[2] += bit_cast<float>(v[b].z), sum[3] += bit_cast<float>(v[b].w);
+      }
+    }
+  } else {
+    for (int k = 0; k < count; ++k) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        if (j < live) sum[j] += source[k * plane + j];
+      }
+    }
   }
 }
 
-// The 16 rows of one warp and ranks [rank, rank + ranks) of the sum of all planes, times scale, rounded to E in shared
-// memory. Where `sum_out` is not null the unscaled sum is written there too. For one warp: the rows are its own.
-template <class E, class S>
-MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, int64_t row0, int64_t row_end,
-                          int rank0, int ranks, S scale, S* sum_out, int first_row, int lane) {
-  const int quads = ranks / 4;
-  for (int i = lane; i < kWarpRows * quads; i += kWarp) {
-    const int r = first_row + i / quads, quad = i % quads * 4;
-    const int64_t row = row0 + r;
-    const int rank = rank0 + quad;
-    S sum[4] = {S(0), S(0), S(0), S(0)};
-    if (row < row_end && rank < p.rank) {
-      const S* source = p.data + row * p.rank + rank;
-      for (int k = 0; k < p.count; ++k, source += p.plane) {
-        if (p.aligned) {
-          add_four(sum, source);
-        } else {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (rank + j < p.rank) sum[j] += source[j];
-          }
-        }
-      }
+template <class S>
+struct PlaneParams {
+  const S* data;
+  int32_t count;
+  int32_t rank;
+  int64_t rows;
+  bool aligned;  // four ranks start at a multiple of 16 bytes
+};
+template <class S>
+PlaneParams<S> plane_params(const ConstPlanes& p) {
+  return {static_cast<const S*>(p.data), static_cast<int32_t>(p.count), static_cast<int32_t>(p.cols), p.rows,
+          p.cols % kQuad == 0 && reinterpret_cast<uintptr_t>(p.data) % kVector == 0};
+}
+
+// `rows` rows from first_row of a tile at row0, and ranks [rank0, rank0 + ranks), of the sum of all planes, times
+// scale, rounded to E in shared memory. Where sum_out is not null the unscaled sum is written there too. The work of
+// `workers` threads, of which this is number `worker`.
+template <int kBatch, class E, class S>
+MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, int64_t row0, int first_row, int rows,
+                          int rank0, int ranks, S scale, S* sum_out, int worker, int workers) {
+  const int quads = ranks / kQuad;
+  for (int i = worker; i < rows * quads; i += workers) {
+    const int r = first_row + i / quads, quad = i % quads * kQuad;
+    const int64_t row = row0 + r, at = row * p.rank + rank0 + quad;
+    const int live = p.rank - rank0 - quad;
+    S sum[kQuad] = {};
+    if (row < p.rows && live > 0) {
+      add_planes<kBatch>(sum, p.data + at, p.rows * p.rank, p.count, p.aligned, live);
       if (sum_out) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (rank + j < p.rank) sum_out[row * p.rank + rank + j] = sum[j];
+        for (int j = 0; j < kQuad; ++j) {
+          if (j < live) sum_out[at + j] = sum[j];
         }
       }
     }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) *target.at(r, quad + j) = from_sum<E>(sum[j] * scale);
+    store_pair(target.at(r, quad), sum[0] * scale, sum[1] * scale);
+    store_pair(target.at(r, quad + 2), sum[2] * scale, sum[3] * scale);
   }
+}
+
+// A block of sums into a plane (rows, cols) at (row0, col0), times scale.
+template <class S>
+MOS_DEVICE void store_block(const Block<S>& block, S* plane, int64_t rows, int64_t cols, int64_t row0, int64_t col0,
+                            S scale, int lane) {
+  for_each_pair(block, lane, [&](int r, int c, S first, S second) {
+    if (row0 + r < rows) write_sums(plane + (row0 + r) * cols, col0 + c, cols, first * scale, second * scale);
+  });
 }
 
 }  // namespace mos::cuda

@@ -72,6 +72,7 @@ int mos_shared_bytes(int kernel, int size, int ranks) {
          : kernel == 1 ? expand_shared(size, wide_ranks(size), max_expand_tiles(size))
                        : backward_shared(size, ranks);
 }
+uint32_t mos_divide(uint32_t n, uint32_t d) { return divide(n, divider(d)); }
 int mos_sum_first(int64_t planes, int64_t readers, int64_t elements) { return sum_first(planes, readers, elements); }
 
 // What the last launch was: grid x, y, z, threads, bytes of shared memory; returns "kernel arithmetic"'s two halves.

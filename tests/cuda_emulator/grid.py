@@ -58,6 +58,7 @@ def cases():
         (129, 24, 3, 100),
         (33, 8, 24, 256),
         (0, 16, 4, 4),
+        (5, 0, 4, 4),
     ]
     for (rows, shard, l, r), dtype in itertools.product(shapes, ("bf16", "f16", "f32", "f64")):
         heavy = rows * shard * l * r > 600_000
@@ -111,7 +112,7 @@ class Inputs:
 
     @property
     def factor(self):
-        return self.pool[self.index].reshape(len(self.index), -1)
+        return self.pool[self.index].reshape(len(self.index), self.index.shape[1] * self.pool.shape[1])
 
 
 def inputs(case, integers, number):
