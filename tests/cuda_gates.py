@@ -91,14 +91,26 @@ def resources(library):
 
 
 def instructions(library, architecture):
-    """kernel -> {instruction: count}, instructions without operands."""
-    out, name = defaultdict(lambda: defaultdict(int)), None
+    """kernel -> its instructions in order, without operands."""
+    out, name = defaultdict(list), None
     for line in dump(library, "-sass", "-arch", architecture).splitlines():
         if "Function : " in line:
             name = short_name(line + "(") if KERNEL.search(line) else None
         elif name and (found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", line)):
-            out[name][found.group(1)] += 1
+            out[name].append(found.group(1))
     return out
+
+
+def loads_in_flight(ops):
+    """The most loads of 16 bytes that are issued without an addition, a store or a branch between them."""
+    most = run = 0
+    for op in ops:
+        if op.startswith("LDG") and ".128" in op:
+            run += 1
+            most = max(most, run)
+        elif op.startswith(("FADD", "STS", "BRA")):
+            run = 0
+    return most
 
 
 def shared_bytes(kernel, arithmetic, ranks):
@@ -134,9 +146,12 @@ def problems(library):
             shared = shared_bytes(kernel, arithmetic, ranks)
             if not blocks_per_multiprocessor(architecture, registers, shared, THREADS[kernel]):
                 yield f"{where}: a block of {registers} registers and {shared} bytes of shared memory does not fit"
+            ops = sass[name]
+            adds_planes = kernel in ("expand", "backward", "sum") and arithmetic not in ("float64", "double")
+            if adds_planes and loads_in_flight(ops) < 4:
+                yield f"{where}: planes are added one load at a time"
             if kernel not in LOW_RANK:
                 continue
-            ops = sass[name]
 
             def has(*starts, ops=ops):
                 return any(op.startswith(start) for op in ops for start in starts)

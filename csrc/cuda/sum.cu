@@ -21,7 +21,7 @@ constexpr int kSumThreads = 256;
 
 // Blocks (x: elements; y: which sum).
 template <class S>
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ SumParams<S> p) {
+__global__ void __launch_bounds__(kSumThreads, 4) sum_kernel(const __grid_constant__ SumParams<S> p) {
   const typename SumParams<S>::One& one = p.sum[blockIdx.y];
   const int64_t first = (blockIdx.x * static_cast<int64_t>(kSumThreads) + threadIdx.x) * kQuad;
   if (first >= one.elements) return;

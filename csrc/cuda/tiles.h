@@ -255,21 +255,21 @@ MOS_DEVICE void write_sums(S* row, int64_t col, int64_t cols, S first, S second)
 constexpr int kQuad = 4;  // sums that a thread adds at a time
 
 // sum += four sums of each of `count` planes, in order; only `live` of the four exist. kBatch loads are in flight: one
-// trip to L2 takes as long as hundreds of additions. (An unroll pragma on the plain loop does not do it: nvcc keeps an
-// exit test, and with it a wait, between the copies.)
+// trip to L2 takes as long as hundreds of additions. (An unroll pragma on the plain loop does not do it, nor do
+// branches around what is beyond the last plane: nvcc then puts each load next to its addition. Planes beyond the last
+// are read again and masked.)
 template <int kBatch, class S>
 MOS_DEVICE void add_planes(S (&sum)[kQuad], const S* source, int64_t plane, int count, bool aligned, int64_t live) {
   if (sizeof(S) == 4 && aligned) {
     for (int k = 0; k < count; k += kBatch) {
-      uint4 v[kBatch] = {};
+      uint4 v[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) v[b] = load_16(source + min(k + b, count - 1) * plane);
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (k + b < count) v[b] = load_16(source + (k + b) * plane);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        sum[0] += bit_cast<float>(v[b].x), sum[1] += bit_cast<float>(v[b].y);
-        sum[2] += bit_cast<float>(v[b].z), sum[3] += bit_cast<float>(v[b].w);
+        const uint32_t live = k + b < count ? 0xFFFFFFFFu : 0u;
+        sum[0] += bit_cast<float>(v[b].x & live), sum[1] += bit_cast<float>(v[b].y & live);
+        sum[2] += bit_cast<float>(v[b].z & live), sum[3] += bit_cast<float>(v[b].w & live);
       }
     }
   } else {

@@ -3,14 +3,16 @@
     python mutants.py [--only NAME ...] [--flavour plain|asan|tsan] [--jobs 2]
 
 Each mutant is built for the emulator and put through CASES, a part of grid.CASES that reaches every path, and
-check_gather: plain, with one seed of each schedule, first; where that finds nothing, asan; then tsan. One line per
-mutant: who found it, and what was said. The exit status is 1 where one survives that EQUIVALENT does not explain.
+check_gather, and the test of tables out of range: plain, with one seed of each schedule, first; where that finds
+nothing, asan; then tsan. One line per mutant: who found it, and what was said. The exit status is 1 where one survives
+that EQUIVALENT does not explain.
 
 After a change of a kernel or of the grid, run this by hand; it is not part of the test suite. It takes DURATION on two
 cores. A mutant whose text no longer occurs in the sources is an error: rewrite it.
 """
 
 import argparse
+import itertools
 import re
 import shutil
 import subprocess
@@ -23,8 +25,12 @@ from pathlib import Path
 
 import emulator
 import grid
+import pytest
 from grid import Case
 from kernels import Kernels
+
+sys.path.insert(1, str(emulator.HERE.parent))
+import test_cuda_kernels
 
 SEEDS = {"plain": 4, "asan": 1, "tsan": 1}
 TIMEOUT = 400  # seconds of one run; a mutant may hang
@@ -39,6 +45,8 @@ CASES = [
     Case("f32", "f32", 67, 13, 9, 12, p=0.5, pad=3, tf32=True),
     Case("bf16", "bf16", 67, 16, 9, 12, p=0.5, pad=3),
     Case("f16", "f32", 66, 16, 9, 12, pad=8),
+    Case("bf16", "f32", 20, 12, 6, 6),  # rows are whole groups, shards are not, and start aligned
+    Case("bf16", "bf16", 20, 12, 6, 20),  # or not
     Case("f64", "f64", 20, 13, 7, 6, p=0.5, pad=1),
     Case("bf16", "f32", 33, 8, 5, 70, p=0.5),
     Case("f64", "f32", 33, 8, 5, 70, p=0.5),
@@ -52,7 +60,8 @@ CASES = [
     Case("bf16", "bf16", 16, 96, 16, 64),  # the longest index table that fits in shared memory
     Case("bf16", "f32", 3, 264, 25, 3),  # four tiles in each part of shrink: stages are used again
     Case("f64", "f64", 1, 1300, 14, 3),  # two column tiles in a block of expand
-    Case("f64", "f32", 16897, 8, 1, 17, p=0.5),  # two row tiles in a block of expand
+    Case("f64", "f32", 16897, 8, 1, 3),  # two row tiles in a block of expand
+    Case("f64", "f32", 16897, 8, 1, 17, p=0.5),  # and two steps in each
 ]
 
 
@@ -326,6 +335,7 @@ def copy_sources(source, target):
     only = shutil.ignore_patterns("*.md", "__pycache__")
     for folder in ("csrc/common", "csrc/cuda", "tests/cuda_emulator"):
         shutil.copytree(source / folder, target / folder, ignore=only)
+    shutil.copy(source / "tests" / "test_cuda_kernels.py", target / "tests")
 
 
 def compile_unit(root, unit, flavour):
@@ -360,9 +370,12 @@ def examine(library, flavour):
     try:
         case = "gather"
         grid.check_gather(kernels, seeds)
-        for case in CASES if flavour == "plain" else CASES[:-1]:  # the last one is long
+        case = "index out of range"
+        for entry, aligned in itertools.product((-1, 8), (True, False)):
+            test_cuda_kernels.test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned)
+        for case in CASES if flavour == "plain" else CASES[:-2]:  # the last ones are long
             grid.check(kernels, case, seeds)
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         said = str(error).removeprefix(f"{case} ")
         # The emulator's messages: which thread said it is of no interest here.
         print(f"{case}: {re.sub(r'status [0-9]+: |block .*? lane [0-9]+]: ', '', said)}".replace("\n", " "))
