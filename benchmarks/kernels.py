@@ -30,7 +30,7 @@ from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
 from mos_ext.ops import loader
 from mos_ext.ops.checks import why_not_native
 from mos_ext.ops.schema import OPERATORS
-from mos_ext.testing import ERROR_RATIO, FLOOR_EPS, relative_error
+from mos_ext.testing import ERROR_RATIO, error_floor, relative_error
 
 from .harness import (
     Sizes,
@@ -66,7 +66,11 @@ def normal(*shape: int, dtype: torch.dtype, device: str, std: float = 1.0) -> Te
 
 
 def errors(
-    actual: Sequence[Tensor], plain: Sequence[Tensor] | None, exact: Sequence[Tensor], names: Sequence[str]
+    actual: Sequence[Tensor],
+    plain: Sequence[Tensor] | None,
+    exact: Sequence[Tensor],
+    names: Sequence[str],
+    operands: torch.dtype,
 ) -> dict[str, object]:
     """Relative errors against float64, and whether they are allowed:
 
@@ -78,8 +82,7 @@ def errors(
         error = relative_error(got, exact[k]) if torch.isfinite(got).all() else math.inf
         allowed = LOOSE_ERROR
         if plain is not None:
-            floor = FLOOR_EPS[got.dtype] * torch.finfo(got.dtype).eps
-            allowed = ERROR_RATIO * relative_error(plain[k], exact[k]) + floor
+            allowed = ERROR_RATIO * relative_error(plain[k], exact[k]) + error_floor(got.dtype, operands)
         row["error"][name] = float(f"{error:.3g}") if math.isfinite(error) else "not finite"
         row["error_ok"] = bool(row["error_ok"] and got.shape == exact[k].shape and error <= allowed)
     return row
@@ -362,8 +365,8 @@ def _operator(name: str, q: Product, sizes: Sizes, device: str) -> list[dict]:
         plain = _tuple(op.plain(sets[0]))
         results = {"mos": _tuple(op.native(sets[0])), "plain": plain}
         checks = {
-            "mos": errors(results["mos"], plain, exact, op.outputs),
-            "plain": errors(plain, None, exact, op.outputs),
+            "mos": errors(results["mos"], plain, exact, op.outputs, sets[0].x.dtype),
+            "plain": errors(plain, None, exact, op.outputs, sets[0].x.dtype),
         }
         del exact, plain, results
         timing = measure(
@@ -678,7 +681,7 @@ def check_layer(d: Data, providers: Mapping[str, Callable[[], tuple]], device: s
     for name in providers:
         if name.startswith("frozen"):
             y = nn.functional.linear(d.x.detach().double(), d.weight.double())
-            checked[name] = errors(results(name, case.r)[:1], None, (y,), ("y",))
+            checked[name] = errors(results(name, case.r)[:1], None, (y,), ("y",), d.x.dtype)
         elif "r=" in name:
             r = int(name.partition("r=")[2])
             truth = exact_layer(d, r, seed)
@@ -687,12 +690,12 @@ def check_layer(d: Data, providers: Mapping[str, Callable[[], tuple]], device: s
             simple = [t.detach() for t in mos_reference(at_rank)()]
             simple[2] = reference.gather_concat(simple[2], d.pool(r).index_a[0])
             simple[3] = reference.gather_concat(simple[3], d.pool(r).index_b[0])
-            checked[name] = errors(results(name, r), simple, truth, names)
+            checked[name] = errors(results(name, r), simple, truth, names, d.x.dtype)
         elif dropping and name not in ("mos", "mos_layer", "reference"):
             checked[name] = {"error": None, "error_ok": True}
         else:
             ours = name in ("mos", "mos_layer") and case.r in plain
-            checked[name] = errors(results(name, case.r), plain[case.r] if ours else None, exact, names)
+            checked[name] = errors(results(name, case.r), plain[case.r] if ours else None, exact, names, d.x.dtype)
     return checked
 
 

@@ -1,9 +1,11 @@
 """The CUDA kernels, executed on the CPU (tests/cuda_emulator): results, memory, races; their launch geometry; their sources."""
 
 import ctypes as C
+import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,6 +83,32 @@ def test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned):
             call()
         kernels.emulator.free()
         assert kernels.last_launch()[0] == name
+
+
+# What computes on tensors; the rest of the suite is about files, sources and builds.
+SUITES = {
+    "operators": ["test_ops.py", "test_functional.py"],
+    "models": ["test_pools.py", "test_adapt.py", "test_checkpoint.py", "test_compile.py", "test_finetune.py"],
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_library_on_emulated_kernels(suite):
+    """The suite itself, from autograd down to the kernels: bindings (ops.cpp), operators, layers, models."""
+    emulator.build_operators()
+    # The CPU refuses a wrong index by its value, the kernels stop; the latter is tested above.
+    other = "index_out_of_range_is_refused_before"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "operators", "-p", "no:cacheprovider", "-k", f"not {other}"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*command, *(str(HERE / file) for file in SUITES[suite])],
+        env={**environment, "MOS_EXT_DISABLE_NATIVE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 # ------------------------------------------------------------------------------------------------ geometry
@@ -198,9 +226,14 @@ SEAM = re.compile(
 )
 
 
-@pytest.mark.parametrize("file", sorted(p for p in CUDA.iterdir() if p.name != "device.h"), ids=lambda p: p.name)
-def test_only_device_h_knows_the_machine(file):
-    """What the emulator executes is what the GPU executes, because nothing but device.h distinguishes them; and no launch allocates, synchronises or adds atomically."""
+SEAMS = ("device.h", "torch_device.h")
+
+
+@pytest.mark.parametrize(
+    "file", sorted(p for p in CUDA.iterdir() if p.suffix != ".md" and p.name not in SEAMS), ids=lambda p: p.name
+)
+def test_only_the_seams_know_the_machine(file):
+    """What the emulator executes is what the GPU executes, because nothing else distinguishes them; and no launch allocates, synchronises or adds atomically."""
     code = re.sub(r"//.*", "", file.read_text())
     assert not SEAM.findall(code)
     assert not re.search(r"#\s*if", code), "no conditional compilation"

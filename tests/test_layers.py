@@ -72,7 +72,7 @@ def test_imports_point_down(name, file):
 
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
-KNOWS_TORCH = {"common/stable.h", "cpu/ops.cpp", "cuda/ops.cpp"}
+KNOWS_TORCH = {"common/stable.h", "cpu/ops.cpp", "cuda/ops.cpp", "cuda/torch_device.h"}
 KNOWS_PYTHON = {"testing/bindings.cpp"}
 
 

@@ -56,7 +56,7 @@ def test_parity(shape, dtypes, p, device):
         for i, triple in enumerate(
             zip(*(t if isinstance(t, tuple) else (t,) for t in (got, plain, exact)), strict=True)
         ):
-            assert_error_ratio(*triple, what=f"{name}[{i}]")
+            assert_error_ratio(*triple, what=f"{name}[{i}]", operands=dtype)
         return got
 
     s = check("shrink", x, pool, index, p, seed)
@@ -76,7 +76,7 @@ def test_parity(shape, dtypes, p, device):
     delta, s_got = ops.low_rank(*forward, *tail)
     (plain_y, plain_s), (exact_y, exact_s) = low_rank(*forward, *tail), low_rank(*double(*forward, *tail))
     assert_error_ratio(delta, plain_y, exact_y, "low_rank y")
-    assert_error_ratio(s_got, plain_s, exact_s, "low_rank s")
+    assert_error_ratio(s_got, plain_s, exact_s, "low_rank s", dtype)
     accumulated = y.clone()
     assert torch.equal(ops.low_rank_(accumulated, *forward, 0.7, p, seed), s_got)
     assert_error_ratio(accumulated, y + (plain_y - bias), y.double() + (exact_y - bias.double()), "low_rank_")
@@ -85,7 +85,7 @@ def test_parity(shape, dtypes, p, device):
     plain = low_rank_backward(dy, s, *backward)
     exact = low_rank_backward(*double(dy, s, *backward))
     for i, triple in enumerate(zip(got, plain, exact, strict=True)):
-        assert_error_ratio(*triple, what=f"low_rank_backward[{i}]")
+        assert_error_ratio(*triple, what=f"low_rank_backward[{i}]", operands=dtype)
     dx = y.clone()
     factors = ops.low_rank_backward_(dx, dy, s, *backward)
     assert torch.equal(factors[0], got[1])

@@ -1,31 +1,14 @@
 // CUDA kernels of the mos_ext operators, through torch's stable ABI; compiled by the host compiler alone. Tensors to
 // views, scratch from torch's allocator, launches on torch's current stream: nothing here synchronises.
-#include <cuda_runtime_api.h>
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../common/interface.h"
 #include "../common/stable.h"
 #include "heuristics.h"
 #include "launch.h"
+#include "torch_device.h"
 
 namespace mos::cuda {
 
 namespace {
-
-// torch's current stream. Looked up in the libtorch_cuda that is already loaded, so that this library links beside a
-// CPU-only torch.
-cudaStream_t current_stream(int32_t device) {
-  using Function = AOTITorchError (*)(int32_t, void**);
-  static const Function function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  STD_TORCH_CHECK(function, "mos_ext: CUDA tensors need a CUDA build of torch");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(function(device, &stream) == 0, "mos_ext: torch has no current CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
 
 void check_launch(cudaError_t error) {
   const LaunchRecord& l = last_launch();
@@ -38,19 +21,19 @@ void check_launch(cudaError_t error) {
 }
 
 void check_device(const Tensor& t, int32_t device, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == device, name, " must be on CUDA device ", device);
+  STD_TORCH_CHECK(on_device(t) && t.get_device() == device, name, " must be on CUDA device ", device);
 }
 
 // What every operator begins with: the device of its first tensor made current, and torch's stream there.
 struct Launcher {
   int32_t device;
-  torch::stable::accelerator::DeviceGuard guard;
+  DeviceGuard guard;
   cudaStream_t stream;
 
   explicit Launcher(const Tensor& t) : device(device_of(t)), guard(device), stream(current_stream(device)) {}
 
   static int32_t device_of(const Tensor& t) {
-    STD_TORCH_CHECK(t.is_cuda(), "mos_ext: all tensors must be on one CUDA device");
+    STD_TORCH_CHECK(on_device(t), "mos_ext: all tensors must be on one CUDA device");
     return t.get_device();
   }
 };
@@ -342,7 +325,7 @@ std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mos_ext, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mos_ext, MOS_DISPATCH_KEY, m) {
   m.impl("gather_concat", TORCH_BOX(&gather_concat_op));
   m.impl("scatter_add", TORCH_BOX(&scatter_add_op));
   m.impl("shrink", TORCH_BOX(&shrink_op));

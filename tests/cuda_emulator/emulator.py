@@ -97,7 +97,7 @@ def _lock(path):
         yield
 
 
-def _link(target, sources, flavour, shared):
+def _link(target, sources, flavour, shared, *, more_flags=(), libraries=()):
     headers = [*(ROOT / "csrc").rglob("*.h"), *HERE.glob("*.h")]
     folder = OUTPUT / flavour
     with _lock(folder / "lock"):
@@ -107,6 +107,8 @@ def _link(target, sources, flavour, shared):
             flags = [*EMULATOR_FLAGS[flavour], *_machine_flags()] if own else KERNEL_FLAGS[flavour]
             # Relative paths, for messages; sources elsewhere leave their objects elsewhere.
             inside = source.is_relative_to(ROOT)
+            if source.name == "ops.cpp":
+                flags = [*flags, *more_flags]
             command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT) if inside else source)]
             objects.append((folder if inside else source.parent) / f"{source.name}.o")
             if not _is_current(objects[-1], command, [source, *headers]):
@@ -114,6 +116,7 @@ def _link(target, sources, flavour, shared):
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             list(pool.map(lambda job: _write(*job), pending))
         command = [COMPILER, "-pthread", *(["-shared"] if shared else []), *LINK_FLAGS[flavour], *map(str, objects)]
+        command += libraries
         if not _is_current(target, command, objects):
             _write(command, target)
     return target
@@ -128,6 +131,19 @@ def build(flavour="plain"):
     """The library of every kernel of csrc/cuda, with bindings.cpp."""
     kernels = [*sorted(CUDA.glob("*.cu")), CUDA / "launch.cpp"]
     return build_library([HERE / "bindings.cpp", *kernels], OUTPUT / f"{flavour}.so", flavour)
+
+
+def build_operators():
+    """torch's operators over the emulated kernels: csrc/cuda/ops.cpp, registered for CPU tensors. Load it into a process
+    without mos_ext's own CPU library (operators.py does)."""
+    from torch.utils import cpp_extension
+
+    kernels = [*sorted(CUDA.glob("*.cu")), CUDA / "launch.cpp", CUDA / "ops.cpp"]
+    includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-unused-parameter", *includes]
+    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
+    sources = [HERE / "emulator.cpp", *kernels]
+    return _link(OUTPUT / "operators.so", sources, "plain", shared=True, more_flags=flags, libraries=libraries)
 
 
 def build_program(source, flavour="plain"):

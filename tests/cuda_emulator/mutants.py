@@ -321,7 +321,8 @@ EQUIVALENT = {
     "expand: no warp barrier at the end": "a lane reads y into the groups that it stored itself; all else that writes"
     " the strip comes after the barrier before the sums",
     "expand: visits column tiles beyond y": "every access looks at its columns; saves time",
-    "sum: threads beyond the end": "every access looks at its element; saves time",
+    "tiles: whole: any length of rows": "all kernels also ask for whole, aligned shards, of which rows are made",
+    "tiles: factor: columns beyond the block": "loads what is not stored; saves loads",
 }
 
 # ---------------------------------------------------------------------------------------------- builds
