@@ -149,10 +149,10 @@ def test_a_crash_is_recorded_and_passed(tmp_path, monkeypatch):
 def test_errors_follow_the_rule():
     exact = torch.randn(64, 64, dtype=torch.float64)
     near = exact.to(torch.bfloat16)
-    assert kernels.errors((near,), (near,), (exact,), ("y",))["error_ok"]
-    assert not kernels.errors((near * 1.05,), (near,), (exact,), ("y",))["error_ok"]
+    assert kernels.errors((near,), (near,), (exact,), ("y",), near.dtype)["error_ok"]
+    assert not kernels.errors((near * 1.05,), (near,), (exact,), ("y",), near.dtype)["error_ok"]
     near[0, 0] = torch.nan
-    assert not kernels.errors((near,), None, (exact,), ("y",))["error_ok"]
+    assert not kernels.errors((near,), None, (exact,), ("y",), near.dtype)["error_ok"]
 
 
 class Event:
