@@ -1,0 +1,77 @@
+"""What is special about the CUDA operators. Run by tests/test_cuda_kernels.py under the plugin operators.py."""
+
+import pytest
+import torch
+
+from mos_ext.testing import assert_error_ratio, random_case
+
+ops = torch.ops.mos_ext
+
+
+@pytest.fixture
+def case():
+    return random_case(37, 64, 96, 8, 4, dtype=torch.float32)
+
+
+def factors(case):
+    return case.pool_a, case.index_a, case.pool_b, case.index_b
+
+
+def test_a_failed_launch_names_the_kernel_and_its_configuration(case):
+    case.index_a[1, 1] = 10**6
+    message = r"the kernel shrink \(float32\), grid 1 x 2 x 1, 128 threads, \d+ bytes of shared memory, did not start: "
+    with pytest.raises(RuntimeError, match=message):
+        ops.shrink(case.x, case.pool_a, case.index_a, 0.0, None)
+
+
+def test_operands_that_do_not_fit_are_refused(case):
+    a, b = (case.pool_a, case.index_a), (case.pool_b, case.index_b)
+    for arguments, message in [
+        ((case.x, case.pool_a.double(), case.index_a, 0.0, None), "pool must be float32 or of the activations' dtype"),
+        ((case.x, case.pool_b, case.index_b, 0.0, None), "the factor has 96 columns, the activations 64"),
+        ((case.x, case.pool_a, case.index_a.long(), 0.0, None), "index must be a contiguous int32 matrix"),
+        ((case.x, case.pool_a, case.index_a, 0.5, None), "dropout needs a seed of one int64"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            ops.shrink(*arguments)
+    with pytest.raises(RuntimeError, match="index_a and index_b must have the same rank"):
+        ops.low_rank(case.x, *a, case.pool_b, case.index_b[:3], None, 1.0, 0.0, None)
+    with pytest.raises(RuntimeError, match="bias must be"):
+        ops.low_rank(case.x, *a, *b, case.bias[:5], 1.0, 0.0, None)
+    with pytest.raises(RuntimeError, match="y must have x's rows and dtype"):
+        ops.low_rank_(torch.empty(36, 96), case.x, *a, *b, 1.0, 0.0, None)
+
+
+def test_tf32_rounds_operands_and_nothing_else(case):
+    """Ten bits of fraction: an error of about 2^-11 for TF32, none for operands that have no more bits."""
+    exact = ops.low_rank(case.x.double(), *factors(case), case.bias.double(), 0.5, 0.0, None)
+    plain = ops.low_rank(case.x, *factors(case), case.bias, 0.5, 0.0, None)
+    tf32 = ops.low_rank(case.x, *factors(case), case.bias, 0.5, 0.0, None, tf32=True)
+    assert not torch.equal(plain[0], tf32[0])
+    for got, simple, truth in zip(tf32, plain, exact, strict=True):
+        assert_error_ratio(got, simple, truth, operands=torch.float16)  # whose fraction is TF32's
+    dy = torch.randn(37, 96)
+    arguments = (dy, plain[1], case.x, *factors(case), 0.5, 0.0, None)
+    doubles = (t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments)
+    truth = ops.low_rank_backward(*doubles)
+    for got, simple, true in zip(
+        ops.low_rank_backward(*arguments, tf32=True), ops.low_rank_backward(*arguments), truth, strict=True
+    ):
+        assert not torch.equal(got, simple)
+        assert_error_ratio(got, simple, true, operands=torch.float16)
+
+
+def test_planes_are_added_by_a_launch_of_their_own_where_many_read_them():
+    """2048 rows and 64 ranks: S and dS have more planes and readers than rereading is worth (heuristics.h)."""
+    case = random_case(2048, 1024, 1024, 64, 4, dtype=torch.bfloat16)
+    exact = case.exact()
+    s = torch.randn(2048, 64)
+    arguments = (case.bias, 0.5, 0.0, None)
+    truth = ops.low_rank(exact.x, *factors(exact), exact.bias, *arguments[1:])
+    for got, true in zip(ops.low_rank(case.x, *factors(case), *arguments), truth, strict=True):
+        assert_error_ratio(got, true.to(got.dtype), true, operands=torch.bfloat16)
+    backward = (0.5, 0.0, None)
+    truth = ops.low_rank_backward(exact.x, s.double(), exact.x, *factors(exact), *backward)
+    results = ops.low_rank_backward(case.x, s, case.x, *factors(case), *backward)
+    for got, true in zip(results, truth, strict=True):
+        assert_error_ratio(got, true.to(got.dtype), true, operands=torch.bfloat16)
