@@ -1,5 +1,7 @@
 """The operator floor: every operator against the float64 oracle by the error-ratio rule, and against what dispatchers expect of operators."""
 
+import re
+
 import pytest
 import torch
 
@@ -191,6 +193,21 @@ def test_second_derivatives_of_products_are_an_error_not_a_constant(device):
 def test_native_kernels_serve_this_build(name):
     """Guards the suite itself: without this, a library that fails to load would leave every parity test comparing the reference with itself."""
     assert why_not_native(name, "cpu") is None
+
+
+def test_every_fallback_is_explained_in_a_sentence(monkeypatch):
+    """Missing libraries, unknown devices, and GPUs that the kernels were not compiled for."""
+    assert why_not_native("shrink", "xpu") == "there are no native kernels for xpu tensors"
+    if not torch.cuda.is_available():
+        assert re.match(r"_C_cuda: (not built|built, but|MOS_EXT_DISABLE_NATIVE)", why_not_native("shrink", "cuda"))
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert why_not_native("shrink", "cuda") == (
+        "the GPU has compute capability 7.5, _C_cuda needs 8.0 or newer (MOS_EXT_DISABLE_NATIVE=1 runs plain PyTorch)"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert why_not_native("shrink", "cuda") is None
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("gather_concat", "scatter_add")])

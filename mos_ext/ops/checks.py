@@ -106,5 +106,5 @@ def why_not_native(op: str, device_type: str) -> str | None:
         return None
     for name, library in loader.libraries.items():
         if loader.DEVICE_OF[name] == device_type:
-            return f"{name} is {library.problem}" if library.problem else f"{name} has no kernel for {op}"
+            return f"{name}: {library.problem}" if library.problem else f"{name} has no kernel for {op}"
     return f"there are no native kernels for {device_type} tensors"
