@@ -5,7 +5,7 @@
 For every architecture: no kernel spills registers or keeps a stack, every block fits, 16-bit and TF32 products are done
 by tensor cores and the others are not, activations travel 16 bytes at a time. Prints registers, shared memory and
 blocks per multiprocessor of every kernel. Reads the library with cuobjdump, of the CUDA toolkit or from PyPI
-(nvidia-cuda-cuobjdump).
+(nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
 """
 
 import argparse
@@ -51,7 +51,7 @@ def cuobjdump():
     others = (str(p) for folder in folders for p in Path(folder).glob("nvidia/*/bin/cuobjdump"))
     path = found or next(others, None)
     if path is None:
-        sys.exit("cuda_gates: cuobjdump was not found: pip install nvidia-cuda-cuobjdump")
+        sys.exit("cuda_gates: cuobjdump was not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     return path
 
 
