@@ -160,7 +160,9 @@ def factor_handles(pool: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, ...
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast does to ``F.linear``: x, weight and bias in its dtype, float64 untouched. Pools keep theirs."""
     device_type = x.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    # Named first because torch 2.11 cannot trace is_autocast_available.
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    if not (available and torch.is_autocast_enabled(device_type)):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
 

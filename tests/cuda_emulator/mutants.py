@@ -239,7 +239,7 @@ plant("tiles.h", "factor: elements beyond a row", ("if (inside && col + i < f.co
 plant("tiles.h", "sums: pairs in odd rows", ("if (cols % 2 == 0) {", "if (cols > 0) {"))
 plant("tiles.h", "sums: column beyond a row", ("    if (col + 1 < cols) row[col + 1]", "    row[col + 1]"))
 plant("tiles.h", "sums: pairs beyond a row", ("    if (col < cols) store_pair", "    store_pair"))
-plant("tiles.h", "planes: the first again and again", ("source + (k + b) * plane", "source + b * 0"))
+plant("tiles.h", "planes: the first again and again", ("min(k + b, count - 1) * plane", "min(b, 0) * plane"))
 plant("tiles.h", "planes: all are aligned", ("          p.cols % kQuad == 0 && reinterpret", "          reinterpret"))
 plant("tiles.h", "planes: all start aligned", ("p.cols % kQuad == 0 && reinterpret_cast<uintptr_t>(p.data) % kVector == 0", "p.cols % kQuad == 0"))
 plant("tiles.h", "s: rows beyond the planes", ("if (row < p.rows && live > 0)", "if (live > 0)"))
@@ -265,7 +265,8 @@ plant("tiles.h", "factor: writes beyond the block", ("          if (first + b * 
 plant("tiles.h", "factor: only the first batch", ("first < cols; first += kBatch * kStride", "first < kBatch * kStride; first += kBatch * kStride"))
 plant("tiles.h", "factor: any length: ranks beyond the table", ("inside = rank < f.rank && col0 + col < f.cols;\n          load", "inside = col0 + col < f.cols;\n          load"))
 plant("tiles.h", "planes: only the first batch", ("k < count; k += kBatch", "k < 1; k += kBatch"))
-plant("tiles.h", "planes: one too many", ("if (k + b < count) v[b]", "if (k + b <= count) v[b]"))
+plant("tiles.h", "planes: one too many", ("min(k + b, count - 1) * plane", "min(k + b, count) * plane"))
+plant("tiles.h", "planes: the last again and again", ("k + b < count ? 0xFFFFFFFFu : 0u", "0xFFFFFFFFu"))
 plant("tiles.h", "planes: odd ones: only the first", ("for (int k = 0; k < count; ++k)", "for (int k = 0; k < 1; ++k)"))
 plant("tiles.h", "planes: elements beyond a row", ("        if (j < live) sum[j]", "        sum[j]"))
 
