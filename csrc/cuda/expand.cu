@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2 : 4)
           copy_group<kWhole>(p.y.at(row0 + row, at), y.at(row, col), p.y.aligned, p.y.cols - at);
         }
       }
-      __syncwarp();  // the strip is free again
     }
   }
 }

@@ -45,6 +45,10 @@ int mos_sum(const ConstPlanes* planes, void* out, int dtype) {
   const Sum sum{*planes, out};
   return launch_sum(&sum, 1, static_cast<DType>(dtype), nullptr);
 }
+int mos_sums(const ConstPlanes* a, const ConstPlanes* b, void* out_a, void* out_b, int dtype) {
+  const Sum sums[] = {{*a, out_a}, {*b, out_b}};
+  return launch_sum(sums, 2, static_cast<DType>(dtype), nullptr);
+}
 int mos_gather_concat(const Factor* factor, const Matrix* out) { return launch_gather_concat(*factor, *out, nullptr); }
 int mos_scatter_add(const FactorGradient* modules, int count, const Matrix* pool_grad) {
   return launch_scatter_add(modules, count, *pool_grad, nullptr);

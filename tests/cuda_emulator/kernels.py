@@ -65,6 +65,7 @@ class Kernels:
 
     def __init__(self, path):
         self.emulator = Emulator(path)
+        self.shift = self.gap = 0  # see grid.Case
         self.library = self.emulator.library
         self.library.mos_shrink_planes.restype = C.c_int64
         self.library.mos_last_kernel.restype = C.c_char_p
@@ -72,10 +73,23 @@ class Kernels:
         self.library.mos_struct_sizes(sizes)
         assert list(sizes) == [C.sizeof(s) for s in STRUCTS], "kernels.py does not mirror launch.h"
 
+    def _buffer(self, data=None, shape=None, dtype=None):
+        """A buffer that starts `shift` elements behind a multiple of 16 bytes."""
+        if data is not None:
+            shape, dtype = data.shape, data.dtype
+        size = int(np.prod(shape))
+        array = (
+            self.emulator.buffer(shape=(size + self.shift,), dtype=dtype)[self.shift :] if size else np.empty(0, dtype)
+        )
+        array = array.reshape(shape)
+        if data is not None:
+            array[...] = data
+        return array
+
     def _matrix(self, values, dtype, pad=0, fill=None):
         """A view and its array (rows, cols); ``values`` None asks for NaN of shape ``fill``."""
         rows, cols = fill if values is None else values.shape
-        frame = self.emulator.buffer(shape=(max(rows * (cols + pad) - pad, 0),), dtype=STORAGE[dtype])
+        frame = self._buffer(shape=(max(rows * (cols + pad) - pad, 0),), dtype=STORAGE[dtype])
         # The last row ends where memory ends: no padding behind it.
         size = frame.itemsize
         array = np.lib.stride_tricks.as_strided(frame, (rows, cols), ((cols + pad) * size, size))
@@ -84,8 +98,13 @@ class Kernels:
         return Matrix(frame.ctypes.data, DTYPES[dtype], rows, cols, cols + pad), array
 
     def _factor(self, pool, dtype, index):
-        stored, table = self.emulator.buffer(pool), self.emulator.buffer(index.astype(np.int32))
-        return Factor(stored.ctypes.data, DTYPES[dtype], *pool.shape, pool.shape[1], table.ctypes.data, *index.shape)
+        rows, cols = pool.shape
+        frame = self._buffer(shape=(rows * (cols + self.gap) - self.gap,), dtype=pool.dtype)
+        np.lib.stride_tricks.as_strided(frame, pool.shape, ((cols + self.gap) * frame.itemsize, frame.itemsize))[
+            ...
+        ] = pool
+        table = self.emulator.buffer(index.astype(np.int32))
+        return Factor(frame.ctypes.data, DTYPES[dtype], rows, cols, cols + self.gap, table.ctypes.data, *index.shape)
 
     def _dropout(self, p, seed):
         threshold = int(p * 65536 + 0.5)
@@ -96,7 +115,7 @@ class Kernels:
         return Planes(array.ctypes.data, count, rows, cols), array
 
     def _given_planes(self, s):
-        array = self.emulator.buffer(s)
+        array = self._buffer(s)
         return Planes(array.ctypes.data, *s.shape)
 
     def _call(self, name, *arguments):
@@ -155,10 +174,12 @@ class Kernels:
         self._call("mos_expand_backward", matrix, self._given_planes(s), factor, float(scale), ds, grad, C.c_int(tf32))
         return self._done(ds_out, grad_out)
 
-    def shrink_backward(self, x, dtype, ds, pool, pool_dtype, index, p=0.0, seed=0, *, dx=None, tf32=False, pad=0):
+    def shrink_backward(
+        self, x, dtype, ds, pool, pool_dtype, index, p=0.0, seed=0, *, dx=None, tf32=False, pad=0, dx_pad=0
+    ):
         """dx (T, C), accumulated where it is given, and planes of the factor gradient (count, r, C)."""
         (matrix, _), factor = self._matrix(x, dtype, pad), self._factor(pool, pool_dtype, index)
-        target, out = self._matrix(dx, dtype, pad, fill=x.shape)
+        target, out = self._matrix(dx, dtype, pad + dx_pad, fill=x.shape)
         grad, grad_out = self._planes(dtype, self._backward_planes(matrix, len(index))[1], len(index), x.shape[1])
         self._call(
             "mos_shrink_backward",
@@ -172,6 +193,13 @@ class Kernels:
         dtype = "f64" if planes.dtype == np.float64 else "f32"
         self._call("mos_sum", self._given_planes(planes), out, C.c_int(DTYPES[dtype]))
         return self._done(out)
+
+    def sums(self, planes):
+        """Two sums in one launch."""
+        outs = [self.emulator.buffer(shape=p.shape[1:], dtype=p.dtype) for p in planes]
+        given = [self._given_planes(p) for p in planes]
+        self._call("mos_sums", *given, *outs, C.c_int(DTYPES["f64" if planes[0].dtype == np.float64 else "f32"]))
+        return self._done(*outs)
 
     def gather_concat(self, pool, dtype, index):
         factor = self._factor(pool, dtype, index)
