@@ -82,7 +82,7 @@ def errors(
         error = relative_error(got, exact[k]) if torch.isfinite(got).all() else math.inf
         allowed = LOOSE_ERROR
         if plain is not None:
-            allowed = ERROR_RATIO * relative_error(plain[k], exact[k]) + error_floor(got.dtype, operands)
+            allowed = ERROR_RATIO * relative_error(plain[k], exact[k]) + error_floor(got, operands)
         row["error"][name] = float(f"{error:.3g}") if math.isfinite(error) else "not finite"
         row["error_ok"] = bool(row["error_ok"] and got.shape == exact[k].shape and error <= allowed)
     return row
