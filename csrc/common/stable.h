@@ -38,6 +38,9 @@ inline ScalarType accumulate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Without a trip through the dispatcher where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // t with a contiguous last dimension, copied only if it has none.
 inline Tensor rows_contiguous(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, "expected a matrix, got ", t.dim(), " dimensions");
@@ -80,6 +83,22 @@ inline FactorGradient factor_gradient_of(const Tensor& grad, const Tensor& index
                       grad.scalar_type() == dtype,
                   "grads must be (r, l * shard_size) of one dtype and indices (r, l) int32");
   return {matrix_of(grad), static_cast<const int32_t*>(index.const_data_ptr()), index.size(1)};
+}
+
+// s, dS: contiguous (rows of x, rank) in the accumulation type of x.
+inline Tensor sums_contiguous(const Tensor& s, const Tensor& x, int64_t rank) {
+  STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == x.size(0) && s.size(1) == rank && s.scalar_type() == accumulate_type(x),
+                  "s must be (rows of x, rank) in the accumulation type of x");
+  return as_contiguous(s);
+}
+
+// The threshold of a dropout (params.h). Where it is not 0 there is a seed.
+inline uint32_t threshold_of(double p, const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout must be in [0, 1], got ", p);
+  const uint32_t threshold = dropout_threshold(p);
+  STD_TORCH_CHECK(threshold == 0 || (seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
+                  "dropout needs a seed of one int64");
+  return threshold;
 }
 
 }  // namespace mos

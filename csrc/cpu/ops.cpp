@@ -20,27 +20,16 @@ struct FactorArgument {
   Factor view;
 
   FactorArgument(const Tensor& pool_in, const Tensor& index_in)
-      : pool(torch::stable::contiguous(pool_in)),
-        index(torch::stable::contiguous(index_in)),
-        view(factor_of(pool, index)) {
+      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index)) {
     const int64_t bad = first_bad_index(view.index, view.rank * view.shards_per_vector, view.num_shards);
     STD_TORCH_CHECK(bad < 0, "index must be in [0, ", view.num_shards, "), got ", view.index[bad], " at entry ", bad);
   }
 };
 
 Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout must be in [0, 1], got ", p);
-  if (p == 0.0) return {0, 0};
-  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "dropout needs a seed of one int64");
-  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())), dropout_threshold(p)};
-}
-
-// s, dS: the accumulation type of x, contiguous.
-Tensor sums_contiguous(const Tensor& s, const Tensor& x, int64_t rank) {
-  STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == x.size(0) && s.size(1) == rank && s.scalar_type() == accumulate_type(x),
-                  "s must be (rows of x, rank) in the accumulation type of x");
-  return torch::stable::contiguous(s);
+  const uint32_t threshold = threshold_of(p, seed);
+  if (threshold == 0) return {0, 0};
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())), threshold};
 }
 
 void check_cols(const Tensor& x, const Factor& factor) {
@@ -60,7 +49,7 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
   std::vector<FactorGradient> modules;
   for (size_t k = 0; k < grads.size(); ++k) {
     grads[k] = rows_contiguous(grads[k]);
-    indices[k] = torch::stable::contiguous(indices[k]);
+    indices[k] = as_contiguous(indices[k]);
     modules.push_back(factor_gradient_of(grads[k], indices[k], shard_size, grads[0].scalar_type()));
     const FactorGradient& table = modules.back();
     STD_TORCH_CHECK(first_bad_index(table.index, table.grad.rows * table.shards_per_vector, num_shards) < 0,
@@ -205,18 +194,7 @@ std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mos_ext, CPU, m) {
-  m.impl("gather_concat", TORCH_BOX(&gather_concat_op));
-  m.impl("scatter_add", TORCH_BOX(&scatter_add_op));
-  m.impl("shrink", TORCH_BOX(&shrink_op));
-  m.impl("expand", TORCH_BOX(&expand_op));
-  m.impl("expand_backward", TORCH_BOX(&expand_backward_op));
-  m.impl("shrink_backward", TORCH_BOX(&shrink_backward_op));
-  m.impl("low_rank", TORCH_BOX(&low_rank_op));
-  m.impl("low_rank_", TORCH_BOX(&low_rank_inplace_op));
-  m.impl("low_rank_backward", TORCH_BOX(&low_rank_backward_op));
-  m.impl("low_rank_backward_", TORCH_BOX(&low_rank_backward_inplace_op));
-}
+STABLE_TORCH_LIBRARY_IMPL(mos_ext, CPU, m) { MOS_EXT_IMPLEMENT_OPERATORS(m); }
 
 }  // namespace mos::cpu
 

@@ -38,9 +38,6 @@ struct Launcher {
   }
 };
 
-// Without a trip through the dispatcher where there is nothing to do.
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 // A pool and an index as kernels want them, kept alive together with the view of both.
 struct FactorArgument {
   Tensor pool, index;
@@ -60,23 +57,17 @@ struct FactorArgument {
 };
 
 DeviceDropout dropout_of(double p, const std::optional<Tensor>& seed, int32_t device) {
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout must be in [0, 1], got ", p);
-  const uint32_t threshold = dropout_threshold(p);
+  const uint32_t threshold = threshold_of(p, seed);
   if (threshold == 0) return {nullptr, 0};
-  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "dropout needs a seed of one int64");
   check_device(*seed, device, "seed");
   return {static_cast<const int64_t*>(seed->const_data_ptr()), threshold};
 }
 
 Float32 float32_of(bool tf32) { return tf32 ? Float32::tf32 : Float32::exact; }
 
-// s, dS: the accumulation type of x, contiguous.
-Tensor sums_contiguous(const Tensor& s, const Tensor& x, int64_t rank) {
-  STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == x.size(0) && s.size(1) == rank && s.scalar_type() == accumulate_type(x),
-                  "s must be (rows of x, rank) in the accumulation type of x");
-  check_device(s, x.get_device(), "s");
-  return as_contiguous(s);
+Tensor sums_on(const Launcher& to, const Tensor& s, const Tensor& x, int64_t rank) {
+  check_device(s, to.device, "s");
+  return sums_contiguous(s, x, rank);
 }
 
 // `count` planes of the accumulation type of `like`. A single one is a matrix (rows, cols), ready to be returned.
@@ -95,13 +86,16 @@ struct PlanesTensor {
 };
 ConstPlanes one_plane(const Tensor& s) { return {s.const_data_ptr(), 1, s.size(0), s.size(1)}; }
 
+// A launch that adds planes, which may begin with the place of their sum.
+void sum_into(void* out, const ConstPlanes& planes, DType dtype, const Launcher& to) {
+  const Sum sum{planes, out};
+  check_launch(launch_sum(&sum, 1, dtype, to.stream));
+}
+
 // Planes that leave the kernels: their sum, (rows, cols).
 Tensor summed(const PlanesTensor& planes, const Launcher& to) {
   Tensor out = planes.result();
-  if (planes.view.count > 1) {
-    const Sum sum{planes.read(), out.mutable_data_ptr()};
-    check_launch(launch_sum(&sum, 1, dtype_of(out), to.stream));
-  }
+  if (planes.view.count > 1) sum_into(out.mutable_data_ptr(), planes.read(), dtype_of(out), to);
   return out;
 }
 
@@ -180,7 +174,7 @@ Tensor expand_op(const Tensor& s, const Tensor& pool, const Tensor& index, doubl
   const FactorArgument factor(pool, index, to.device);
   Tensor y = torch::stable::new_empty(s, {s.size(0), factor.view.cols()}, dtype);
   factor.check(y);
-  const Tensor s_c = sums_contiguous(s, y, factor.view.rank);
+  const Tensor s_c = sums_on(to, s, y, factor.view.rank);
   check_launch(launch_expand(one_plane(s_c), factor.view, scale, output_matrix_of(y), {}, float32_of(tf32), to.stream));
   return y;
 }
@@ -190,7 +184,7 @@ std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s,
   const Launcher to(dy);
   const FactorArgument factor(pool, index, to.device);
   factor.check(dy);
-  const Tensor dy_c = rows_contiguous(dy), s_c = sums_contiguous(s, dy, factor.view.rank);
+  const Tensor dy_c = rows_contiguous(dy), s_c = sums_on(to, s, dy, factor.view.rank);
   const auto planes = expand_backward_into_planes(dy_c, s_c, factor.view, scale, float32_of(tf32), to);
   return {summed(planes.ds, to), summed(planes.factor_grad, to)};
 }
@@ -201,7 +195,7 @@ std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x,
   const Launcher to(x);
   const FactorArgument factor(pool, index, to.device);
   factor.check(x);
-  const Tensor x_c = rows_contiguous(x), ds_c = sums_contiguous(ds, x, factor.view.rank);
+  const Tensor x_c = rows_contiguous(x), ds_c = sums_on(to, ds, x, factor.view.rank);
   Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   const PlanesTensor grad =
       shrink_backward_into_planes(x_c, one_plane(ds_c), factor.view, dropout_of(p, seed, to.device), dx,
@@ -239,8 +233,7 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tenso
   const Matrix out = output_matrix_of(y);
   ConstPlanes sums = planes.read();
   if (split && sum_first(sums.count, expand_readers(out, a.view.rank), sums.rows * sums.cols)) {
-    const Sum sum{sums, s.mutable_data_ptr()};
-    check_launch(launch_sum(&sum, 1, dtype_of(s), to.stream));
+    sum_into(s.mutable_data_ptr(), sums, dtype_of(s), to);
     sums = one_plane(s);
   } else if (split) {
     options.s_sum = s.mutable_data_ptr();
@@ -282,13 +275,12 @@ std::tuple<Tensor, Tensor> low_rank_backward_into(const Tensor& dx, bool accumul
   STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.scalar_type() == x.scalar_type(), "dy must have x's rows and dtype");
   STD_TORCH_CHECK(dx.size(0) == x.size(0) && dx.size(1) == x.size(1) && dx.scalar_type() == x.scalar_type(),
                   "dx must have the shape and dtype of x");
-  const Tensor x_c = rows_contiguous(x), dy_c = rows_contiguous(dy), s_c = sums_contiguous(s, x, a.view.rank);
+  const Tensor x_c = rows_contiguous(x), dy_c = rows_contiguous(dy), s_c = sums_on(to, s, x, a.view.rank);
   const Float32 float32 = float32_of(tf32);
   const auto first = expand_backward_into_planes(dy_c, s_c, b.view, scale, float32, to);
   ConstPlanes ds = first.ds.read();
   if (sum_first(ds.count, shrink_backward_readers(matrix_of(x_c), a.view.rank), ds.rows * ds.cols)) {
-    const Sum sum{ds, first.ds.view.data};  // in place: the sum becomes the first plane
-    check_launch(launch_sum(&sum, 1, dtype_of(s_c), to.stream));
+    sum_into(first.ds.view.data, ds, dtype_of(s_c), to);  // the sum becomes the first plane
     ds.count = 1;
   }
   const PlanesTensor second =
@@ -325,18 +317,7 @@ std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mos_ext, MOS_DISPATCH_KEY, m) {
-  m.impl("gather_concat", TORCH_BOX(&gather_concat_op));
-  m.impl("scatter_add", TORCH_BOX(&scatter_add_op));
-  m.impl("shrink", TORCH_BOX(&shrink_op));
-  m.impl("expand", TORCH_BOX(&expand_op));
-  m.impl("expand_backward", TORCH_BOX(&expand_backward_op));
-  m.impl("shrink_backward", TORCH_BOX(&shrink_backward_op));
-  m.impl("low_rank", TORCH_BOX(&low_rank_op));
-  m.impl("low_rank_", TORCH_BOX(&low_rank_inplace_op));
-  m.impl("low_rank_backward", TORCH_BOX(&low_rank_backward_op));
-  m.impl("low_rank_backward_", TORCH_BOX(&low_rank_backward_inplace_op));
-}
+STABLE_TORCH_LIBRARY_IMPL(mos_ext, MOS_DISPATCH_KEY, m) { MOS_EXT_IMPLEMENT_OPERATORS(m); }
 
 }  // namespace mos::cuda
 
