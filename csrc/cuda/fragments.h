@@ -87,6 +87,7 @@ template <class E>
 MOS_DEVICE SharedMatrix<E> shared_matrix(unsigned char* data, int pitch) {
   return {data, pitch, static_cast<int>(8 * sizeof(E))};
 }
+
 // 16-bit elements: mma.sync.m16n8k16 from ldmatrix.
 template <class E_>
 struct TensorCore {

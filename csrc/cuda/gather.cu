@@ -115,14 +115,14 @@ cudaError_t gather_as(const Factor& f, const Matrix& out, int64_t segment_bytes,
                             f.num_shards};
   const int threads = threads_for(words);
   const dim3 grid(static_cast<unsigned>(min64(params.segments, 65535)),
-                  static_cast<unsigned>(blocks_for(words, threads)));
+                  static_cast<unsigned>(ceil_div(words, threads)));
   return launch("gather_concat", "copy", gather_concat_kernel<W>, grid, threads, 0, stream, params);
 }
 
 template <class G, class S, int kColumns>
 cudaError_t scatter_as(const FactorGradient* modules, int count, const Matrix& pool_grad, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(min64(pool_grad.rows, 65535)),
-                  static_cast<unsigned>(blocks_for(pool_grad.cols, kThreads * kColumns)));
+                  static_cast<unsigned>(ceil_div(pool_grad.cols, kThreads * kColumns)));
   for (int k = 0; k < count; ++k) {
     // The kernel counts entries of a table in 32 bits, with room for one warp past the end.
     if (modules[k].grad.rows * modules[k].shards_per_vector > INT32_MAX - kWarp) return cudaErrorInvalidValue;

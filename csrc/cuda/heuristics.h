@@ -188,8 +188,6 @@ inline int threads_for(int64_t elements) {
   return static_cast<int>(round_up(elements, kWarp));
 }
 
-inline int64_t blocks_for(int64_t elements, int64_t of_a_block) { return ceil_div(elements, of_a_block); }
-
 // Bytes that one thread copies at a time: the widest of 16, 8, 4, 2 that divides the segment, the distance between two
 // shards and both addresses.
 inline int copy_width(int64_t segment_bytes, int64_t pool_stride_bytes, uint64_t source, uint64_t target) {

@@ -47,7 +47,7 @@ cudaError_t sum_as(const Sum* sums, int count, cudaStream_t stream) {
     most = max64(most, elements);
   }
   if (most == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(blocks_for(most, kSumThreads * kQuad)), static_cast<unsigned>(count));
+  const dim3 grid(static_cast<unsigned>(ceil_div(most, kSumThreads * kQuad)), static_cast<unsigned>(count));
   return launch("sum", sizeof(S) == 4 ? "float32" : "float64", sum_kernel<S>, grid, kSumThreads, 0, stream, params);
 }
 
