@@ -70,7 +70,8 @@ def mos_linear(
 
     Returns:
         (..., out) in x's dtype (autocast's dtype under autocast). Differentiable in x, weight, bias and both pools;
-        bitwise deterministic. Sums are kept in float32 (float64 for float64).
+        bitwise deterministic. Sums are kept in float32 (float64 for float64). float32 products are exact,
+        unless torch's own switches allow TF32 on CUDA.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
