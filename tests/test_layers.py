@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mos_ext.ops.checks import CUDA_CAPABILITY
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mos_ext"
 
@@ -130,3 +132,13 @@ def test_nothing_but_kernels_is_exported():
             "mos_ext_cpu_interface",
             "mos_ext_cuda_interface",
         }
+
+
+def test_architectures_are_the_same_everywhere():
+    """What setup.py compiles for is what the gates look at, and what the oldest GPU with kernels is taken to be."""
+    text = re.search(r'CUDA_ARCHITECTURES = "([\d.;]+)\+PTX"', (ROOT / "setup.py").read_text()).group(1)
+    compiled = [tuple(map(int, number.split("."))) for number in text.split(";")]
+    assert min(compiled) == CUDA_CAPABILITY
+    gates = (ROOT / "tests" / "cuda_gates.py").read_text()
+    checked = re.findall(r'"sm_(\d+)"', re.search(r"ARCHITECTURES = \((.*?)\)", gates).group(1))
+    assert [f"{major}{minor}" for major, minor in compiled] == checked
