@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import nn
 
 from .config import MoSConfig
 from .linear import MoSLinear
-from .planner import LinearType, plan, unwrap
+from .planner import LinearType, device_of, plan, type_keys, unwrap
 from .pools import ShardPool
 
 POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
@@ -27,11 +26,7 @@ class Adapter(nn.Module):
     def __init__(self, config: MoSConfig, linear_types: Sequence[LinearType], pools: Sequence[ShardPool]) -> None:
         super().__init__()
         self.config, self.linear_types = config, tuple(linear_types)
-        for linear_type, pool in zip(linear_types, pools, strict=True):
-            # An identifier, for state_dict keys that every tool can handle: model_layers_self_attn_q_proj_4096_4096.
-            key = re.sub(r"\W+", "_", linear_type.name).strip("_")
-            while key in self._modules:
-                key += "_"
+        for key, pool in zip(type_keys(linear_types), pools, strict=True):
             self.add_module(key, pool)
 
     def forward(self, x):
@@ -110,8 +105,10 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
             linear_type.in_features,
             linear_type.out_features,
             len(linear_type.modules),
+            ranks=linear_type.ranks,
+            scales=linear_type.scales,
             tables=linear_type.tables,
-            device=modules[linear_type.modules[0]].weight.device,
+            device=device_of(modules[linear_type.modules[0]]),
         )
         pools.append(pool)
         for k, name in enumerate(linear_type.modules):
@@ -167,6 +164,8 @@ def merge(model: nn.Module) -> nn.Module:
     for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
+        if layer.opaque is not None:
+            continue  # refused below, by the layer itself
         if not layer.enabled:
             raise ValueError(f"model must not be merged inside disabled(), got {name} switched off")
         modules = {unwrap(model).get_submodule(owner.rpartition(".")[0]) for owner in owners[id(layer.weight)]}
@@ -257,6 +256,6 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         total=sum(p.numel() for p in model.parameters()),
         equivalent_rank=config.equivalent_rank,
         r=config.r,
-        lora_parameters=sum(config.r * len(t.modules) * (t.in_features + t.out_features) for t in adapter.linear_types),
+        lora_parameters=sum(sum(t.ranks) * (t.in_features + t.out_features) for t in adapter.linear_types),
         types=types,
     )

@@ -22,7 +22,7 @@ from .adapt import adapter_of, check_unadapted, install, mos_layers
 from .config import POOL_DTYPES, MoSConfig
 from .linear import MoSLinear
 from .ops.checks import check_integer
-from .planner import LinearType, group_modules, type_name, unwrap
+from .planner import LinearType, group_modules, select_modules, type_name, unwrap
 from .pools import ShardPool
 from .routing import IndexTables, check_ranks, check_tables
 
@@ -74,7 +74,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     tensors = {}
     for linear_type, pool in zip(adapter.linear_types, adapter.pools, strict=True):
         _check_in_memory(linear_type.name, pool)
-        smallest = _smallest_integer(pool.a.shape[0] - 1)
+        smallest = smallest_integer(pool.a.shape[0] - 1)
         for name, tensor, target in (
             ("pool_a", pool.a, dtype),
             ("pool_b", pool.b, dtype),
@@ -103,7 +103,7 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} must be finite in {tensor.dtype}, got inf or NaN")
 
 
-def _smallest_integer(largest: int) -> torch.dtype:
+def smallest_integer(largest: int) -> torch.dtype:
     """The smallest torch integer type that holds 0 .. largest."""
     return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
 
@@ -233,7 +233,7 @@ def _check_model(model: nn.Module, config: MoSConfig, types: dict, folder: Path)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("base_model must have its values in memory, got parameters on the meta device")
     try:
-        here = group_modules(model, config)
+        here = group_modules(select_modules(model, config))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder} must be an adapter for this model, a {type(model).__name__}, got: {error}"
@@ -254,7 +254,9 @@ def _stored_type(
 ) -> LinearType:
     """A linear type with the tables of the file, which must fit the configuration."""
     name = type_name(*key)
-    check_ranks(config, key[1], key[2], len(modules), module=modules[0], linear_type=name)
+    ranks = tuple(config.rank_of(module) for module in modules)
+    for module, r in zip(modules, ranks, strict=True):
+        check_ranks(config, key[1], key[2], len(modules), r=r, module=module, linear_type=name)
     tables = []
     for side in ("index_a", "index_b"):
         table = tensors.get(f"{name}.{side}")
@@ -263,10 +265,11 @@ def _stored_type(
             raise ValueError(f"{folder / WEIGHTS} must hold an integer tensor {name}.{side}, got {got}")
         tables.append(table.numpy())
     try:
-        check_tables(config, IndexTables(*tables), len(modules))
+        check_tables(config, IndexTables(*tables), ranks)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}, {name}: {error}") from None
-    return LinearType(*key, modules, IndexTables(*(table.astype(np.int32) for table in tables)))
+    scales = tuple(config.scale_of(module) for module in modules)
+    return LinearType(*key, modules, ranks, scales, IndexTables(*(table.astype(np.int32) for table in tables)))
 
 
 def _check_pools(linear_types: list[LinearType], config: MoSConfig, tensors: dict, folder: Path) -> None:
@@ -317,7 +320,7 @@ def export_lora(
         ValueError: the model is not adapted, or ``rank`` is below r. TypeError: ``dtype`` is not a float type.
     """
     adapter, model = adapter_of(model), unwrap(model)
-    r = adapter.config.r
+    r = max(max(t.ranks) for t in adapter.linear_types)
     rank = r if rank is None else rank
     check_integer("rank", rank, 1)
     if rank < r:
@@ -339,7 +342,7 @@ def export_lora(
                 a.new_zeros(rank, a.shape[1], dtype=target),
                 b.new_zeros(b.shape[0], rank, dtype=target),
             )
-            padded_a[:r], padded_b[:, :r] = a, layer.scale * b
+            padded_a[: len(a)], padded_b[:, : len(a)] = a, layer.scale * b
             tensors[f"base_model.model.{name}.lora_A.weight"] = padded_a.cpu()
             tensors[f"base_model.model.{name}.lora_B.weight"] = padded_b.cpu()
     class_name = type(model).__name__

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 
 from .ops.checks import check_integer, check_number
 
 ROUTINGS = ("random", "balanced")
+MAX_RANK = 256
 POOL_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,6 +38,28 @@ def _patterns(name: str, value: object) -> str | tuple[str, ...]:
     return names
 
 
+def _by_pattern(name: str, value: object, check: Callable[[str, Any], None]) -> dict[str, Any]:
+    """A dictionary from regular expressions to values, each of which ``check`` accepts."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary from name patterns to values, got {value!r}")
+    for pattern, entry in value.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name} must have strings as keys, got {pattern!r}")
+        _patterns(name, pattern)
+        check(f"{name}[{pattern!r}]", entry)
+    return dict(value)
+
+
+def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches a module's whole name or its end, as PEFT reads such dictionaries."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
 @dataclass(frozen=True)
 class MoSConfig:
     """Configuration of a Mixture-of-Shards adapter.
@@ -53,6 +78,14 @@ class MoSConfig:
             out), a list of module names or name endings (``["q_proj", "mlp.down_proj"]``), or a regular expression
             that matches whole names.
         exclude_modules: names or a regular expression to leave out, read like ``target_modules``.
+        layers_to_transform: the number of the block, or numbers of the blocks, to adapt; None adapts all. Only with a
+            list of ``target_modules``.
+        layers_pattern: the name, or names, of the list of blocks that ``layers_to_transform`` counts (``"layers"``);
+            None takes the first number in a module's name.
+        rank_pattern: ``{pattern: r}`` for modules whose name, or the end of it, matches a regular expression. The
+            pools stay as they are.
+        alpha_pattern: ``{pattern: alpha}``, likewise.
+        use_rslora: scale by alpha / sqrt(r) instead of alpha / r (rank-stabilised LoRA, arXiv 2312.03732).
         pair_dissociation: draw the indices of B independently of those of A. ``False`` gives B the indices of A.
         routing: ``"random"``, the paper's draw, or ``"balanced"``: every public shard is used equally often, up to one.
         pool_dtype: ``"float32"`` (default) whatever the base model's dtype, or ``"float64"``, ``"bfloat16"``,
@@ -80,15 +113,17 @@ class MoSConfig:
     dropout: float = 0.0
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    use_rslora: bool = False
     pair_dissociation: bool = True
     routing: str = "random"
     pool_dtype: str | torch.dtype = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("r", self.r, 1)
-        if self.r > 256:
-            raise ValueError(f"r must be at most 256, got {self.r}")
         check_integer("equivalent_rank", self.equivalent_rank, 1)
         check_integer("shards_per_vector", self.shards_per_vector, 1)
         check_integer("private_rank", self.private_rank, 0)
@@ -96,13 +131,10 @@ class MoSConfig:
             raise ValueError(
                 f"private_rank must be at most equivalent_rank={self.equivalent_rank}, got {self.private_rank}"
             )
-        if self.private_rank > self.r:
-            raise ValueError(f"private_rank must be at most r={self.r}, got {self.private_rank}")
-        if self.private_rank == self.equivalent_rank and self.r != self.equivalent_rank:
-            raise ValueError(
-                f"r must equal equivalent_rank={self.equivalent_rank} when private_rank equals it "
-                f"(no shard is public), got {self.r}"
-            )
+        self._check_rank("r", self.r)
+        object.__setattr__(self, "rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, self._check_rank))
+        object.__setattr__(self, "alpha_pattern", _by_pattern("alpha_pattern", self.alpha_pattern, check_number))
+        _boolean("use_rslora", self.use_rslora)
         check_number("alpha", self.alpha)
         check_number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
@@ -120,11 +152,60 @@ class MoSConfig:
         object.__setattr__(self, "exclude_modules", _patterns("exclude_modules", self.exclude_modules))
         if not self.target_modules:
             raise ValueError(f"target_modules must name at least one module, got {self.target_modules!r}")
+        self._check_layers()
+
+    def _check_rank(self, name: str, r: object) -> None:
+        check_integer(name, r, 1)
+        assert isinstance(r, int)
+        if r > MAX_RANK:
+            raise ValueError(f"{name} must be at most {MAX_RANK}, got {r}")
+        if self.private_rank > r:
+            raise ValueError(f"private_rank must be at most {name}={r}, got {self.private_rank}")
+        if self.private_rank == self.equivalent_rank and r != self.equivalent_rank:
+            raise ValueError(
+                f"{name} must equal equivalent_rank={self.equivalent_rank} when private_rank equals it "
+                f"(no shard is public), got {r}"
+            )
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            if self.layers_pattern:
+                raise ValueError(
+                    f"layers_to_transform must be given with layers_pattern={self.layers_pattern!r}, got None"
+                )
+            return
+        if isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform must come with a list of target_modules, got {self.target_modules!r}"
+            )
+        numbers = (layers,) if isinstance(layers, int) else layers
+        if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+            raise TypeError(f"layers_to_transform must be a number or a list of numbers, got {layers!r}")
+        numbers = tuple(sorted(numbers) if isinstance(numbers, (set, frozenset)) else numbers)
+        for number in numbers:
+            check_integer("layers_to_transform", number, 0)
+        object.__setattr__(self, "layers_to_transform", numbers)
+        pattern = self.layers_pattern
+        if pattern is not None:
+            names = (pattern,) if isinstance(pattern, str) else _patterns("layers_pattern", pattern)
+            object.__setattr__(self, "layers_pattern", tuple(names) or None)
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied by: alpha / r."""
-        return self.alpha / self.r
+        """What the low-rank product is multiplied by where no pattern matches: alpha / r, or alpha / sqrt(r)."""
+        return self._scale(self.alpha, self.r)
+
+    def _scale(self, alpha: float, r: int) -> float:
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def rank_of(self, module: str) -> int:
+        """r of the module called so."""
+        return pattern_value(self.rank_pattern, module, self.r)
+
+    def scale_of(self, module: str) -> float:
+        """:attr:`scale` of the module called so."""
+        return self._scale(pattern_value(self.alpha_pattern, module, self.alpha), self.rank_of(module))
 
     @property
     def torch_pool_dtype(self) -> torch.dtype:
@@ -142,9 +223,9 @@ class MoSConfig:
     def to_dict(self) -> dict:
         """Plain JSON values; :meth:`from_dict` reverses it."""
         out = asdict(self)
-        for key in ("target_modules", "exclude_modules"):
-            if not isinstance(out[key], str):
-                out[key] = list(out[key])
+        for key, value in out.items():
+            if isinstance(value, tuple):
+                out[key] = list(value)
         return out
 
     @classmethod

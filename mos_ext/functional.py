@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (defines torch.ops.mos_ext)
+from .ops.autograd import MoSAccumulate as _MoSAccumulate
 from .ops.autograd import MoSLinear as _MoSLinear
-from .ops.autograd import MoSLinearTransformed, autocast, mos_linear_forward, transforms_active
-from .ops.checks import check_activation, check_float, check_index, check_number, check_shape, check_tensor
+from .ops.autograd import MoSLinearTransformed, autocast, mos_linear_forward, tf32, transforms_active
+from .ops.checks import (
+    check_activation,
+    check_branch,
+    check_float,
+    check_index,
+    check_number,
+    check_shape,
+    check_tensor,
+)
 
 ops = torch.ops.mos_ext
 
@@ -128,9 +137,60 @@ def fused(
     """:func:`mos_linear` without what a layer checked once, and with gradient handles (``ops/autograd.py``)."""
     x, weight, bias = autocast(x, weight, bias)
     check_activation(x, weight, bias, pool_a, pool_b)
+    y = _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout, seed)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def accumulate(
+    y: Tensor,
+    x: Tensor,
+    pool_a: Tensor,
+    pool_b: Tensor,
+    index_a: Tensor,
+    index_b: Tensor,
+    scale: float,
+    *,
+    handle_a: Tensor | None = None,
+    handle_b: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """``y + scale * (dropout(x) A^T) B^T``: the adapter of a base of any kind that has computed y (..., out) itself.
+
+    Computed in y's dtype. ``in_place`` permits to overwrite y: nobody else holds it, nor did its base save it for its
+    backward.
+    """
+    x = x.to(y.dtype)
+    check_branch(x, y, pool_a, pool_b, index_a, index_b)
+    factors = (pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout)
+    # Tracers and transforms see no mutation of what they were given.
+    if (
+        in_place
+        and y.is_contiguous()
+        and not y._is_view()
+        and not (torch.compiler.is_compiling() or transforms_active())
+    ):
+        flat, seed = x.reshape(-1, x.shape[-1]), _seed(x, dropout, seed)
+        if torch.is_grad_enabled():
+            return _MoSAccumulate.apply(y, flat, *factors, seed)
+        matrix = y.view(-1, y.shape[-1])
+        ops.low_rank_(matrix, flat, pool_a, index_a, pool_b, index_b, scale, dropout, seed, tf32=tf32(x))
+        return y
+    delta = _product(x, None, None, *factors, seed)
+    return y + delta.reshape(y.shape)
+
+
+def _seed(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
     if dropout > 0.0 and seed is None:
         # A tensor, not a number: no synchronisation, and every replay of a captured CUDA graph draws anew.
-        seed = torch.randint(0, 2**62, (1,), device=x.device)
+        return torch.randint(0, 2**62, (1,), device=x.device)
+    return seed
+
+
+def _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout, seed) -> Tensor:
+    """Base and branch, or without a weight the branch, as a matrix (T, out); differentiable where anything is."""
+    seed = _seed(x, dropout, seed)
     flat = x.reshape(-1, x.shape[-1])
     differentiable = (flat, weight, bias, pool_a, pool_b, handle_a, handle_b)
     if transforms_active():
@@ -139,4 +199,4 @@ def fused(
         y = _MoSLinear.apply(*differentiable, index_a, index_b, scale, dropout, seed)
     else:
         y, _ = mos_linear_forward(flat, weight, bias, pool_a, pool_b, index_a, index_b, scale, dropout, seed)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y

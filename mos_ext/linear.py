@@ -2,20 +2,106 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import reference
 from .config import MoSConfig
-from .functional import fused
-from .ops.checks import check_integer
-from .planner import features_of, is_conv1d
+from .functional import accumulate, fused
+from .ops.autograd import transforms_active
+from .ops.checks import check_integer, why_not_native
+from .planner import device_of, features_of, is_conv1d, why_opaque
 from .pools import ShardPool
 
+logger = logging.getLogger("mos_ext")
+_logged: set[str] = set()
 
-class MoSLinear(nn.Module):
+# Ways through a layer, as keys of `paths`; whatever else is there is the cause of a way that is slower than it must be.
+FUSED, BASE_ALONE = "fused with the base layer", "the base layer alone"
+
+
+class AdaptedLayer:
+    """How a base layer and the adapters on it are computed, and a count of the ways it went: for every layer class.
+
+    Attributes:
+        paths: calls in eager mode by way: ``FUSED``, ``BASE_ALONE``, or the cause of another way. ``mos_ext.explain``
+            reads it.
+    """
+
+    paths: Counter[str]
+
+    def compute(
+        self,
+        base: nn.Module,
+        x: Tensor,
+        adapters: Sequence[tuple[ShardPool, int]],
+        *args: Any,
+        opaque: str | None,
+        transposed: bool,
+        training: bool,
+        **kwargs: Any,
+    ) -> Tensor:
+        """base(x) plus the low-rank products of ``adapters``, each a pool and the layer's number in it.
+
+        ``opaque`` is why the base is called, and added to; None when its weight and bias are all there is to it, and
+        base and first adapter are computed together. ``transposed`` weights are (in, out). Other arguments are the
+        base's.
+        """
+        todo = [(pool.operands(layer), pool.config.dropout if training else 0.0, pool) for pool, layer in adapters]
+        if not torch.compiler.is_compiling():
+            self.count(_why_slow(x, todo) or opaque or FUSED)
+        if opaque is None:
+            (operands, dropout, _), *todo = todo
+            weight: Any = base.weight.T if transposed else base.weight  # type: ignore[operator]
+            y = fused(x, weight, base.bias, **operands, dropout=dropout)  # type: ignore[arg-type]
+        else:
+            y = base(x, *args, **kwargs)
+        fresh = opaque is None or _is_fresh(base)
+        for operands, dropout, _ in todo:
+            y = accumulate(y, x, **operands, dropout=dropout, in_place=fresh)
+        return y
+
+    @staticmethod
+    def why_called(base: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> str | None:
+        """Why a base must be called, hooks and arguments considered; None when it can be fused with an adapter."""
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return "the base layer has hooks"
+        return why_opaque(base) or ("the base layer takes more arguments than x" if args or kwargs else None)
+
+    def count(self, path: str) -> None:
+        self.paths[path] += 1
+        if path not in (FUSED, BASE_ALONE) and path not in _logged:
+            _logged.add(path)
+            logger.warning("mos_ext: a layer does not take the fused path: %s (mos_ext.explain tells more)", path)
+
+
+def _is_fresh(base: nn.Module) -> bool:
+    """Whether nobody but the caller holds what a base layer returns, so that it may be overwritten."""
+    return (isinstance(base, nn.Linear) or is_conv1d(base)) and not base._forward_hooks
+
+
+_why_not_native = cache(why_not_native)  # what was built and which GPU there is does not change
+
+
+def _why_slow(x: Tensor, todo: Sequence[tuple[dict[str, Any], float, ShardPool]]) -> str | None:
+    """What keeps a call from the native kernels, or from one gradient per pool and step; None if nothing does."""
+    if (cause := _why_not_native("low_rank", x.device.type)) is not None:
+        return cause
+    if transforms_active():
+        return "torch.func transforms or forward-mode differentiation are active"
+    if torch.is_grad_enabled():
+        for operands, _, pool in todo:
+            if any(operands[f"handle_{side}"] is None and getattr(pool, side).requires_grad for side in "ab"):
+                return "pools were replaced by other tensors (functional_call, FSDP1): a dense gradient per layer"
+    return None
+
+
+class MoSLinear(nn.Module, AdaptedLayer):
     """``nn.Linear`` plus a Mixture-of-Shards adapter: ``y = x W^T + bias + (alpha/r) * (dropout(x) A^T) B^T``.
 
     Works alone, or with others on one :class:`ShardPool`::
@@ -69,12 +155,14 @@ class MoSLinear(nn.Module):
         config: MoSConfig | None = None,
         register_pool: bool = True,
     ) -> MoSLinear:
-        """The adapted form of an ``nn.Linear`` or a transformers ``Conv1D``.
+        """The adapted form of a linear layer.
 
-        Weight, bias and the hooks of forward and backward are the same objects, not copies.
+        Of an ``nn.Linear`` or a transformers ``Conv1D``, weight, bias and the hooks of forward and backward are taken
+        over: the same objects, not copies. Any other module with ``in_features``, ``out_features`` and a forward, a
+        quantised linear say, becomes ``base_layer``, is called as it is, and the adapter is added to what it returns.
 
         Raises:
-            TypeError: any other module. ValueError: a pool of other features.
+            TypeError: a module that has no features. ValueError: a pool of other features.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -86,11 +174,17 @@ class MoSLinear(nn.Module):
     ) -> None:
         features = features_of(linear)
         if features is None:
-            raise TypeError(f"linear must be a torch.nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+            raise TypeError(
+                f"linear must have in_features and out_features, as torch.nn.Linear has, got a {type(linear).__name__}"
+            )
         self.in_features, self.out_features = features
         self.fan_in_fan_out = is_conv1d(linear)  # the weight is stored as (in, out)
-        self.register_parameter("weight", linear.weight)
-        self.register_parameter("bias", linear.bias)
+        self.opaque = why_opaque(linear)
+        if self.opaque is None:
+            self.register_parameter("weight", linear.weight)
+            self.register_parameter("bias", linear.bias)
+        else:
+            self.base_layer = linear
         if config is not None and not isinstance(config, MoSConfig):
             raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
         if pool is not None and not isinstance(pool, ShardPool):
@@ -99,7 +193,7 @@ class MoSLinear(nn.Module):
         if pool is None:
             if config is None:
                 raise ValueError("config must be given when there is no pool, got None")
-            pool = ShardPool(config, *features, device=linear.weight.device)
+            pool = ShardPool(config, *features, device=device_of(linear))
         elif config is not None and config != pool.config:
             raise ValueError("config must be left out, or equal the pool's, when a pool is given")
         if (pool.in_features, pool.out_features) != features:
@@ -116,48 +210,50 @@ class MoSLinear(nn.Module):
             object.__setattr__(self, "pool", pool)  # past nn.Module: a reference, not a submodule
         self.enabled, self.merged = True, False
         self.train(linear.training)
+        self.paths = Counter()
         # What is hooked to the base keeps firing, and its handles keep removing: the very same dictionaries.
-        for name in vars(linear):
+        for name in vars(linear) if self.opaque is None else ():
             if name.startswith(("_forward", "_backward", "_is_full_backward")):
                 setattr(self, name, getattr(linear, name))
 
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of a base layer that is called as it is: ``weight``, ``bias``, ``compute_dtype``, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None:
+                raise
+            return getattr(base, name)
+
     @property
     def scale(self) -> float:
-        """alpha / r."""
-        return self.pool.config.scale
+        """alpha / r, or what ``alpha_pattern`` and ``use_rslora`` make of it."""
+        return self.pool.scales[self.layer]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
         if self.merged or not self.enabled:
-            return nn.functional.linear(x, weight, self.bias)
-        pool, layer = self.pool, self.layer
-        handle_a, handle_b = pool.handle("a", layer), pool.handle("b", layer)
-        return fused(
+            if not torch.compiler.is_compiling():
+                self.count(BASE_ALONE)
+            if self.opaque is not None:
+                return self.base_layer(x)
+            return nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+        return self.compute(
+            self if self.opaque is None else self.base_layer,
             x,
-            weight,
-            self.bias,
-            # Where a handle takes the gradient, the pool only gives its values.
-            pool.a if handle_a is None else pool.a.detach(),
-            pool.b if handle_b is None else pool.b.detach(),
-            pool.index_a[layer],
-            pool.index_b[layer],
-            self.scale,
-            handle_a=handle_a,
-            handle_b=handle_b,
-            dropout=pool.config.dropout if self.training else 0.0,
+            ((self.pool, self.layer),),
+            opaque=self.opaque,
+            transposed=self.fan_in_fan_out,
+            training=self.training,
         )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), assembled, in the pools' dtype: the layer's LoRA matrices without the scale."""
-        pool, k = self.pool, self.layer
-        a = reference.gather_concat(pool.a, pool.index_a[k])
-        return a, reference.gather_concat(pool.b, pool.index_b[k]).T
+        return self.pool.factors(self.layer)
 
-    @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """(alpha/r) * B A, shaped like ``weight``, in the accumulation dtype of the pools."""
-        pool, k = self.pool, self.layer
-        delta = reference.delta_weight(pool.a, pool.index_a[k], pool.b, pool.index_b[k], self.scale)
+        """scale * B A, shaped like ``weight``, in the accumulation dtype of the pools."""
+        delta = self.pool.delta_weight(self.layer)
         return delta.T if self.fan_in_fan_out else delta
 
     def merge(self) -> None:
@@ -183,6 +279,11 @@ class MoSLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """What ``merge`` (or, on a merged layer, ``unmerge``) makes of the weight; checked, nothing is written."""
+        if self.opaque is not None:
+            raise ValueError(
+                f"a merged layer must have a plain weight, got one of which {self.opaque}: export_lora keeps the "
+                f"adapter apart, and PEFT's merge_adapter (mos_ext.integrations.peft) requantises what it can"
+            )
         if self.merged and self._merged_from != self._pool_versions():
             raise ValueError("the pools must not change between merge and unmerge, got pools changed in place")
         delta = self.delta_weight()

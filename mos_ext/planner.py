@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .config import MoSConfig
@@ -21,6 +23,7 @@ class LinearType:
         role: the modules' name with every number replaced by ``*``: ``model.layers.*.self_attn.q_proj``.
         in_features, out_features: the shape they have in common.
         modules: their names, in the model's order; position k is layer k of the tables.
+        ranks, scales: of each module.
         tables: the index tables, (L, r, l) each.
     """
 
@@ -28,6 +31,8 @@ class LinearType:
     in_features: int
     out_features: int
     modules: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
     tables: IndexTables
 
     @property
@@ -41,25 +46,44 @@ def type_name(role: str, in_features: int, out_features: int) -> str:
 
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a linear layer that can be adapted, else None.
+    """(in_features, out_features) of a layer that can be adapted, else None.
 
-    Exact types only: a subclass (a quantised linear, ``MultiheadAttention.out_proj``) may compute something else than
-    ``x W^T + b``, or not be called at all. ``Conv1D`` of transformers is recognised by name, because transformers is
-    not a dependency.
+    Anything with these two attributes and a forward: ``nn.Linear``, quantised linears, a user's own. (Not the output
+    projection of ``nn.MultiheadAttention``, which is never called: only its weight is read.) ``Conv1D`` of transformers
+    is recognised by name, because transformers is not a dependency.
     """
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return None  # pruned, weight-normed: the weight is computed from other parameters
-    if type(module) is nn.Linear:
-        return module.in_features, module.out_features
     if is_conv1d(module):
         fan_in, fan_out = cast(Tensor, module.weight).shape
         return fan_in, fan_out
-    return None
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    return features if all(type(f) is int and f > 0 for f in features) else None  # type: ignore[return-value]
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's linear, transformers' ``Conv1D``, which stores its weight as (in, out)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a layer's adapter belongs: the device of its first parameter or buffer; None without any."""
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
+
+
+def why_opaque(module: nn.Module) -> str | None:
+    """Why a layer must be called as it is, rather than computed as ``x W^T + b`` in one go with its adapter; or None.
+
+    Exact types only: a subclass (a quantised linear, say) may compute something else.
+    """
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"the base layer is a {type(module).__name__}"
+    if "forward" in vars(module):
+        return "the forward of the base layer was replaced (by a hook of accelerate, say)"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "the weight of the base layer is computed from other parameters"
+    return None if type(weight) is nn.Parameter else f"the weight of the base layer is a {type(weight).__name__}"
 
 
 def _matches(patterns: str | Sequence[str], name: str) -> bool:
@@ -68,11 +92,23 @@ def _matches(patterns: str | Sequence[str], name: str) -> bool:
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
+def in_layers(config: MoSConfig, name: str) -> bool:
+    """Whether a module lies in one of the blocks that ``layers_to_transform`` counts; read as PEFT does."""
+    if config.layers_to_transform is None or name in config.target_modules:
+        return True
+    if config.layers_pattern is None:
+        matches = [re.match(r".*?\.[^.]*\.(\d+)\.", name)]
+    else:
+        matches = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in config.layers_pattern]
+    number = next((int(m.group(1)) for m in matches if m), None)
+    return number in cast(Sequence[int], config.layers_to_transform)
+
+
 def _role(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """The module that maps to logits, where the model says which; transformers models do."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
@@ -85,11 +121,31 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that can be adapted, by its first name, in the model's order."""
-    for name, module in model.named_modules():
-        if features_of(module) is not None:
-            yield name, module
+def linear_modules(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Every ``nn.Linear`` (quantised ones are subclasses) and ``Conv1D`` among named modules."""
+    return [(n, m) for n, m in named if (isinstance(m, nn.Linear) or is_conv1d(m)) and features_of(m) is not None]
+
+
+def every_linear(named: Iterable[tuple[str, nn.Module]], head: nn.Module | None) -> list[str]:
+    """The modules that ``target_modules="all-linear"`` stands for: in numbered blocks, and not the output head.
+
+    Raises:
+        ValueError: there is none; the message lists what exists.
+    """
+    linear = linear_modules(named)
+    names = [n for n, m in linear if "*" in _role(n).split(".") and m is not head]
+    if not names:
+        _raise_nothing_matches(
+            "match at least one linear module inside a numbered block (name the modules to adapt others), "
+            "got 'all-linear'",
+            linear,
+        )
+    return names
+
+
+def _raise_nothing_matches(rule: str, linear: Sequence[tuple[str, nn.Module]]) -> None:
+    existing = sorted({_role(n) for n, _ in linear})
+    raise ValueError(f"target_modules must {rule}; the model has: {', '.join(existing) or 'no linear module'}")
 
 
 def select_modules(model: nn.Module, config: MoSConfig) -> list[tuple[str, nn.Module]]:
@@ -97,58 +153,78 @@ def select_modules(model: nn.Module, config: MoSConfig) -> list[tuple[str, nn.Mo
 
     Raises:
         ValueError: nothing matches (the message lists what exists).
-        TypeError: a selected module cannot be adapted.
     """
-    every_linear, head = config.target_modules == "all-linear", _output_head(model)
-    if every_linear:
-        named = [(n, m) for n, m in linear_modules(model) if "*" in _role(n).split(".") and m is not head]
+    every = list(model.named_modules())
+    if config.target_modules == "all-linear":
+        names = set(every_linear(every, output_head(model)))
+        named = [(n, m) for n, m in every if n in names]
     else:
-        named = [(n, m) for n, m in model.named_modules() if n and _matches(config.target_modules, n)]
+        named = [(n, m) for n, m in every if n and _matches(config.target_modules, n) and in_layers(config, n)]
     named = [(n, m) for n, m in named if not _matches(config.exclude_modules, n)]
     if not named:
-        existing = sorted({_role(n) for n, _ in linear_modules(model)})
-        rule = "match at least one linear module"
-        if every_linear:
-            rule += " inside a numbered block (name the modules to adapt others)"
-        raise ValueError(
-            f"target_modules must {rule}, got {config.target_modules!r} with "
-            f"exclude_modules={config.exclude_modules!r}; "
-            f"the model has: {', '.join(existing) or 'no linear module'}"
+        _raise_nothing_matches(
+            f"match at least one linear module, got {config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r}",
+            linear_modules(every),
         )
-    for name, module in named:
-        if "forward" in vars(module):
-            raise TypeError(
-                f"target_modules must select modules with the forward of their class, got {name}, whose forward was "
-                f"replaced (by a hook of accelerate, say)"
-            )
-        if features_of(module) is None:
-            raise TypeError(
-                f"target_modules must select torch.nn.Linear or transformers Conv1D modules, got {name}, "
-                f"a {type(module).__name__}"
-            )
     return named
 
 
-def group_modules(model: nn.Module, config: MoSConfig) -> dict[tuple[str, int, int], tuple[str, ...]]:
-    """The selected modules by (role, in_features, out_features), in the model's order."""
+def group_modules(named: Iterable[tuple[str, nn.Module]]) -> dict[tuple[str, int, int], tuple[str, ...]]:
+    """The selected modules by (role, in_features, out_features), in the model's order.
+
+    Raises:
+        TypeError: a selected module cannot be adapted.
+    """
     groups: dict[tuple[str, int, int], list[str]] = {}
-    for name, module in select_modules(model, config):
+    for name, module in named:
         features = features_of(module)
-        assert features is not None  # select_modules raised otherwise
+        if features is None:
+            raise TypeError(
+                f"target_modules must select modules with in_features and out_features (torch.nn.Linear, a quantised "
+                f"linear, transformers Conv1D), got {name}, a {type(module).__name__}"
+            )
+        weight = module._parameters.get("weight")
+        if weight is not None and type(weight.data).__name__ == "DTensor":
+            raise TypeError(
+                f"target_modules must select modules with whole weights, got {name}, whose weight is a DTensor: adapt "
+                f"the model before fully_shard; tensor-parallel layers cannot be adapted"
+            )
         groups.setdefault((_role(name), *features), []).append(name)
     return {key: tuple(names) for key, names in groups.items()}
 
 
-def plan(model: nn.Module, config: MoSConfig) -> list[LinearType]:
-    """Groups the selected modules by role and shape and draws each group's tables. Reads the model, changes nothing.
+def plan_modules(config: MoSConfig, named: Iterable[tuple[str, nn.Module]]) -> list[LinearType]:
+    """Groups selected modules by role and shape and draws each group's tables. Reads the modules, changes nothing.
 
     Raises:
-        ValueError, TypeError: nothing to adapt, l does not divide a module's features, or a group is too small for the
-            ranks.
+        ValueError, TypeError: l does not divide a module's features, a group is too small for the ranks, or a module
+            cannot be adapted.
     """
     types = []
-    for (role, fan_in, fan_out), modules in group_modules(model, config).items():
-        name = type_name(role, fan_in, fan_out)
-        check_ranks(config, fan_in, fan_out, len(modules), module=modules[0], linear_type=name)
-        types.append(LinearType(role, fan_in, fan_out, modules, draw_tables(config, name, len(modules))))
+    for (role, fan_in, fan_out), modules in group_modules(named).items():
+        name, ranks = type_name(role, fan_in, fan_out), tuple(config.rank_of(module) for module in modules)
+        for module, r in zip(modules, ranks, strict=True):
+            check_ranks(config, fan_in, fan_out, len(modules), r=r, module=module, linear_type=name)
+        scales = tuple(config.scale_of(module) for module in modules)
+        types.append(LinearType(role, fan_in, fan_out, modules, ranks, scales, draw_tables(config, name, ranks)))
     return types
+
+
+def plan(model: nn.Module, config: MoSConfig) -> list[LinearType]:
+    """The linear types of the modules that ``config`` selects; :func:`select_modules` and :func:`plan_modules`."""
+    return plan_modules(config, select_modules(model, config))
+
+
+def type_keys(linear_types: Sequence[LinearType]) -> list[str]:
+    """One identifier per linear type, for state_dict keys that every tool can handle:
+
+    ``model_layers_self_attn_q_proj_4096_4096``.
+    """
+    keys: list[str] = []
+    for linear_type in linear_types:
+        key = re.sub(r"\W+", "_", linear_type.name).strip("_")
+        while key in keys:
+            key += "_"
+        keys.append(key)
+    return keys

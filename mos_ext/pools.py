@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import reference
 from .config import MoSConfig
 from .ops.autograd import factor_handles
 from .ops.checks import check_index, check_integer
@@ -21,13 +24,15 @@ class ShardPool(nn.Module):
         in_features, out_features: of every layer that reads from this pool; divisible by ``config.shards_per_vector``.
         num_layers: L, the number of layers that share it.
         linear_type: names the random stream of the tables.
-        tables: ready-made tables instead of a draw, (L, r, l) int32 each.
+        ranks, scales: of each layer, where they differ from the configuration's r and scale.
+        tables: ready-made tables instead of a draw, (L, max(ranks), l) int32 each.
         device: of pools and tables.
 
     Attributes:
         a: parameter (n, in/l), U(-1/sqrt(in), 1/sqrt(in)) at first. b: parameter (n, out/l), zeros at first, so a new
             adapter changes nothing.
-        index_a, index_b: buffers (L, r, l) int32.
+        index_a, index_b: buffers (L, r, l) int32; :meth:`table` is a layer's own.
+        ranks, scales: of each layer.
 
     Raises:
         ValueError, TypeError: features that l does not divide, ranks that L layers cannot have, tables out of range.
@@ -46,6 +51,8 @@ class ShardPool(nn.Module):
         num_layers: int = 1,
         *,
         linear_type: str = "linear",
+        ranks: Sequence[int] | None = None,
+        scales: Sequence[float] | None = None,
         tables: IndexTables | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -54,7 +61,13 @@ class ShardPool(nn.Module):
             raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
         for name, value in (("in_features", in_features), ("out_features", out_features), ("num_layers", num_layers)):
             check_integer(name, value, 1)
-        check_ranks(config, in_features, out_features, num_layers)
+        self.ranks = (config.r,) * num_layers if ranks is None else tuple(ranks)
+        self.scales = (config.scale,) * num_layers if scales is None else tuple(scales)
+        for name, values in (("ranks", self.ranks), ("scales", self.scales)):
+            if len(values) != num_layers:
+                raise ValueError(f"{name} must have one entry for each of {num_layers} layers, got {len(values)}")
+        for r in sorted(set(self.ranks)):
+            check_ranks(config, in_features, out_features, num_layers, r=r)
         self.config, self.in_features, self.out_features, self.num_layers = (
             config,
             in_features,
@@ -64,10 +77,10 @@ class ShardPool(nn.Module):
         l, n = config.shards_per_vector, config.num_shards(num_layers)
         self.a = nn.Parameter(torch.empty(n, in_features // l, dtype=config.torch_pool_dtype, device=device))
         self.b = nn.Parameter(torch.empty(n, out_features // l, dtype=config.torch_pool_dtype, device=device))
-        self.tables = draw_tables(config, linear_type, num_layers) if tables is None else tables
+        self.tables = draw_tables(config, linear_type, self.ranks) if tables is None else tables
         for side, table in (("index_a", self.tables.a), ("index_b", self.tables.b)):
-            if table.shape != (num_layers, config.r, l):
-                raise ValueError(f"{side} must have the shape {(num_layers, config.r, l)}, got {table.shape}")
+            if table.shape != (num_layers, max(self.ranks), l):
+                raise ValueError(f"{side} must have the shape {(num_layers, max(self.ranks), l)}, got {table.shape}")
             with torch.device("cpu"):
                 check_index(side, torch.from_numpy(table), n)
             self.register_buffer(side, torch.empty(table.shape, dtype=torch.int32, device=self.a.device))
@@ -88,6 +101,32 @@ class ShardPool(nn.Module):
             if (table := state_dict.get(prefix + side)) is not None:
                 check_index(prefix + side, table, self.a.shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def table(self, side: str, layer: int) -> Tensor:
+        """The (r, l) index table of a layer: the last r rows, since private ranks come last."""
+        tables: Tensor = getattr(self, f"index_{side}")
+        return tables[layer, tables.shape[1] - self.ranks[layer] :]
+
+    def operands(self, layer: int) -> dict[str, Any]:
+        """What the fused operators need of this pool to compute a layer, gradient handles included."""
+        out: dict[str, Any] = {"scale": self.scales[layer]}
+        for side in "ab":
+            pool, handle = getattr(self, side), self.handle(side, layer)
+            # Where a handle takes the gradient, the pool only gives its values.
+            out[f"pool_{side}"] = pool if handle is None else pool.detach()
+            out[f"handle_{side}"], out[f"index_{side}"] = handle, self.table(side, layer)
+        return out
+
+    def factors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of a layer, assembled, in the pools' dtype: its LoRA matrices without the scale."""
+        a = reference.gather_concat(self.a, self.table("a", layer))
+        return a, reference.gather_concat(self.b, self.table("b", layer)).T
+
+    @torch.no_grad()
+    def delta_weight(self, layer: int) -> Tensor:
+        """scale * B A (out, in) of a layer, in the accumulation dtype of the pools."""
+        tables = (self.table("a", layer), self.b, self.table("b", layer))
+        return reference.delta_weight(self.a, *tables, self.scales[layer])
 
     def handle(self, side: str, layer: int) -> Tensor | None:
         """Stand-in that carries a layer's factor gradient to pool ``side`` (``ops/autograd.py``).
@@ -113,7 +152,8 @@ class ShardPool(nn.Module):
         """
         with torch.enable_grad():
             self._handles = {
-                side: factor_handles(getattr(self, side), list(getattr(self, f"index_{side}"))) for side in "ab"
+                side: factor_handles(getattr(self, side), [self.table(side, k) for k in range(self.num_layers)])
+                for side in "ab"
             }
         for handle in (*self._handles["a"], *self._handles["b"]):
             # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a
@@ -141,6 +181,6 @@ class ShardPool(nn.Module):
         c = self.config
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, num_layers={self.num_layers}, "
-            f"num_shards={self.a.shape[0]}, r={c.r}, equivalent_rank={c.equivalent_rank}, "
+            f"num_shards={self.a.shape[0]}, r={max(self.ranks)}, equivalent_rank={c.equivalent_rank}, "
             f"shards_per_vector={c.shards_per_vector}"
         )

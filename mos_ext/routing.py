@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +35,15 @@ def check_ranks(
     out_features: int,
     num_layers: int,
     *,
+    r: int | None = None,
     module: str = "the layer",
     linear_type: str = "",
 ) -> None:
     """The rules that need a shape and a number of layers:
 
-    ValueError names a module and the nearest values that would do.
+    ValueError names a module and the nearest values that would do. ``r`` is the module's, None the configuration's.
     """
-    l = config.shards_per_vector
+    l, r = config.shards_per_vector, config.r if r is None else r
     for side, features in (("in_features", in_features), ("out_features", out_features)):
         if features % l:
             divisors = [
@@ -57,7 +59,7 @@ def check_ranks(
                 f"shards_per_vector must divide {side}={features} of {module}, got {l}; "
                 f"nearest valid: {' or '.join(map(str, sorted(near)))}"
             )
-    public_rank, pool_rank = config.r - config.private_rank, config.equivalent_rank - config.private_rank
+    public_rank, pool_rank = r - config.private_rank, config.equivalent_rank - config.private_rank
     if public_rank > pool_rank * num_layers:
         largest = config.private_rank + pool_rank * num_layers
         needed = config.private_rank - (-public_rank // num_layers)
@@ -65,63 +67,64 @@ def check_ranks(
         raise ValueError(
             f"r must be at most {largest} for {module}{of_type} has {num_layers} adapted "
             f"module{'s' if num_layers > 1 else ''}, "
-            f"got {config.r}; nearest valid: r={largest}, or equivalent_rank={needed}, or leave the module out"
+            f"got {r}; nearest valid: r={largest}, or equivalent_rank={needed}, or leave the module out"
         )
 
 
 @dataclass(frozen=True)
 class IndexTables:
-    """The tables of all layers of one linear type:
-
-    ``a`` and ``b``, each (L, r, l) int32, entries below the number of shards.
+    """The tables of all layers of one linear type: ``a`` and ``b``, each (L, r, l) int32, entries below the number of
+    shards. r is the largest rank among the layers; a layer of rank r_k uses the last r_k rows of its table.
     """
 
     a: np.ndarray
     b: np.ndarray
 
 
-def _public_draws(config: MoSConfig, stream: str, num_layers: int) -> np.ndarray:
+def _public_draws(config: MoSConfig, stream: str, ranks: Sequence[int]) -> np.ndarray:
     """(L, (r-p)*l) public shards without repetition in a layer; across layers independent or level."""
-    n_public, wanted = config.num_public_shards(num_layers), (config.r - config.private_rank) * config.shards_per_vector
+    num_layers, p, l = len(ranks), config.private_rank, config.shards_per_vector
+    n_public, wanted = config.num_public_shards(num_layers), (max(ranks) - p) * l
     draws = np.empty((num_layers, wanted), dtype=np.int32)
     uses = np.zeros(n_public, dtype=np.int64)
-    for layer in range(num_layers):
+    for layer, rank in enumerate(ranks):
         keys = _keys(f"{config.seed}/{stream}/{layer}", n_public)
         if config.routing == "random":
-            chosen = np.argsort(keys, kind="stable")[:wanted]
+            draws[layer] = np.argsort(keys, kind="stable")[:wanted]
         else:
-            # The least used shards, ties broken at random: use counts never differ by more than one.
-            chosen = np.lexsort((keys, uses))[:wanted]
-            uses[chosen] += 1
-            chosen = chosen[np.argsort(keys[chosen], kind="stable")]
-        draws[layer] = chosen
+            # The least used shards, ties broken at random: use counts never differ by more than one. Those that the
+            # layer uses come last.
+            chosen, used = np.lexsort((keys, uses))[:wanted], (rank - p) * l
+            uses[chosen[:used]] += 1
+            halves = (chosen[used:], chosen[:used])
+            draws[layer] = np.concatenate([half[np.argsort(keys[half], kind="stable")] for half in halves])
     return draws
 
 
-def draw_tables(config: MoSConfig, linear_type: str, num_layers: int) -> IndexTables:
-    """The index tables of a linear type with ``num_layers`` adapted modules.
+def draw_tables(config: MoSConfig, linear_type: str, ranks: Sequence[int]) -> IndexTables:
+    """The index tables of a linear type whose adapted modules have these ranks.
 
     Private vectors are the last p ranks of a layer and stay paired: both sides hold the same range. ``linear_type``
     names the random stream, so adding a type to a model does not change the tables of the others.
     """
-    r, p, l = config.r, config.private_rank, config.shards_per_vector
+    r, num_layers, p, l = max(ranks), len(ranks), config.private_rank, config.shards_per_vector
     n_public = config.num_public_shards(num_layers)
     private = n_public + np.arange(num_layers * p * l, dtype=np.int32).reshape(num_layers, p * l)
 
     def side(name: str) -> np.ndarray:
-        public = _public_draws(config, f"{linear_type}/{name}", num_layers)
+        public = _public_draws(config, f"{linear_type}/{name}", ranks)
         return np.concatenate([public, private], axis=1).reshape(num_layers, r, l)
 
     a = side("a")
     return IndexTables(a, side("b") if config.pair_dissociation else a.copy())
 
 
-def check_tables(config: MoSConfig, tables: IndexTables, num_layers: int) -> None:
+def check_tables(config: MoSConfig, tables: IndexTables, ranks: Sequence[int]) -> None:
     """ValueError unless the tables could have come from this configuration (of any generator):
 
     shapes, ranges, no repetition, private ranks, pairing.
     """
-    r, p, l = config.r, config.private_rank, config.shards_per_vector
+    r, num_layers, p, l = max(ranks), len(ranks), config.private_rank, config.shards_per_vector
     n_public = config.num_public_shards(num_layers)
     for side, table in (("index_a", tables.a), ("index_b", tables.b)):
         if table.shape != (num_layers, r, l):

@@ -8,9 +8,11 @@ import torch
 from models import BUILDERS, gpt2, inputs, llama, randomize, stack
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 
 import mos_ext
 from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
+from mos_ext.adapt import mos_layers
 
 SMALL = MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1)
 ARCHITECTURES = sorted(BUILDERS)
@@ -311,14 +313,46 @@ def test_compiled_wrappers_are_seen_through(tmp_path):
     mos_ext.load_adapter(llama(), tmp_path / "a")
 
 
-def test_linears_that_compute_something_else():
-    model = stack()
-    model[0].up.forward = lambda x: 3 * x
-    unchanged(model, lambda: mos_ext.adapt(model, SMALL), TypeError, r"got 0\.up, whose forward was replaced")
-    model = stack()
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def replaced_forward(model):
+    model[1].down.forward = lambda x: 3 * x[..., :24]
+
+
+def weight_norm(model):
     torch.nn.utils.parametrizations.weight_norm(model[1].down)
-    named = MoSConfig(r=1, equivalent_rank=1, private_rank=0, shards_per_vector=2, target_modules=["1.down"])
-    unchanged(model, lambda: mos_ext.adapt(model, named), TypeError, r"got 1\.down, a ParametrizedLinear")
+
+
+def subclass(model):
+    model[1].down = Tripled(48, 24)
+
+
+def pruned(model):
+    prune.l1_unstructured(model[1].down, "weight", 0.5)
+
+
+@pytest.mark.parametrize("change", [replaced_forward, weight_norm, subclass, pruned])
+def test_linears_that_compute_something_else_are_called_as_they_are(change):
+    model = stack()
+    change(model)
+    base = model[1].down
+    randomize(mos_ext.adapt(model, SMALL))
+    layer, x = model[1].down, torch.randn(5, 48, requires_grad=True)
+    assert layer.base_layer is base
+    assert model[0].down.opaque is None
+    y = layer(x)
+    torch.testing.assert_close(y, base(x) + x @ layer.delta_weight().T, rtol=1e-5, atol=1e-5)  # float32, another order
+    (got,) = torch.autograd.grad(y.sum(), x)
+    (want,) = torch.autograd.grad((base(x) + x @ layer.delta_weight().T).sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    with mos_ext.disabled(model):
+        assert torch.equal(layer(x), base(x))
+    with pytest.raises(ValueError, match=r"1\.down: a merged layer must have a plain weight, got one of which .*"):
+        mos_ext.merge(model)
+    assert not any(layer.merged for _, layer in mos_layers(model))
 
 
 @pytest.mark.parametrize(
@@ -502,7 +536,7 @@ def test_bad_layers():
         (
             lambda: MoSLinear.from_linear(nn.ReLU(), pool=pool),
             TypeError,
-            "linear must be a torch.nn.Linear or a transformers Conv1D, got ReLU",
+            "linear must have in_features and out_features, as torch.nn.Linear has, got a ReLU",
         ),
     ):
         with pytest.raises(error, match=message):

@@ -33,8 +33,8 @@ def cases(draw):
 def test_invariants(case):
     config, layers = case
     check_ranks(config, config.shards_per_vector, config.shards_per_vector, layers)
-    tables = draw_tables(config, "model.layers.*.q[8->8]", layers)
-    check_tables(config, tables, layers)
+    tables = draw_tables(config, "model.layers.*.q[8->8]", [config.r] * layers)
+    check_tables(config, tables, [config.r] * layers)
     r, p, l = config.r, config.private_rank, config.shards_per_vector
     n_public, n = config.num_public_shards(layers), config.num_shards(layers)
     for table in (tables.a, tables.b):
@@ -52,7 +52,7 @@ def test_invariants(case):
     assert np.array_equal(tables.a[:, r - p :], tables.b[:, r - p :])  # private vectors stay paired
     if not config.pair_dissociation:
         assert np.array_equal(tables.a, tables.b)
-    again = draw_tables(config, "model.layers.*.q[8->8]", layers)
+    again = draw_tables(config, "model.layers.*.q[8->8]", [config.r] * layers)
     assert np.array_equal(tables.a, again.a)
     assert np.array_equal(tables.b, again.b)
 
@@ -64,7 +64,7 @@ GOLDEN_DIGEST = "81a3c29508dff13b7c4087fe606a49dc32480623bdbda087380e4e02113f66d
 def test_tables_never_change():
     """Frozen: files do not depend on the generator, but experiments do."""
     config = MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, private_rank=1, seed=0)
-    tables = draw_tables(config, "q", 4)
+    tables = draw_tables(config, "q", [config.r] * 4)
     digest = hashlib.sha256(tables.a.tobytes() + tables.b.tobytes()).hexdigest()
     assert tables.a[0].tolist() == GOLDEN_FIRST
     assert digest == GOLDEN_DIGEST
@@ -72,9 +72,11 @@ def test_tables_never_change():
 
 def test_streams_are_distinct():
     config = MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1)
-    tables = draw_tables(config, "q", 32)
-    other = draw_tables(config, "k", 32)
-    reseeded = draw_tables(MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1, seed=1), "q", 32)
+    tables = draw_tables(config, "q", [config.r] * 32)
+    other = draw_tables(config, "k", [config.r] * 32)
+    reseeded = draw_tables(
+        MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1, seed=1), "q", [16] * 32
+    )
     assert not np.array_equal(tables.a, tables.b)  # pair dissociation
     assert not np.array_equal(tables.a[0], tables.a[1])
     assert not np.array_equal(tables.a, other.a)
@@ -87,7 +89,7 @@ def test_the_draw_is_uniform():
     counts = np.zeros((8, 64))
     trials = 4000
     for seed in range(trials):
-        table = draw_tables(MoSConfig(**{**config.to_dict(), "seed": seed}), "q", 8).a[seed % 8]
+        table = draw_tables(MoSConfig(**{**config.to_dict(), "seed": seed}), "q", [config.r] * 8).a[seed % 8]
         counts[np.arange(8), table[:, 0]] += 1
     expected = trials / 64
     chi2 = ((counts - expected) ** 2 / expected).sum(1)
@@ -99,11 +101,11 @@ def test_unused_shards_match_the_paper_s_probability():
     unused = []
     for seed in range(20):
         config = MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1, seed=seed)
-        a = draw_tables(config, "q", 32).a[:, :15]
+        a = draw_tables(config, "q", [config.r] * 32).a[:, :15]
         unused.append(1 - len(np.unique(a)) / 896)
     assert abs(np.mean(unused) - 0.109) < 0.01
     balanced = draw_tables(
-        MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1, routing="balanced"), "q", 32
+        MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1, routing="balanced"), "q", [16] * 32
     )
     assert len(np.unique(balanced.a[:, :15])) == 896
 
@@ -122,17 +124,17 @@ def test_unused_shards_match_the_paper_s_probability():
 )
 def test_contradicting_tables(spoil, message):
     config = MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1)
-    tables = draw_tables(config, "q", 3)
-    check_tables(config, tables, 3)
+    tables = draw_tables(config, "q", [config.r] * 3)
+    check_tables(config, tables, [config.r] * 3)
     with pytest.raises(ValueError, match=message):
-        check_tables(config, IndexTables(spoil(tables.a), tables.b), 3)
+        check_tables(config, IndexTables(spoil(tables.a), tables.b), [config.r] * 3)
 
 
 def test_paired_tables_must_agree():
     config = MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1, pair_dissociation=False)
-    dissociated = draw_tables(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1), "q", 3)
+    dissociated = draw_tables(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1), "q", [4] * 3)
     with pytest.raises(ValueError, match="index_b must equal index_a when pair_dissociation is False"):
-        check_tables(config, dissociated, 3)
+        check_tables(config, dissociated, [4] * 3)
 
 
 @pytest.mark.parametrize(

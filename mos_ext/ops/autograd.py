@@ -210,10 +210,12 @@ def _low_rank_first(x: Tensor) -> bool:
 
 
 def mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed) -> tuple[Tensor, Tensor]:
-    """y (T, out) and what backward needs of the forward pass, S (T, r)."""
+    """y (T, out) and what backward needs of the forward pass, S (T, r). Without a weight, y is the branch alone."""
     factors = (pool_a, index_a, pool_b, index_b)
     with below_autograd():
-        if _low_rank_first(x):
+        if weight is None:
+            y, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32(x))
+        elif _low_rank_first(x):
             y, s = ops.low_rank(x, *factors, bias, scale, p, seed, tf32=tf32(x))
             y.addmm_(x, weight.t())
         else:
@@ -227,12 +229,12 @@ def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index
     need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
     arguments = (dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed)
     with below_autograd():
-        if need_x and not _low_rank_first(x):
+        if need_x and weight is not None and not _low_rank_first(x):
             dx = dy @ weight
             factor_a, factor_b = ops.low_rank_backward_(dx, *arguments)
         else:
             dx, factor_a, factor_b = ops.low_rank_backward(*arguments, tf32=tf32(x))
-            if need_x:
+            if need_x and weight is not None:
                 dx.addmm_(dy, weight)
         grads = []
         if need_x:
@@ -261,7 +263,8 @@ def _in_place_of_inputs(ctx, grads) -> tuple[Tensor | None, ...]:
 class MoSLinear(torch.autograd.Function):
     """y = x W^T + bias + scale * (dropout(x) A^T) B^T on matrices; see ``functional.mos_linear`` for the arguments.
 
-    Gradients of A and B go to ``handle_a`` and ``handle_b`` where given, else densely to the pools.
+    Gradients of A and B go to ``handle_a`` and ``handle_b`` where given, else densely to the pools. Without a weight, y
+    is the branch alone.
     """
 
     # forward takes ctx itself: with a separate setup_context torch inspects the signature anew at every call. This and
@@ -278,6 +281,33 @@ class MoSLinear(torch.autograd.Function):
     def backward(ctx, dy):
         grads = _gradients(ctx.needs_input_grad[:7], ctx.scale, ctx.p, dy, *ctx.saved_tensors)
         return _in_place_of_inputs(ctx, grads)
+
+
+class MoSAccumulate(torch.autograd.Function):
+    """y += scale * (dropout(x) A^T) B^T in place: what an adapter adds to a base that has computed y (..., out) itself.
+
+    x (T, in) is a matrix. y must be contiguous, and nothing that the base saved for its own backward.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed):
+        with below_autograd():
+            flat = y.view(-1, y.shape[-1])
+            s = ops.low_rank_(flat, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32=tf32(x))
+            torch.autograd.graph.increment_version(y)  # what a base saved after all must not pass for unchanged
+        ctx.mark_dirty(y)
+        ctx.scale, ctx.p = scale, p
+        ctx.save_for_backward(x, s, pool_a, pool_b, index_a, index_b, seed)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, s, *rest = ctx.saved_tensors
+        need_y, need_x, *need_others = ctx.needs_input_grad[:6]
+        needs = (need_x, False, False, *need_others)
+        grads = _gradients(needs, ctx.scale, ctx.p, dy.reshape(-1, dy.shape[-1]), x, None, s, *rest)
+        return _in_place_of_inputs(ctx, ([dy] if need_y else []) + grads)
 
 
 class MoSLinearTransformed(torch.autograd.Function):

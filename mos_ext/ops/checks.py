@@ -79,11 +79,28 @@ def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, pool_a: Ten
             raise ValueError(f"x must be on the device of the {name}, {base.device}, got {x.device}")
         if base.dtype != x.dtype:
             raise TypeError(f"x must have the dtype of the {name}, {base.dtype}, got {x.dtype}")
+    _check_pools(x, pool_a, pool_b)
+
+
+def _check_pools(x: Tensor, pool_a: Tensor, pool_b: Tensor) -> None:
     for pool in (pool_a, pool_b):
         if pool.device != x.device:
             raise ValueError(f"x must be on the device of the pool, {pool.device}, got {x.device}")
         if pool.dtype not in (torch.float32, x.dtype):
             raise TypeError(f"pool must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
+
+
+def check_branch(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, index_a: Tensor, index_b: Tensor) -> None:
+    """x (..., in) and what a base made of it, y (..., out), fit each other and the pools."""
+    check_float("the output of the base layer", y)
+    features = pool_a.shape[1] * index_a.shape[1], pool_b.shape[1] * index_b.shape[1]
+    if x.dim() == 0 or x.shape[-1] != features[0]:
+        raise ValueError(f"x must have {features[0]} features in its last dimension, got the shape {tuple(x.shape)}")
+    if y.shape != (*x.shape[:-1], features[1]):
+        raise ValueError(
+            f"the output of the base layer must have the shape {(*x.shape[:-1], features[1])}, got {tuple(y.shape)}"
+        )
+    _check_pools(x, pool_a, pool_b)
 
 
 CUDA_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for (setup.py)

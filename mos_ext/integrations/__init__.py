@@ -1,0 +1,1 @@
+"""Other libraries' worlds. Nothing here is imported by ``import mos_ext``."""

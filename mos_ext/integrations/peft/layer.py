@@ -1,0 +1,190 @@
+"""The layer PEFT puts in a model: a base layer of any kind, and any number of MoS adapters on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from ...functional import accumulate
+from ...linear import BASE_ALONE, AdaptedLayer
+from ...planner import device_of, features_of, is_conv1d
+from ...pools import ShardPool
+
+
+class MoSLayer(BaseTunerLayer, AdaptedLayer):
+    """What PEFT asks of an adapted layer.
+
+    The pools of all adapters belong to the tuner (:class:`MoSModel`), once each. A layer holds an *unregistered*
+    reference to the ``ModuleDict`` of its linear type, adapter name -> :class:`mos_ext.ShardPool`: whatever walks
+    ``adapter_layer_names`` reaches the pools, and whatever walks modules and parameters meets each pool once. It is
+    the dictionary that is kept, never a parameter, so FSDP and checkpoints may replace those.
+
+    Attributes:
+        mos_pools: that dictionary. mos_layer: adapter name -> which layer of the adapter's pool this is.
+    """
+
+    adapter_layer_names = ("mos_pools",)
+    other_param_names = ("mos_layer",)
+    mos_pools: nn.ModuleDict
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module, pools: nn.ModuleDict, **quantization: Any) -> None:
+        features = features_of(self.get_base_layer())
+        assert features is not None  # the planner refused it otherwise
+        self.in_features, self.out_features = features
+        object.__setattr__(self, "mos_pools", pools)
+        self.mos_layer: dict[str, int] = {}
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=quantization.get("get_apply_tensor_subclass")
+        )
+        self.fan_in_fan_out = is_conv1d(self.get_base_layer())
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._merged_from: dict[str, tuple[int, int]] = {}
+        self.paths = Counter()
+
+    def update_layer(self, adapter_name: str, layer: int, *, inference_mode: bool) -> None:
+        """Takes part in an adapter, whose pool the tuner has made."""
+        self.mos_layer[adapter_name] = layer
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.mos_layer)  # the pools also serve adapters that leave this layer out
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """A pool lives where the tuner made it: it serves many layers."""
+
+    def pool_of(self, adapter_name: str) -> tuple[ShardPool, int]:
+        """The adapter's pool and the number of this layer in it."""
+        return self.mos_pools[adapter_name], self.mos_layer[adapter_name]  # type: ignore[return-value]
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Adapter name -> what its low-rank product is multiplied by."""
+        return {name: pool.scales[layer] for name, (pool, layer) in self._pools().items()}
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Adapter name -> its rank here."""
+        return {name: pool.ranks[layer] for name, (pool, layer) in self._pools().items()}
+
+    def _pools(self) -> dict[str, tuple[ShardPool, int]]:
+        return {name: self.pool_of(name) for name in self.mos_layer}
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base's weight, in that weight's shape and the pools' accumulation dtype."""
+        pool, layer = self.pool_of(adapter_name)
+        delta = pool.delta_weight(layer)
+        device = device_of(self.get_base_layer())
+        return (delta.T if self.fan_in_fan_out else delta).to(device or delta.device)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Yes. ``mos_ext.export_lora`` is exact and instant; PEFT's conversion decomposes the product again."""
+        return True
+
+
+class MoSLinear(nn.Module, MoSLayer):
+    """A linear base layer with MoS adapters. (PEFT's "all-linear" looks for "Linear" in the names of such classes.)"""
+
+    def __init__(self, base_layer: nn.Module, pools: nn.ModuleDict, adapter_name: str, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        MoSLayer.__init__(self, base_layer, pools, **quantization)
+        self._active_adapter = adapter_name
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            names: Sequence[str] = ()
+        elif adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        else:
+            names = () if self.merged else [name for name in self.active_adapters if name in self.mos_layer]
+        if not names:
+            if not torch.compiler.is_compiling():
+                self.count(BASE_ALONE)
+            return self.base_layer(x, *args, **kwargs)
+        return self.compute(
+            self.base_layer,
+            x,
+            [self.pool_of(name) for name in names],
+            *args,
+            opaque=self.why_called(self.base_layer, args, kwargs),
+            transposed=self.fan_in_fan_out,
+            training=self.training,
+            **kwargs,
+        )
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """One adapter per row of a batch; ``"__base__"`` for none."""
+        if self.merged:
+            raise ValueError("adapter_names must not be given while adapters are merged: call unmerge_adapter first")
+        if len(adapter_names) != len(x):
+            raise ValueError(f"adapter_names must have one entry for each of {len(x)} inputs, got {len(adapter_names)}")
+        y = self.base_layer(x, *args, **kwargs).clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.mos_layer:
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                pool, layer = self.pool_of(name)
+                y[rows] = accumulate(y[rows], x[rows], **pool.operands(layer))
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the base's weight, rounded once; a quantised weight is quantised anew, with a warning.
+
+        Raises:
+            ValueError: with ``safe_merge``, the merged weight would not be finite; nothing is merged then.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.mos_layer:
+                pool, _ = self.pool_of(name)
+                self._add_to_weight(name, 1.0, safe=safe_merge)
+                self.merged_adapters.append(name)
+                self._merged_from[name] = (pool.a._version, pool.b._version)
+
+    def unmerge(self) -> None:
+        """Takes merged adapters out of the weight again, exact to the rounding of one addition.
+
+        Raises:
+            ValueError: an adapter's pools have changed since the merge, so what was added is not known any more.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters[-1]
+            pool, _ = self.pool_of(name)
+            if self._merged_from[name] != (pool.a._version, pool.b._version):
+                raise ValueError(f"the pools must not change between merge and unmerge, got adapter {name} changed")
+            self._add_to_weight(name, -1.0, safe=False)
+            self.merged_adapters.pop()
+
+    @torch.no_grad()
+    def _add_to_weight(self, name: str, sign: float, *, safe: bool) -> None:
+        backend = self.quantization_backend
+        if backend is not None and "bnb" in backend.backend_name:
+            warnings.warn(
+                f"{'Merge' if sign > 0 else 'Unmerge'} mos module to {backend.backend_name} linear may get different "
+                "generations due to rounding errors.",
+                stacklevel=3,
+            )
+        weight, delta = self.get_base_weight(), self.get_delta_weight(name)
+        wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
+        merged = wide.add(delta, alpha=sign).to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.set_base_weight(merged)
+
+    def __repr__(self) -> str:
+        return "mos." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

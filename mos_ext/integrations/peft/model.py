@@ -1,0 +1,227 @@
+"""The tuner: plans an adapter on the model it wraps, owns its pools, and answers PEFT's questions about them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_quantization_kwargs
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from ...checkpoint import smallest_integer
+from ...planner import LinearType, device_of, every_linear, is_conv1d, output_head, plan_modules, type_keys
+from ...pools import ShardPool
+from .config import MoSConfig
+from .layer import MoSLayer, MoSLinear
+
+
+class MoSModel(BaseTuner):
+    """A model with MoS adapters, as ``peft.get_peft_model`` wraps it.
+
+    Each linear type (role and shape, ``mos_ext.planner``) is one ``ModuleDict`` on this module, adapter name ->
+    :class:`mos_ext.ShardPool`, named ``mos_`` and the type: ``mos_model_layers_self_attn_q_proj_64_64.default.a``.
+    Here, at the root, FSDP shards them with the root's parameters and checkpoints hold them once.
+    """
+
+    prefix: str = "mos_"
+    tuner_layer_cls = MoSLayer
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    uses_shared_state: bool = True
+
+    # ---------------------------------------------------------------------------------------------- injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """See ``BaseTuner.inject_adapter``. Pools are planned and made before a first layer is replaced, in
+        ``_prepare_model``: the number of layers that share a pool must be known. After an error there are none.
+        """
+        if state_dict is not None:
+            raise ValueError(
+                "state_dict must be None for MoS: its entries do not name the adapted modules; the config does"
+            )
+        # BaseTuner restores requires_grad of parameters that were there before, but looks for them below self.model.
+        before = [(p, p.requires_grad) for _, pool in self._named_pools() for p in pool.parameters()]
+        self._injected = adapter_name, torch.device("meta") if low_cpu_mem_usage else None
+        self._placed: dict[str, tuple[str, int]] = {}  # module name -> its pools' attribute, its number in them
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
+        except Exception:
+            self._drop_pools(adapter_name)
+            raise
+        finally:
+            del self._injected, self._placed
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        targets = peft_config.target_modules
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            peft_config.target_modules = set(every_linear(self._bases(self.model), output_head(self.model)))
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        adapter_name, device = self._injected
+        bases = dict(self._bases(model))
+        named = [(name, m) for name, m in bases.items() if name and self._check_target_module_exists(peft_config, name)]
+        method = peft_config.method(targets=[name for name, _ in named] or ("none",))
+        linear_types = plan_modules(method, named)
+        pools = [self._make_pool(peft_config, t, bases, device) for t in linear_types]
+        keys = [self.prefix + key for key in type_keys(linear_types)]
+        for key, linear_type, pool in zip(keys, linear_types, pools, strict=True):
+            if not hasattr(self, key):
+                self.add_module(key, nn.ModuleDict())
+            getattr(self, key)[adapter_name] = pool
+            for k, name in enumerate(linear_type.modules):
+                self._placed[name] = key, k
+
+    @staticmethod
+    def _make_pool(
+        config: MoSConfig, linear_type: LinearType, bases: dict[str, nn.Module], device: torch.device | None
+    ) -> ShardPool:
+        pool = ShardPool(
+            config.method(targets=linear_type.modules),
+            linear_type.in_features,
+            linear_type.out_features,
+            len(linear_type.modules),
+            ranks=linear_type.ranks,
+            scales=linear_type.scales,
+            tables=linear_type.tables,
+            device=device or device_of(bases[linear_type.modules[0]]),
+        )
+        if not config.init_weights:
+            bound = 1.0 / math.sqrt(pool.out_features)
+            nn.init.uniform_(pool.b, -bound, bound)
+        return pool
+
+    @staticmethod
+    def _bases(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the model without any adapter's: an adapted layer stands for its base."""
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if name.startswith(inside) and inside:
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{name}.",)
+                module = module.get_base_layer()
+            yield name, module
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        key, k = self._placed[current_key]
+        layer: Any = target
+        if not isinstance(target, MoSLayer):
+            conv1d = is_conv1d(target)
+            if peft_config.fan_in_fan_out != conv1d:
+                warnings.warn(
+                    f"fan_in_fan_out is set to {peft_config.fan_in_fan_out} but the target module is a "
+                    f"`{type(target).__name__}`. Setting fan_in_fan_out to {conv1d}.",
+                    stacklevel=2,
+                )
+                peft_config.fan_in_fan_out = conv1d
+            layer = MoSLinear(target, getattr(self, key), adapter_name, **get_quantization_kwargs(self))
+        layer.update_layer(adapter_name, k, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    # ---------------------------------------------------------------------------------------------- the pools
+
+    def _named_pools(self) -> Iterator[tuple[str, ShardPool]]:
+        """(adapter name, pool) of all of them."""
+        for key, child in self.named_children():
+            if key.startswith(self.prefix) and isinstance(child, nn.ModuleDict):
+                yield from child.items()  # type: ignore[misc]
+
+    def _drop_pools(self, adapter_name: str) -> None:
+        for key, child in self.named_children():
+            if key.startswith(self.prefix) and isinstance(child, nn.ModuleDict) and adapter_name in child:
+                del child[adapter_name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._drop_pools(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Pools are float32; without ``autocast_adapter_dtype`` they follow the base, unless ``pool_dtype`` says."""
+        config: Any = self.peft_config[adapter_name]
+        if autocast_adapter_dtype or config.pool_dtype is not None:
+            return
+        for layer in self.modules():
+            if isinstance(layer, MoSLayer) and adapter_name in layer.mos_layer:
+                _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+                if dtype is not None and dtype.is_floating_point:
+                    layer.pool_of(adapter_name)[0].to(dtype)
+
+    # ---------------------------------------------------------------------------------------------- forward
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """``adapter_names=`` of forward and generate, one adapter per row; PEFT drops it silently without this."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        rows = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+
+        def insert(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            return args, {**kwargs, "adapter_names": rows}
+
+        layers = [module for module in self.modules() if isinstance(module, MoSLayer)]
+        handles = [layer.register_forward_pre_hook(insert, with_kwargs=True) for layer in layers]  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Index tables in the smallest integer type that holds them."""
+        out = super()._get_adapter_state_dict(*args, **kwargs)
+        for key, tensor in out.items():
+            if _is_table(key) and tensor.device.type != "meta":
+                out[key] = tensor.to(smallest_integer(int(tensor.max())))
+        return out
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tables = {key: tensor.to(torch.int32) for key, tensor in state_dict.items() if _is_table(key)}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **tables})
+
+
+def _is_table(key: str) -> bool:
+    return f".{MoSModel.prefix}" in key and key.rpartition(".")[2].startswith("index_")
