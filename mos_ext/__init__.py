@@ -11,10 +11,12 @@ from ._version import __version__
 from .adapt import ParameterReport, adapt, disabled, merge, parameter_report, unmerge
 from .checkpoint import export_lora, load_adapter, save_adapter
 from .config import MoSConfig
+from .explain import Explanation, explain
 from .linear import MoSLinear
 from .pools import ShardPool
 
 __all__ = [
+    "Explanation",
     "MoSConfig",
     "MoSLinear",
     "ParameterReport",
@@ -22,6 +24,7 @@ __all__ = [
     "__version__",
     "adapt",
     "disabled",
+    "explain",
     "export_lora",
     "functional",
     "load_adapter",

@@ -12,6 +12,7 @@ from .config import MoSConfig
 from .linear import MoSLinear
 from .planner import LinearType, device_of, plan, type_keys, unwrap
 from .pools import ShardPool
+from .ranks import same_on_every_rank
 
 POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
 
@@ -26,7 +27,7 @@ class Adapter(nn.Module):
     def __init__(self, config: MoSConfig, linear_types: Sequence[LinearType], pools: Sequence[ShardPool]) -> None:
         super().__init__()
         self.config, self.linear_types = config, tuple(linear_types)
-        for key, pool in zip(type_keys(linear_types), pools, strict=True):
+        for key, pool in zip(type_keys([t.name for t in linear_types]), pools, strict=True):
             self.add_module(key, pool)
 
     def forward(self, x):
@@ -71,7 +72,8 @@ def adapt(model: nn.Module, config: MoSConfig) -> nn.Module:
     Raises:
         ValueError: the model is adapted already, no module matches ``target_modules`` (the message lists what exists),
             ``shards_per_vector`` does not divide a module's features, or a linear type has too few modules for the
-            ranks (with the nearest valid values).
+            ranks (with the nearest valid values). In distributed runs also when ranks disagree on ``config``; then
+            every rank raises.
         TypeError: an argument or a selected module of the wrong type, or a model that is a bare container.
             The model is unchanged after any error.
     """
@@ -80,8 +82,11 @@ def adapt(model: nn.Module, config: MoSConfig) -> nn.Module:
     if not isinstance(config, MoSConfig):
         raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
     base = unwrap(model)
-    check_unadapted(base)
-    install(base, config, plan(base, config))
+    with same_on_every_rank() as say:
+        check_unadapted(base)
+        linear_types = plan(base, config)
+        say(config.to_dict())
+    install(base, config, linear_types)
     return model
 
 
@@ -89,6 +94,9 @@ def check_unadapted(model: nn.Module) -> None:
     """ValueError for a model with an adapter, TypeError for one that cannot hold one."""
     if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
         raise TypeError(f"model must be a module with a forward of its own, got a {type(model).__name__}")
+    for module in model.modules():
+        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise TypeError(f"model must be adapted before it is wrapped, got a {type(module).__name__}")
     if any(True for _ in mos_layers(model)):
         raise ValueError("model must not be adapted yet, got one with MoSLinear layers; start from the base model")
     if hasattr(model, POOLS):

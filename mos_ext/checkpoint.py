@@ -1,8 +1,10 @@
 """Adapters on disk: MoS checkpoints of a few megabytes, and exact exports to standard LoRA.
 
-A checkpoint is a directory with ``adapter_model.safetensors`` (each pool once, the index tables in the smallest
-integer type, so that no file depends on a generator) and ``adapter_config.json``. The same configuration is in the
-safetensors header: a directory whose two files do not belong together, after an interrupted save say, is refused.
+A checkpoint is a directory as PEFT writes it, and the same for both: ``adapter_config.json`` with ``peft_type`` MOS,
+and ``adapter_model.safetensors`` with each pool once and the index tables in the smallest integer type, so that no
+file depends on a generator. What :func:`save_adapter` writes has more in the header of the safetensors file: the
+configuration again, so that a directory whose two files do not belong together, after an interrupted save say, is
+refused; and the modules of every linear type.
 """
 
 from __future__ import annotations
@@ -20,17 +22,33 @@ from torch import Tensor, nn
 from ._version import __version__
 from .adapt import adapter_of, check_unadapted, install, mos_layers
 from .config import POOL_DTYPES, MoSConfig
-from .linear import MoSLinear
+from .linear import AdaptedLayer
 from .ops.checks import check_integer
-from .planner import LinearType, group_modules, select_modules, type_name, unwrap
+from .planner import LinearType, group_modules, select_modules, type_keys, type_name, unwrap
 from .pools import ShardPool
 from .routing import IndexTables, check_ranks, check_tables
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FORMAT, FORMAT_VERSION = "mos_ext", 1
-_CONFIG_KEY = "adapter_config"  # of the safetensors header
+FORMAT_VERSION = 1
+_HEADER_KEY = "mos_ext"  # of the safetensors file
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_TENSORS = ("pool_a", "pool_b", "index_a", "index_b")
+_TENSORS = ("a", "b", "index_a", "index_b")  # of a ShardPool
+# What PEFT's configuration has beside MoSConfig's fields, with the values that load_adapter can do with.
+_PEFT_DEFAULTS: dict[str, Any] = {"modules_to_save": None, "bias": "none"}
+
+
+# Only tasks for which PEFT adds no trained head of its own: with SEQ_CLS, say, it would look for a classifier in the
+# file.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def _tensor_name(type_key: str, tensor: str) -> str:
+    """The name that a tensor of a pool has in a PEFT checkpoint."""
+    return f"base_model.mos_{type_key}.{tensor}"
 
 
 def _safetensors():
@@ -61,29 +79,44 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     _check_dtype(dtype)
     adapter, model = adapter_of(model), unwrap(model)
     config = {
-        "format": FORMAT,
+        **_peft_config("MOS", model),
+        **adapter.config.to_dict(),
+        **_PEFT_DEFAULTS,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for _, layer in mos_layers(model)),
+        "init_weights": True,
+    }
+    header = {
         "format_version": FORMAT_VERSION,
         "mos_ext_version": __version__,
-        "base_model": {"class": type(model).__name__, "name_or_path": _name_or_path(model)},
-        "config": adapter.config.to_dict(),
+        "base_model": type(model).__name__,
         "linear_types": [
             {"role": t.role, "in_features": t.in_features, "out_features": t.out_features, "modules": list(t.modules)}
             for t in adapter.linear_types
         ],
+        "adapter_config": config,
     }
     tensors = {}
-    for linear_type, pool in zip(adapter.linear_types, adapter.pools, strict=True):
-        _check_in_memory(linear_type.name, pool)
+    names = [t.name for t in adapter.linear_types]
+    for name, key, pool in zip(names, type_keys(names), adapter.pools, strict=True):
+        _check_in_memory(name, pool)
         smallest = smallest_integer(pool.a.shape[0] - 1)
-        for name, tensor, target in (
-            ("pool_a", pool.a, dtype),
-            ("pool_b", pool.b, dtype),
-            ("index_a", pool.index_a, smallest),
-            ("index_b", pool.index_b, smallest),
-        ):
-            tensors[f"{linear_type.name}.{name}"] = tensor.detach().to("cpu", target or tensor.dtype)
+        for tensor in _TENSORS:
+            value = getattr(pool, tensor).detach()
+            target = smallest if tensor.startswith("index") else dtype or value.dtype
+            tensors[_tensor_name(key, tensor)] = value.to("cpu", target)
     _check_finite(tensors)
-    _save(path, tensors, config, {_CONFIG_KEY: json.dumps(config, sort_keys=True)})
+    _save(path, tensors, config, {_HEADER_KEY: json.dumps(header, sort_keys=True)})
+
+
+def _peft_config(peft_type: str, model: nn.Module) -> dict[str, Any]:
+    """What every PEFT configuration says of an adapter for ``model``."""
+    class_name = type(model).__name__
+    return {
+        "peft_type": peft_type,
+        "task_type": next((task for suffix, task in _TASKS.items() if class_name.endswith(suffix)), None),
+        "base_model_name_or_path": _name_or_path(model),
+        "inference_mode": True,
+    }
 
 
 def _check_dtype(dtype: object) -> None:
@@ -173,24 +206,29 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"path must hold {name}, got {folder}")
     stored = _read_config(folder / CONFIG)
+    tensors, header = _read_tensors(folder / WEIGHTS, stored)
     try:
-        config = MoSConfig.from_dict(stored["config"])
-        types = {(t["role"], t["in_features"], t["out_features"]): tuple(t["modules"]) for t in stored["linear_types"]}
-        if len(types) != len(stored["linear_types"]):
-            raise ValueError("a linear type that occurs twice")
+        config = _method_config(stored, tensors)
+        types = None if header is None else _types_of(header)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} must hold a valid MoS configuration, got {error}") from None
-    tensors = _read_tensors(folder / WEIGHTS, stored)
-    _check_model(model, config, types, folder)
-    linear_types = [_stored_type(key, modules, config, tensors, folder) for key, modules in types.items()]
-    _check_pools(linear_types, config, tensors, folder)
+        raise ValueError(f"{folder} must hold a valid MoS configuration, got {error}") from None
+    types = _check_model(model, config, types, folder)
+    keys = type_keys([type_name(*key) for key in types])
+    linear_types = [
+        _stored_type(key, t, modules, config, tensors, folder)
+        for key, (t, modules) in zip(keys, types.items(), strict=True)
+    ]
+    _check_pools(keys, linear_types, config, tensors, folder)
 
     install(model, config, linear_types)
     with torch.no_grad():
-        for linear_type, pool in zip(linear_types, adapter_of(model).pools, strict=True):
-            pool.a.copy_(tensors[f"{linear_type.name}.pool_a"])
-            pool.b.copy_(tensors[f"{linear_type.name}.pool_b"])
+        for key, pool in zip(keys, adapter_of(model).pools, strict=True):
+            pool.a.copy_(tensors[_tensor_name(key, "a")])
+            pool.b.copy_(tensors[_tensor_name(key, "b")])
     return base_model
+
+
+_Types = dict[tuple[str, int, int], tuple[str, ...]]  # (role, in_features, out_features) -> modules
 
 
 def _read_config(file: Path) -> dict:
@@ -198,38 +236,65 @@ def _read_config(file: Path) -> dict:
         stored = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON, got {error}") from None
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+    if not isinstance(stored, dict) or stored.get("peft_type") != "MOS":
         got = (
-            f"a {stored['peft_type']} adapter of PEFT"
+            f"a {stored['peft_type']} adapter"
             if isinstance(stored, dict) and "peft_type" in stored
             else "something else"
         )
-        raise ValueError(f"{file} must describe a mos_ext adapter, got {got}")
-    if stored.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{file} must have format_version {FORMAT_VERSION}, got {stored.get('format_version')}")
+        raise ValueError(f"{file} must describe a MoS adapter, got {got}")
     return stored
 
 
-def _read_tensors(file: Path, stored: dict) -> dict[str, Tensor]:
+def _read_tensors(file: Path, stored: dict) -> tuple[dict[str, Tensor], dict | None]:
+    """The tensors and our header; None for a file that PEFT wrote, which has none."""
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            header = (opened.metadata() or {}).get(_CONFIG_KEY)
+            text = (opened.metadata() or {}).get(_HEADER_KEY)
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} must be a complete safetensors file, got {error}") from None
+    if text is None:
+        return tensors, None
     try:
-        same = header is not None and json.loads(header) == stored
+        header = json.loads(text)
     except (ValueError, RecursionError):
-        same = False
-    if not same:
+        header = None
+    if not isinstance(header, dict) or header.get("adapter_config") != stored:
         raise ValueError(
             f"{file} must come from the same save as {CONFIG} beside it, got another configuration in its header"
         )
-    return tensors
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{file} must have format_version {FORMAT_VERSION}, got {header.get('format_version')}")
+    return tensors, header
 
 
-def _check_model(model: nn.Module, config: MoSConfig, types: dict, folder: Path) -> None:
+def _method_config(stored: dict, tensors: dict[str, Tensor]) -> MoSConfig:
+    """The MoSConfig in a PEFT configuration."""
+    for name, only in _PEFT_DEFAULTS.items():
+        if stored.get(name, only) != only:
+            raise ValueError(
+                f"{name} must be {only!r}, got {stored[name]!r}: load this adapter with PEFT, which can train "
+                f"more than the adapter (mos_ext.integrations.peft)"
+            )
+    values = {name: stored[name] for name in MoSConfig().to_dict() if name in stored}
+    values["exclude_modules"] = values.get("exclude_modules") or ()
+    if values.get("pool_dtype", ...) is None:  # PEFT's rule decided: what the pools are stored in
+        values["pool_dtype"] = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    return MoSConfig.from_dict(values)
+
+
+def _types_of(header: dict) -> _Types:
+    stored = header["linear_types"]
+    types = {(t["role"], t["in_features"], t["out_features"]): tuple(t["modules"]) for t in stored}
+    if len(types) != len(stored):
+        raise ValueError("a linear type that occurs twice")
+    return types
+
+
+def _check_model(model: nn.Module, config: MoSConfig, types: _Types | None, folder: Path) -> _Types:
+    """The types that the configuration selects in this model; they must be those of the file, where it names them."""
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("base_model must have its values in memory, got parameters on the meta device")
     try:
@@ -238,7 +303,7 @@ def _check_model(model: nn.Module, config: MoSConfig, types: dict, folder: Path)
         raise ValueError(
             f"{folder} must be an adapter for this model, a {type(model).__name__}, got: {error}"
         ) from None
-    if here != types:
+    if types is not None and here != types:
         different = sorted({type_name(*key) for key in set(here) ^ set(types)})
         if not different:
             key = next(key for key in types if here[key] != types[key])
@@ -247,10 +312,16 @@ def _check_model(model: nn.Module, config: MoSConfig, types: dict, folder: Path)
             f"{folder} must be an adapter for this model, a {type(model).__name__}, got one "
             f"that differs in {', '.join(different)}"
         )
+    return here
 
 
 def _stored_type(
-    key: tuple[str, int, int], modules: tuple[str, ...], config: MoSConfig, tensors: dict, folder: Path
+    type_key: str,
+    key: tuple[str, int, int],
+    modules: tuple[str, ...],
+    config: MoSConfig,
+    tensors: dict[str, Tensor],
+    folder: Path,
 ) -> LinearType:
     """A linear type with the tables of the file, which must fit the configuration."""
     name = type_name(*key)
@@ -259,10 +330,10 @@ def _stored_type(
         check_ranks(config, key[1], key[2], len(modules), r=r, module=module, linear_type=name)
     tables = []
     for side in ("index_a", "index_b"):
-        table = tensors.get(f"{name}.{side}")
+        table = tensors.get(_tensor_name(type_key, side))
         if table is None or table.dtype not in _INTEGERS:
             got = "none" if table is None else table.dtype
-            raise ValueError(f"{folder / WEIGHTS} must hold an integer tensor {name}.{side}, got {got}")
+            raise ValueError(f"{folder / WEIGHTS} must hold an integer tensor {side} of {name}, got {got}")
         tables.append(table.numpy())
     try:
         check_tables(config, IndexTables(*tables), ranks)
@@ -272,84 +343,97 @@ def _stored_type(
     return LinearType(*key, modules, ranks, scales, IndexTables(*(table.astype(np.int32) for table in tables)))
 
 
-def _check_pools(linear_types: list[LinearType], config: MoSConfig, tensors: dict, folder: Path) -> None:
-    expected = {f"{t.name}.{tensor}" for t in linear_types for tensor in _TENSORS}
+def _check_pools(
+    keys: list[str], linear_types: list[LinearType], config: MoSConfig, tensors: dict[str, Tensor], folder: Path
+) -> None:
+    expected = {_tensor_name(key, tensor) for key in keys for tensor in _TENSORS}
     if set(tensors) != expected:
         raise ValueError(
             f"{folder / WEIGHTS} must hold the tensors of its configuration, got a difference "
             f"in {sorted(set(tensors) ^ expected)}"
         )
-    for t in linear_types:
+    for key, t in zip(keys, linear_types, strict=True):
         n, l = config.num_shards(len(t.modules)), config.shards_per_vector
-        for side, features in (("pool_a", t.in_features), ("pool_b", t.out_features)):
-            pool = tensors[f"{t.name}.{side}"]
+        for side, features in (("a", t.in_features), ("b", t.out_features)):
+            name = _tensor_name(key, side)
+            pool = tensors[name]
             if pool.shape != (n, features // l) or pool.dtype not in POOL_DTYPES.values():
                 raise ValueError(
-                    f"{folder / WEIGHTS} must hold {t.name}.{side} as floats of shape {(n, features // l)}, "
+                    f"{folder / WEIGHTS} must hold {name} as floats of shape {(n, features // l)}, "
                     f"got {pool.dtype} {tuple(pool.shape)}"
                 )
-    _check_finite({name: t.to(config.torch_pool_dtype) for name, t in tensors.items() if ".pool_" in name})
+            _check_finite({name: pool.to(config.torch_pool_dtype)})
 
 
 # ------------------------------------------------------------------------------------------------ export
 
-# Only tasks for which PEFT adds no trained head of its own: with SEQ_CLS, say, it would look for a classifier in the
-# file.
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
-
 
 def export_lora(
-    model: nn.Module, path: str | os.PathLike, *, rank: int | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    adapter_name: str | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes the adapter as a PEFT LoRA checkpoint, which PEFT and LoRA servers load; the logits are the same.
 
-    ``lora_A = A``, ``lora_B = (alpha/r) * B`` and ``lora_alpha = r``, so that the result does not depend on how a
-    server scales. The file is as large as LoRA of rank r: use :func:`save_adapter` to keep an adapter.
+    ``lora_A = A``, ``lora_B = scale * B`` and ``lora_alpha = r``, so that the result does not depend on how a server
+    scales; smaller ranks are zero-padded to the largest. The file is as large as LoRA of rank r: use
+    :func:`save_adapter` (or ``save_pretrained`` under PEFT) to keep an adapter.
 
     Args:
-        model: an adapted model; merged or not makes no difference.
+        model: an adapted model, or a PEFT model with MoS adapters; merged or not makes no difference.
         path: a directory, made if needed; replaced like in :func:`save_adapter`.
-        rank: zero-pads to this rank, which some servers want to be 8, 16, 32 or 64; None keeps r.
+        adapter_name: which adapter of a PEFT model; None takes the active one.
+        rank: zero-pads to this rank, which some servers want to be 8, 16, 32 or 64; None keeps the largest r.
         dtype: of the exported matrices; None keeps the pools'.
 
     Raises:
         ValueError: the model is not adapted, or ``rank`` is below r. TypeError: ``dtype`` is not a float type.
     """
-    adapter, model = adapter_of(model), unwrap(model)
-    r = max(max(t.ranks) for t in adapter.linear_types)
+    model, peft_config = unwrap(model), None
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        peft_model: Any = model
+        adapter_name = _peft_adapter(peft_model, adapter_name)
+        peft_config, model = peft_model.peft_config[adapter_name], peft_model.get_base_model()
+    else:
+        adapter_of(model)
+        if adapter_name is not None:
+            raise ValueError(f"adapter_name must be None for a model of one adapter, got {adapter_name!r}")
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdaptedLayer) and layer.has_adapter(adapter_name)
+    }
+    pools = {name: layer.adapter(adapter_name) for name, layer in layers.items()}
+    r = max(pool.ranks[k] for pool, k in pools.values())
     rank = r if rank is None else rank
     check_integer("rank", rank, 1)
     if rank < r:
         raise ValueError(f"rank must be at least r={r}, got {rank}")
     _check_dtype(dtype)
-    for linear_type, pool in zip(adapter.linear_types, adapter.pools, strict=True):
-        _check_in_memory(linear_type.name, pool)
-    tensors, layers = {}, dict(mos_layers(model))
+    for name, (pool, _) in pools.items():
+        _check_in_memory(name, pool)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, MoSLinear) and name not in layers:
+        if isinstance(module, AdaptedLayer) and module.has_adapter(adapter_name) and name not in layers:
             raise ValueError(
                 f"an exported module must have one name, got one that is also {name}: PEFT would adapt it once"
             )
+    tensors = {}
     with torch.no_grad():
-        for name, layer in layers.items():
-            a, b = layer.factors()
+        for name, (pool, k) in pools.items():
+            a, b = pool.factors(k)
             target = dtype or a.dtype
             padded_a, padded_b = (
                 a.new_zeros(rank, a.shape[1], dtype=target),
                 b.new_zeros(b.shape[0], rank, dtype=target),
             )
-            padded_a[: len(a)], padded_b[:, : len(a)] = a, layer.scale * b
+            padded_a[: len(a)], padded_b[:, : len(a)] = a, pool.scales[k] * b
             tensors[f"base_model.model.{name}.lora_A.weight"] = padded_a.cpu()
             tensors[f"base_model.model.{name}.lora_B.weight"] = padded_b.cpu()
-    class_name = type(model).__name__
     config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": next((task for suffix, task in _TASKS.items() if class_name.endswith(suffix)), None),
-        "base_model_name_or_path": _name_or_path(model),
+        **_peft_config("LORA", model),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
@@ -361,10 +445,39 @@ def export_lora(
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": None,
-        "inference_mode": True,
     }
+    if peft_config is not None:
+        config.update(_trained_beside(peft_config, model, str(adapter_name), tensors))
     _check_finite(tensors)
     _save(path, tensors, config, {"format": "pt"})
+
+
+def _peft_adapter(model: Any, adapter_name: str | None) -> str:
+    """The name of a MoS adapter of a PEFT model."""
+    names = [name for name, config in model.peft_config.items() if str(config.peft_type.value) == "MOS"]
+    if adapter_name is None:
+        active = model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapter]
+        if len(active) != 1:
+            raise ValueError(f"adapter_name must be given when not exactly one adapter is active, got active {active}")
+        adapter_name = active[0]
+    if adapter_name not in names:
+        raise ValueError(f"adapter_name must be a MoS adapter, one of {names}, got {adapter_name!r}")
+    return adapter_name
+
+
+def _trained_beside(
+    peft_config: Any, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Adds ``modules_to_save`` of a PEFT adapter to an export's tensors; returns what its configuration says of it."""
+    if peft_config.bias != "none":
+        raise ValueError(f"bias must be 'none' for an export to LoRA, got {peft_config.bias!r}")
+    for name, wrapper in model.named_modules():
+        copies = getattr(wrapper, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and adapter_name in copies:
+            for key, value in copies[adapter_name].state_dict().items():
+                tensors[f"base_model.model.{name}.{key}"] = value.detach().cpu()
+    saved = peft_config.modules_to_save
+    return {"task_type": peft_config.task_type, "modules_to_save": None if saved is None else sorted(saved)}
 
 
 def _lora_targets(model: nn.Module, adapted: set[str]) -> list[str]:

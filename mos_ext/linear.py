@@ -34,6 +34,15 @@ class AdaptedLayer:
     """
 
     paths: Counter[str]
+    fan_in_fan_out: bool
+
+    def has_adapter(self, name: str | None) -> bool:
+        """Whether the layer takes part in the adapter called so; None is that of a layer with one."""
+        raise NotImplementedError
+
+    def adapter(self, name: str | None) -> tuple[ShardPool, int]:
+        """The pool of an adapter, and the number of this layer in it."""
+        raise NotImplementedError
 
     def compute(
         self,
@@ -54,7 +63,8 @@ class AdaptedLayer:
         """
         todo = [(pool.operands(layer), pool.config.dropout if training else 0.0, pool) for pool, layer in adapters]
         if not torch.compiler.is_compiling():
-            self.count(_why_slow(x, todo) or opaque or FUSED)
+            slow = _why_slow(x, todo)
+            self.count(slow or opaque or FUSED, level=logging.WARNING if slow else logging.INFO)
         if opaque is None:
             (operands, dropout, _), *todo = todo
             weight: Any = base.weight.T if transposed else base.weight  # type: ignore[operator]
@@ -66,6 +76,22 @@ class AdaptedLayer:
             y = accumulate(y, x, **operands, dropout=dropout, in_place=fresh)
         return y
 
+    def path(self) -> str:
+        """The way that a call takes now, on the base's device, outside of tracing and transforms."""
+        base, opaque = self.base_and_cause()
+        if base is None:
+            return BASE_ALONE
+        device = device_of(base)
+        return (_why_not_native("low_rank", device.type) if device else None) or opaque or FUSED
+
+    def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
+        """The base layer (None while no adapter is in use) and why it is called rather than fused, if it is."""
+        raise NotImplementedError
+
+    def base_name(self) -> str:
+        """The class of the base layer."""
+        raise NotImplementedError
+
     @staticmethod
     def why_called(base: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> str | None:
         """Why a base must be called, hooks and arguments considered; None when it can be fused with an adapter."""
@@ -73,11 +99,12 @@ class AdaptedLayer:
             return "the base layer has hooks"
         return why_opaque(base) or ("the base layer takes more arguments than x" if args or kwargs else None)
 
-    def count(self, path: str) -> None:
+    def count(self, path: str, level: int) -> None:
+        """Counts a call, and logs a cause that was not met before."""
         self.paths[path] += 1
-        if path not in (FUSED, BASE_ALONE) and path not in _logged:
+        if path != FUSED and path not in _logged:
             _logged.add(path)
-            logger.warning("mos_ext: a layer does not take the fused path: %s (mos_ext.explain tells more)", path)
+            logger.log(level, "a layer is not fused with its base: %s (mos_ext.explain(model) tells more)", path)
 
 
 def _is_fresh(base: nn.Module) -> bool:
@@ -234,7 +261,7 @@ class MoSLinear(nn.Module, AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or not self.enabled:
             if not torch.compiler.is_compiling():
-                self.count(BASE_ALONE)
+                self.paths[BASE_ALONE] += 1
             if self.opaque is not None:
                 return self.base_layer(x)
             return nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
@@ -246,6 +273,22 @@ class MoSLinear(nn.Module, AdaptedLayer):
             transposed=self.fan_in_fan_out,
             training=self.training,
         )
+
+    def has_adapter(self, name: str | None) -> bool:
+        return name is None
+
+    def adapter(self, name: str | None) -> tuple[ShardPool, int]:
+        return self.pool, self.layer
+
+    def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
+        if self.merged or not self.enabled:
+            return None, None
+        return (self, None) if self.opaque is None else (self.base_layer, self.opaque)
+
+    def base_name(self) -> str:
+        if self.opaque is not None:
+            return type(self.base_layer).__name__
+        return "Conv1D" if self.fan_in_fan_out else "Linear"
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), assembled, in the pools' dtype: the layer's LoRA matrices without the scale."""

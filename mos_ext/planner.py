@@ -104,7 +104,8 @@ def in_layers(config: MoSConfig, name: str) -> bool:
     return number in cast(Sequence[int], config.layers_to_transform)
 
 
-def _role(name: str) -> str:
+def role_of(name: str) -> str:
+    """A module's name with every number replaced by ``*``."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -133,7 +134,7 @@ def every_linear(named: Iterable[tuple[str, nn.Module]], head: nn.Module | None)
         ValueError: there is none; the message lists what exists.
     """
     linear = linear_modules(named)
-    names = [n for n, m in linear if "*" in _role(n).split(".") and m is not head]
+    names = [n for n, m in linear if "*" in role_of(n).split(".") and m is not head]
     if not names:
         _raise_nothing_matches(
             "match at least one linear module inside a numbered block (name the modules to adapt others), "
@@ -144,7 +145,7 @@ def every_linear(named: Iterable[tuple[str, nn.Module]], head: nn.Module | None)
 
 
 def _raise_nothing_matches(rule: str, linear: Sequence[tuple[str, nn.Module]]) -> None:
-    existing = sorted({_role(n) for n, _ in linear})
+    existing = sorted({role_of(n) for n, _ in linear})
     raise ValueError(f"target_modules must {rule}; the model has: {', '.join(existing) or 'no linear module'}")
 
 
@@ -190,7 +191,7 @@ def group_modules(named: Iterable[tuple[str, nn.Module]]) -> dict[tuple[str, int
                 f"target_modules must select modules with whole weights, got {name}, whose weight is a DTensor: adapt "
                 f"the model before fully_shard; tensor-parallel layers cannot be adapted"
             )
-        groups.setdefault((_role(name), *features), []).append(name)
+        groups.setdefault((role_of(name), *features), []).append(name)
     return {key: tuple(names) for key, names in groups.items()}
 
 
@@ -216,14 +217,14 @@ def plan(model: nn.Module, config: MoSConfig) -> list[LinearType]:
     return plan_modules(config, select_modules(model, config))
 
 
-def type_keys(linear_types: Sequence[LinearType]) -> list[str]:
-    """One identifier per linear type, for state_dict keys that every tool can handle:
+def type_keys(names: Sequence[str]) -> list[str]:
+    """One identifier per name of a linear type, for state_dict keys that every tool can handle:
 
     ``model_layers_self_attn_q_proj_4096_4096``.
     """
     keys: list[str] = []
-    for linear_type in linear_types:
-        key = re.sub(r"\W+", "_", linear_type.name).strip("_")
+    for name in names:
+        key = re.sub(r"\W+", "_", name).strip("_")
         while key in keys:
             key += "_"
         keys.append(key)

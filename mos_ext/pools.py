@@ -98,7 +98,8 @@ class ShardPool(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for side in ("index_a", "index_b"):
-            if (table := state_dict.get(prefix + side)) is not None:
+            table = state_dict.get(prefix + side)
+            if table is not None and table.shape == getattr(self, side).shape:  # torch tells of other shapes
                 check_index(prefix + side, table, self.a.shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -48,7 +48,10 @@ def test_each_pool_once_and_small_tables(tmp_path):
         model = mos_ext.adapt(llama(layers, hidden_size=8, intermediate_size=8, num_attention_heads=2), SMALL)
         mos_ext.save_adapter(model, tmp_path)
         tensors = load_file(tmp_path / WEIGHTS)
-        assert sum(t.numel() for n, t in tensors.items() if ".pool_" in n) == mos_ext.parameter_report(model).trainable
+        assert (
+            sum(t.numel() for n, t in tensors.items() if n.endswith((".a", ".b")))
+            == mos_ext.parameter_report(model).trainable
+        )
         assert {t.dtype for n, t in tensors.items() if ".index_" in n} == {integer}
         assert len(tensors) == 4 * 7
 
@@ -101,16 +104,16 @@ def refused(folder, message, model=None, error=ValueError):
 
 
 def edit(folder, change):
-    """Changes tensors and configuration consistently in both files."""
+    """Changes tensors, configuration and header consistently in both files."""
     with safe_open(folder / WEIGHTS, "pt") as file:
-        metadata = file.metadata()
+        header = json.loads(file.metadata()["mos_ext"])
     tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
-    change(tensors, config)
-    save_file(tensors, folder / WEIGHTS, {**metadata, "adapter_config": json.dumps(config)})
+    change(tensors, config, header)
+    save_file(tensors, folder / WEIGHTS, {"mos_ext": json.dumps({**header, "adapter_config": config})})
     (folder / CONFIG).write_text(json.dumps(config))
 
 
-Q = "model.layers.*.self_attn.q_proj[64->64]"
+Q = "base_model.mos_model_layers_self_attn_q_proj_64_64"
 
 
 def test_missing_files(saved):
@@ -138,17 +141,17 @@ def test_deeply_nested_json(saved):
 
 def test_a_broken_header(saved):
     tensors = load_file(saved / WEIGHTS)
-    save_file(tensors, saved / WEIGHTS, {"adapter_config": "{"})
+    save_file(tensors, saved / WEIGHTS, {"mos_ext": "{"})
     refused(saved, "must come from the same save")
 
 
 def test_another_format(saved):
     (saved / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
-    refused(saved, "adapter_config.json must describe a mos_ext adapter, got a LORA adapter of PEFT")
+    refused(saved, "adapter_config.json must describe a MoS adapter, got a LORA adapter")
 
 
 def test_another_version(saved):
-    edit(saved, lambda tensors, config: config.update(format_version=2))
+    edit(saved, lambda tensors, config, header: header.update(format_version=2))
     refused(saved, "must have format_version 1, got 2")
 
 
@@ -177,61 +180,62 @@ def test_another_model(saved, model, difference):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, c: c["config"].update(r=0), "must hold a valid MoS configuration, got r must be at least 1"),
+        (lambda t, c, h: c.update(r=0), "must hold a valid MoS configuration, got r must be at least 1"),
         (
-            lambda t, c: c["config"].update(extra=1),
-            r"got an MoSConfig must have exactly its own fields, got unknown \['extra'\]",
+            lambda t, c, h: c.pop("routing"),
+            r"got an MoSConfig must have exactly its own fields, got unknown \[\] and missing \['routing'\]",
         ),
-        (lambda t, c: c["config"].update(private_rank=2), "index_a must use public shards in"),
+        (lambda t, c, h: c.update(bias="all"), "got bias must be 'none', got 'all': load this adapter with PEFT"),
+        (lambda t, c, h: c.update(private_rank=2), "index_a must use public shards in"),
         (
-            lambda t, c: c["config"].update(pair_dissociation=False),
+            lambda t, c, h: c.update(pair_dissociation=False),
             "index_b must equal index_a when pair_dissociation is False",
         ),
         (
-            lambda t, c: c["config"].update(r=5),
+            lambda t, c, h: c.update(r=5),
             r"index_a must have the shape \(4, 5, 2\) of its configuration, got \(4, 4, 2\)",
         ),
-        (lambda t, c: c.pop("linear_types"), "must hold a valid MoS configuration, got 'linear_types'"),
-        (lambda t, c: t.pop(f"{Q}.pool_a"), "must hold the tensors of its configuration, got a difference in"),
-        (lambda t, c: t.update(extra=torch.zeros(1)), r"got a difference in \['extra'\]"),
-        (lambda t, c: t.pop(f"{Q}.index_b"), r"must hold an integer tensor .*index_b, got none"),
+        (lambda t, c, h: h.pop("linear_types"), "must hold a valid MoS configuration, got 'linear_types'"),
+        (lambda t, c, h: t.pop(f"{Q}.a"), "must hold the tensors of its configuration, got a difference in"),
+        (lambda t, c, h: t.update(extra=torch.zeros(1)), r"got a difference in \['extra'\]"),
+        (lambda t, c, h: t.pop(f"{Q}.index_b"), r"must hold an integer tensor index_b of model.*, got none"),
         (
-            lambda t, c: t.update({f"{Q}.index_b": t[f"{Q}.index_b"].float()}),
+            lambda t, c, h: t.update({f"{Q}.index_b": t[f"{Q}.index_b"].float()}),
             "must hold an integer tensor .*, got torch.float32",
         ),
         (
-            lambda t, c: t[f"{Q}.index_a"].view(-1).__setitem__(0, 200),
+            lambda t, c, h: t[f"{Q}.index_a"].view(-1).__setitem__(0, 200),
             r"index_a must use public shards in \[0, 16\), got \d+ to 200",
         ),
         (
-            lambda t, c: t.update({f"{Q}.index_a": t[f"{Q}.index_a"].long() + 2**32}),
+            lambda t, c, h: t.update({f"{Q}.index_a": t[f"{Q}.index_a"].long() + 2**32}),
             r"index_a must use public shards in \[0, 16\)",
         ),
         (
-            lambda t, c: t.update({f"{Q}.index_a": t[f"{Q}.index_a"].to(torch.complex64)}),
+            lambda t, c, h: t.update({f"{Q}.index_a": t[f"{Q}.index_a"].to(torch.complex64)}),
             "must hold an integer tensor .*, got torch.complex64",
         ),
         (
-            lambda t, c: t[f"{Q}.pool_a"].view(-1)[:1].fill_(float("nan")),
-            r"pool_a must be finite in torch.float32, got inf or NaN",
+            lambda t, c, h: t[f"{Q}.a"].view(-1)[:1].fill_(float("nan")),
+            r"proj_64_64\.a must be finite in torch.float32, got inf or NaN",
         ),
         (
-            lambda t, c: t.update({f"{Q}.pool_a": t[f"{Q}.pool_a"].double() * 1e300}),
-            r"pool_a must be finite in torch.float32, got inf or NaN",
+            lambda t, c, h: t.update({f"{Q}.a": t[f"{Q}.a"].double() * 1e300}),
+            r"proj_64_64\.a must be finite in torch.float32, got inf or NaN",
         ),
-        (lambda t, c: c["linear_types"].append(c["linear_types"][0]), "got a linear type that occurs twice"),
+        (lambda t, c, h: h["linear_types"].append(h["linear_types"][0]), "got a linear type that occurs twice"),
         (
-            lambda t, c: c["config"].update(alpha=10**400),
+            lambda t, c, h: c.update(alpha=10**400),
             "must hold a valid MoS configuration, got alpha must be finite",
         ),
-        (lambda t, c: t[f"{Q}.index_a"][0, 0].fill_(1), "index_a must not use a public shard twice in one layer"),
+        (lambda t, c, h: t[f"{Q}.index_a"][0, 0].fill_(1), "index_a must not use a public shard twice in one layer"),
         (
-            lambda t, c: t.update({f"{Q}.pool_b": t[f"{Q}.pool_b"][1:].clone()}),
-            r"pool_b as floats of shape \(24, 32\), got torch.float32 \(23, 32\)",
+            lambda t, c, h: t.update({f"{Q}.b": t[f"{Q}.b"][1:].clone()}),
+            r"proj_64_64\.b as floats of shape \(24, 32\), got torch.float32 \(23, 32\)",
         ),
         (
-            lambda t, c: t.update({f"{Q}.pool_b": t[f"{Q}.pool_b"].int()}),
-            r"pool_b as floats of shape \(24, 32\), got torch.int32",
+            lambda t, c, h: t.update({f"{Q}.b": t[f"{Q}.b"].int()}),
+            r"proj_64_64\.b as floats of shape \(24, 32\), got torch.int32",
         ),
     ],
 )

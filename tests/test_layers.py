@@ -15,6 +15,7 @@ PACKAGE = ROOT / "mos_ext"
 # A module may import modules of a smaller number only.
 LEVEL = {
     "_version": 0,
+    "ranks": 0,
     "reference": 0,
     "ops.schema": 1,
     "ops.loader": 2,
@@ -29,12 +30,13 @@ LEVEL = {
     "linear": 8,
     "adapt": 9,
     "checkpoint": 10,
-    "integrations.peft.register": 0,
+    "integrations.peft.registration": 0,
     "integrations.peft.config": 6,
     "integrations.peft.layer": 9,
     "integrations.peft.model": 11,
     "integrations.peft": 12,
     "integrations": 12,
+    "explain": 9,
     "env": 10,
     "testing": 10,
     "__main__": 11,

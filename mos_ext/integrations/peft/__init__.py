@@ -7,14 +7,14 @@ From then on PEFT treats ``peft_type="MOS"`` like its own methods: ``PeftModel.f
 ``merge_and_unload``, ... Import it before loading a MoS adapter, too: PEFT cannot know the type otherwise.
 """
 
-from .register import check_peft
+from .registration import check_peft
 
 check_peft()
 
 from .config import MoSConfig  # noqa: E402
 from .layer import MoSLayer, MoSLinear  # noqa: E402
 from .model import MoSModel  # noqa: E402
-from .register import register  # noqa: E402
+from .registration import register  # noqa: E402
 
 register(MoSConfig, MoSModel)
 

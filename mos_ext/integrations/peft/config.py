@@ -10,7 +10,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ... import config as native
-from .register import add_peft_type
+from .registration import add_peft_type
 
 add_peft_type("MOS")
 

@@ -61,9 +61,12 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """A pool lives where the tuner made it: it serves many layers."""
 
-    def pool_of(self, adapter_name: str) -> tuple[ShardPool, int]:
-        """The adapter's pool and the number of this layer in it."""
-        return self.mos_pools[adapter_name], self.mos_layer[adapter_name]  # type: ignore[return-value]
+    def adapter(self, name: str | None) -> tuple[ShardPool, int]:
+        assert name is not None
+        return self.mos_pools[name], self.mos_layer[name]  # type: ignore[return-value]
+
+    def has_adapter(self, name: str | None) -> bool:
+        return name in self.mos_layer
 
     @property
     def scaling(self) -> dict[str, float]:
@@ -76,11 +79,11 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
         return {name: pool.ranks[layer] for name, (pool, layer) in self._pools().items()}
 
     def _pools(self) -> dict[str, tuple[ShardPool, int]]:
-        return {name: self.pool_of(name) for name in self.mos_layer}
+        return {name: self.adapter(name) for name in self.mos_layer}
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base's weight, in that weight's shape and the pools' accumulation dtype."""
-        pool, layer = self.pool_of(adapter_name)
+        pool, layer = self.adapter(adapter_name)
         delta = pool.delta_weight(layer)
         device = device_of(self.get_base_layer())
         return (delta.T if self.fan_in_fan_out else delta).to(device or delta.device)
@@ -110,18 +113,27 @@ class MoSLinear(nn.Module, MoSLayer):
             names = () if self.merged else [name for name in self.active_adapters if name in self.mos_layer]
         if not names:
             if not torch.compiler.is_compiling():
-                self.count(BASE_ALONE)
+                self.paths[BASE_ALONE] += 1
             return self.base_layer(x, *args, **kwargs)
         return self.compute(
             self.base_layer,
             x,
-            [self.pool_of(name) for name in names],
+            [self.adapter(name) for name in names],
             *args,
             opaque=self.why_called(self.base_layer, args, kwargs),
             transposed=self.fan_in_fan_out,
             training=self.training,
             **kwargs,
         )
+
+    def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
+        active = any(name in self.mos_layer for name in self.active_adapters)
+        if self.disable_adapters or self.merged or not active:
+            return None, None
+        return self.base_layer, self.why_called(self.base_layer)
+
+    def base_name(self) -> str:
+        return type(self.get_base_layer()).__name__
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """One adapter per row of a batch; ``"__base__"`` for none."""
@@ -133,7 +145,7 @@ class MoSLinear(nn.Module, MoSLayer):
         for name in dict.fromkeys(adapter_names):
             if name in self.mos_layer:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                pool, layer = self.pool_of(name)
+                pool, layer = self.adapter(name)
                 y[rows] = accumulate(y[rows], x[rows], **pool.operands(layer))
         return y
 
@@ -145,7 +157,7 @@ class MoSLinear(nn.Module, MoSLayer):
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.mos_layer:
-                pool, _ = self.pool_of(name)
+                pool, _ = self.adapter(name)
                 self._add_to_weight(name, 1.0, safe=safe_merge)
                 self.merged_adapters.append(name)
                 self._merged_from[name] = (pool.a._version, pool.b._version)
@@ -161,7 +173,7 @@ class MoSLinear(nn.Module, MoSLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters[-1]
-            pool, _ = self.pool_of(name)
+            pool, _ = self.adapter(name)
             if self._merged_from[name] != (pool.a._version, pool.b._version):
                 raise ValueError(f"the pools must not change between merge and unmerge, got adapter {name} changed")
             self._add_to_weight(name, -1.0, safe=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ...checkpoint import smallest_integer
 from ...planner import LinearType, device_of, every_linear, is_conv1d, output_head, plan_modules, type_keys
 from ...pools import ShardPool
+from ...ranks import same_on_every_rank
 from .config import MoSConfig
 from .layer import MoSLayer, MoSLinear
 
@@ -80,11 +80,13 @@ class MoSModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         adapter_name, device = self._injected
         bases = dict(self._bases(model))
-        named = [(name, m) for name, m in bases.items() if name and self._check_target_module_exists(peft_config, name)]
-        method = peft_config.method(targets=[name for name, _ in named] or ("none",))
-        linear_types = plan_modules(method, named)
+        with same_on_every_rank() as say:
+            named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
+            method = peft_config.method(targets=[name for name, _ in named] or ("none",))
+            linear_types = plan_modules(method, named)
+            say(method.to_dict())
         pools = [self._make_pool(peft_config, t, bases, device) for t in linear_types]
-        keys = [self.prefix + key for key in type_keys(linear_types)]
+        keys = [self.prefix + key for key in type_keys([t.name for t in linear_types])]
         for key, linear_type, pool in zip(keys, linear_types, pools, strict=True):
             if not hasattr(self, key):
                 self.add_module(key, nn.ModuleDict())
@@ -136,14 +138,7 @@ class MoSModel(BaseTuner):
         key, k = self._placed[current_key]
         layer: Any = target
         if not isinstance(target, MoSLayer):
-            conv1d = is_conv1d(target)
-            if peft_config.fan_in_fan_out != conv1d:
-                warnings.warn(
-                    f"fan_in_fan_out is set to {peft_config.fan_in_fan_out} but the target module is a "
-                    f"`{type(target).__name__}`. Setting fan_in_fan_out to {conv1d}.",
-                    stacklevel=2,
-                )
-                peft_config.fan_in_fan_out = conv1d
+            peft_config.fan_in_fan_out = is_conv1d(target)  # a fact about the base, whatever was said
             layer = MoSLinear(target, getattr(self, key), adapter_name, **get_quantization_kwargs(self))
         layer.update_layer(adapter_name, k, inference_mode=peft_config.inference_mode)
         if layer is not target:
@@ -175,7 +170,7 @@ class MoSModel(BaseTuner):
             if isinstance(layer, MoSLayer) and adapter_name in layer.mos_layer:
                 _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
                 if dtype is not None and dtype.is_floating_point:
-                    layer.pool_of(adapter_name)[0].to(dtype)
+                    layer.adapter(adapter_name)[0].to(dtype)
 
     # ---------------------------------------------------------------------------------------------- forward
 

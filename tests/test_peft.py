@@ -1,0 +1,583 @@
+"""MoS as a PEFT method: what PEFT's own suite cannot see (sharing, tables, the planner) and what users do with it."""
+
+import copy
+import json
+import re
+import warnings
+from importlib import metadata
+
+import pytest
+import torch
+from models import BUILDERS, gpt2, inputs, llama, randomize, stack
+from safetensors.torch import load_file
+from torch import nn
+
+import mos_ext
+from mos_ext import reference
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # other people's deprecations at import
+    import peft
+    from peft import PeftModel, get_peft_model
+    from peft.utils.peft_types import PeftType
+
+import mos_ext.integrations.peft as mos_peft
+from mos_ext.integrations.peft import MoSConfig, MoSLinear, registration
+
+# PEFT asks transformers whether a model checkpoints under a name that transformers is giving up.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+RANKS = {"r": 4, "equivalent_rank": 3, "shards_per_vector": 2, "private_rank": 1, "alpha": 10}
+NATIVE = mos_ext.MoSConfig(**RANKS)
+ARCHITECTURES = sorted(BUILDERS)
+
+
+def config(**kwargs):
+    return MoSConfig(**{**RANKS, "target_modules": "all-linear", **kwargs})
+
+
+def pools(model, name="default"):
+    return [pool for adapter, pool in model.base_model._named_pools() if adapter == name]
+
+
+def wrapped(base=None, **kwargs):
+    """A PEFT model whose adapter does something."""
+    torch.manual_seed(1)
+    model = get_peft_model(llama() if base is None else base, config(init_weights=False, **kwargs))
+    return model.eval()
+
+
+def layers(model):
+    return {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, MoSLinear)}
+
+
+def logits(model, batch, **kwargs):
+    with torch.no_grad():
+        return model(**batch, **kwargs).logits
+
+
+def loaded(base, folder, **kwargs):
+    return PeftModel.from_pretrained(base, folder, **kwargs).eval()
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+
+def test_a_real_member_of_the_enumeration():
+    assert PeftType.MOS.value == PeftType.MOS == "MOS"
+    assert PeftType("MOS") is PeftType["MOS"] is PeftType.MOS
+    assert PeftType.MOS in list(PeftType)
+    assert copy.deepcopy(PeftType.MOS) is PeftType.MOS
+    count = len(list(PeftType))
+    registration.add_peft_type("MOS")
+    registration.register(MoSConfig, mos_peft.MoSModel)
+    assert len(list(PeftType)) == count
+    assert peft.MoSConfig is MoSConfig
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [("0.20.4", "peft >= 0.21, got peft 0.20.4"), (None, "needs peft >= 0.21")]
+)
+def test_a_wrong_peft_is_named(monkeypatch, version, message):
+    def installed(package):
+        if version is None:
+            raise metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    with pytest.raises(ImportError, match=message):
+        registration.check_peft()
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "1.0.dev0"])
+def test_a_right_peft_is_not(monkeypatch, version):
+    monkeypatch.setattr(metadata, "version", lambda package: version)
+    registration.check_peft()
+
+
+# ------------------------------------------------------------------------------------------------ the method
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_same_adapter_as_adapt(name):
+    """One planner: the same modules, linear types and tables, so equal pools give equal outputs, bit for bit."""
+    native, batch = randomize(mos_ext.adapt(BUILDERS[name](), NATIVE)), inputs(name)
+    base = logits(BUILDERS[name](), batch)
+    model = get_peft_model(BUILDERS[name](), config()).eval()
+    assert torch.equal(logits(model, batch), base)  # a new adapter changes nothing
+    ours, theirs = pools(model), native.mos_pools.pools
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.index_a, b.index_a)
+        assert torch.equal(a.index_b, b.index_b)
+        a.load_state_dict(b.state_dict())
+    assert torch.equal(logits(model, batch), logits(native, batch))
+    report = mos_ext.parameter_report(native)
+    assert (
+        model.get_nb_trainable_parameters()[0]
+        == report.trainable
+        == sum(p.numel() for q in ours for p in q.parameters())
+    )
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"a", "b"}
+
+
+def test_pools_are_shared_and_there_once():
+    model = wrapped()
+    types = {}
+    for name, layer in layers(model).items():
+        types.setdefault(re.sub(r"\d+", "*", name), []).append(layer)
+    assert all(len(group) == 4 for group in types.values())
+    for group in types.values():
+        assert len({id(layer.adapter("default")[0]) for layer in group}) == 1
+        assert [layer.adapter("default")[1] for layer in group] == [0, 1, 2, 3]
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False) if "mos_" in n]
+    assert len(names) == len(set(names)) == 2 * len(types)
+    first, *others = next(iter(types.values()))
+    before = [layer.get_delta_weight("default") for layer in (first, *others)]
+    with torch.no_grad():
+        first.adapter("default")[0].b.mul_(2)
+    for layer, delta in zip((first, *others), before, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), 2 * delta)
+
+
+def test_strategies_can_be_seen():
+    pool = pools(wrapped())[0]
+    assert not torch.equal(pool.index_a, pool.index_b)  # pair dissociation
+    assert torch.equal(pool.index_a[:, -1], pool.index_b[:, -1])  # private ranks stay paired
+    assert not torch.equal(pool.index_a[0], pool.index_a[1])  # subset selection
+    tied = pools(wrapped(pair_dissociation=False))[0]
+    assert torch.equal(tied.index_a, tied.index_b)
+    assert not torch.equal(pools(wrapped(seed=1))[0].index_a, pool.index_a)
+
+
+def test_the_definition():
+    """float64, against dense matrices made of pools and tables."""
+    model = wrapped(stack(dtype=torch.float64), pool_dtype="float64", use_rslora=True)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    layer = layers(model)["1.up"]
+    pool, k = layer.adapter("default")
+    a = reference.gather_concat(pool.a, pool.index_a[k])
+    b = reference.gather_concat(pool.b, pool.index_b[k]).T
+    want = layer.base_layer(x) + 10 / 2 * x @ a.T @ b.T  # alpha / sqrt(r)
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_gradients_flow_to_each_pool_once_and_match_adapt():
+    native, batch = randomize(mos_ext.adapt(llama(), NATIVE)), inputs("llama")
+    model = get_peft_model(llama(), config())
+    for a, b in zip(pools(model), native.mos_pools.pools, strict=True):
+        a.load_state_dict(b.state_dict())
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    native(**batch, labels=batch["input_ids"]).loss.backward()
+    for a, b in zip(pools(model), native.mos_pools.pools, strict=True):
+        assert torch.equal(a.a.grad, b.a.grad)
+        assert torch.equal(a.b.grad, b.b.grad)
+    assert set(mos_ext.explain(model).layers[0].calls) == {"fused with the base layer"}
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+
+def selected(**kwargs):
+    model = get_peft_model(llama(), MoSConfig(**{**RANKS, "r": 3, **kwargs}))
+    return set(layers(model))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"target_modules": ["q_proj", "mlp.down_proj"]},
+        {"target_modules": r".*\.[02]\..*_proj"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 2, "layers_pattern": "layers"},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.self_attn.q_proj", "k_proj"]},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*\.3\..*"},
+    ],
+)
+def test_modules_are_selected_as_lora_selects_them_and_as_adapt_does(kwargs):
+    lora = get_peft_model(llama(), peft.LoraConfig(**kwargs))
+    want = {n for n, m in lora.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert selected(**kwargs) == want
+    native = {k: v or () if k == "exclude_modules" else v for k, v in kwargs.items()}
+    model = mos_ext.adapt(llama(), mos_ext.MoSConfig(**{**RANKS, "r": 3, **native}))
+    assert {n for n, m in model.named_modules() if isinstance(m, mos_ext.MoSLinear)} == want
+
+
+def test_target_modules_default_to_the_architecture():
+    assert {name.rpartition(".")[2] for name in selected()} == {"q_proj", "v_proj"}
+
+
+def test_all_linear_of_a_second_adapter():
+    model = wrapped(target_modules=["q_proj"])
+    model.add_adapter("second", config())
+    assert sum("second" in layer.mos_layer for layer in layers(model).values()) == 28
+    assert sum("default" in layer.mos_layer for layer in layers(model).values()) == 4
+
+
+def test_patterns():
+    model = wrapped(r=4, rank_pattern={r"layers\.0\..*": 2, "v_proj": 3}, alpha_pattern={"up_proj": 7})
+    native = mos_ext.MoSConfig(**RANKS, rank_pattern={r"layers\.0\..*": 2, "v_proj": 3}, alpha_pattern={"up_proj": 7})
+    for name, layer in layers(model).items():
+        pool, k = layer.adapter("default")
+        r = 2 if ".0." in name else 3 if "v_proj" in name else 4
+        assert layer.r["default"] == r == pool.table("a", k).shape[0] == native.rank_of(name)
+        assert layer.scaling["default"] == (7 if "up_proj" in name else 10) / r == native.scale_of(name)
+        # A smaller rank uses the last rows: the private rank is among them, and no pool grows or shrinks.
+        assert torch.equal(pool.table("b", k)[-1], pool.index_b[k, -1])
+        assert pool.a.shape[0] == 3 * 4 * 2
+
+
+# ------------------------------------------------------------------------------------------------ several adapters
+
+
+def several():
+    model, batch = wrapped(), inputs("llama")
+    torch.manual_seed(2)
+    model.add_adapter("other", config(init_weights=False, r=3, seed=5, target_modules=["q_proj", "up_proj"]))
+    return model, batch
+
+
+def test_adapters_are_independent():
+    model, batch = several()
+    first = logits(model, batch)
+    alone = logits(wrapped(), batch)
+    assert torch.equal(first, alone)
+    model.set_adapter("other")
+    second = logits(model, batch)
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"other"}
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), logits(llama(), batch))
+    assert torch.equal(logits(model, batch), second)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, batch), second)
+    assert pools(model) == []
+    assert not any("default" in layer.mos_layer for layer in layers(model).values())
+
+
+def test_adding_an_adapter_leaves_the_others_training():
+    model = get_peft_model(llama(), config())
+    model.add_adapter("other", config(seed=1))
+    assert all(p.requires_grad for pool in pools(model) for p in pool.parameters())
+    assert not any(p.requires_grad for pool in pools(model, "other") for p in pool.parameters())
+
+
+def test_several_active_at_once_add_up():
+    model, _ = several()
+    model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(3, 64, requires_grad=True)
+    for name, layer in layers(model).items():
+        if not name.endswith(("q_proj", "v_proj")):
+            continue
+        names = ["default", "other"] if name.endswith("q_proj") else ["default"]
+        delta = sum(layer.get_delta_weight(n) for n in names)
+        y = layer(x)
+        torch.testing.assert_close(y, layer.base_layer(x) + x @ delta.T, rtol=1e-4, atol=1e-5)  # float32, another order
+        parameters = [p for n in names for p in layer.adapter(n)[0].parameters()]
+        grads = torch.autograd.grad(y.sum(), [x, *parameters])
+        want = x.new_ones(3, delta.shape[0]) @ (layer.base_layer.weight + delta)
+        torch.testing.assert_close(grads[0], want, rtol=1e-4, atol=1e-4)
+        assert all(g.abs().sum() > 0 for g in grads)
+
+
+def test_mixed_batches():
+    model, _ = several()
+    batch = {"input_ids": torch.randint(1, 96, (5, 7))}
+    names = ["other", "__base__", "default", "other", "default"]
+    mixed = logits(model, batch, adapter_names=names)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        rows = [i for i, n in enumerate(names) if n == name]
+        torch.testing.assert_close(mixed[rows], logits(model, batch)[rows], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1], logits(llama(), batch)[1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        logits(model, batch, adapter_names=["nobody"] * 5)
+    with pytest.raises(ValueError, match="adapter_names must have one entry for each of 5 inputs, got 2"):
+        logits(model, batch, adapter_names=["other"] * 2)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapter_names must not be given while adapters are merged"):
+        logits(model, batch, adapter_names=names)
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merge_and_unmerge(name):
+    base, batch = BUILDERS[name](), inputs(name)
+    weights = {k: v.clone() for k, v in base.state_dict().items()}
+    model = wrapped(base)
+    adapted = logits(model, batch)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch), adapted, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    assert set(mos_ext.explain(model).layers[0].calls) == {"fused with the base layer", "the base layer alone"}
+    model.unmerge_adapter()
+    for key, value in base.state_dict().items():
+        torch.testing.assert_close(value, weights[key.replace(".base_layer", "")], rtol=1e-6, atol=1e-7)  # one rounding
+    merged = model.merge_and_unload(safe_merge=True)
+    assert type(merged) is type(base)
+    torch.testing.assert_close(logits(merged, batch), adapted, rtol=1e-4, atol=1e-5)
+    assert not any("mos_" in n for n, _ in merged.named_parameters())
+
+
+def test_unload_gives_the_base_back():
+    batch = inputs("llama")
+    model = wrapped().unload()
+    assert torch.equal(logits(model, batch), logits(llama(), batch))
+
+
+def test_a_safe_merge_refuses_what_is_not_finite():
+    model = wrapped()
+    with torch.no_grad():
+        pools(model)[0].b.fill_(float("inf"))
+    before = {n: layer.base_layer.weight.clone() for n, layer in layers(model).items() if n.endswith("q_proj")}
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        model.merge_adapter(safe_merge=True)
+    for name, weight in before.items():
+        assert torch.equal(layers(model)[name].base_layer.weight, weight)
+
+
+def test_pools_that_changed_since_the_merge():
+    model = wrapped()
+    model.merge_adapter()
+    with torch.no_grad():
+        pools(model)[0].b.add_(1)
+    with pytest.raises(ValueError, match="the pools must not change between merge and unmerge, got adapter default"):
+        model.unmerge_adapter()
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_round_trip(name, low_cpu_mem_usage, tmp_path):
+    model, batch = wrapped(BUILDERS[name]()), inputs(name)
+    model.save_pretrained(tmp_path)
+    again = loaded(BUILDERS[name](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert all(p.index_a.dtype == torch.int32 for p in pools(again))
+
+
+def test_each_pool_once_and_small_tables_in_the_file(tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 4 * 7
+    assert {t.dtype for n, t in tensors.items() if ".index_" in n} == {torch.uint8}
+    assert not any("default" in n for n in tensors)
+
+
+def test_adapters_go_both_ways(tmp_path):
+    """One format: what PEFT saved, load_adapter loads, and the other way round, bit for bit."""
+    for name in ("llama", "gpt2"):
+        batch, kwargs = inputs(name), {"rank_pattern": {r".*\.0\..*": 2}, "use_rslora": True, "dropout": 0.1}
+        model = wrapped(BUILDERS[name](), **kwargs)
+        model.save_pretrained(tmp_path / "peft")
+        native = mos_ext.load_adapter(BUILDERS[name](), tmp_path / "peft").eval()
+        assert torch.equal(logits(native, batch), logits(model, batch))
+        assert native.mos_pools.config.dropout == 0.1
+        mos_ext.save_adapter(randomize(native), tmp_path / "native")
+        again = loaded(BUILDERS[name](), tmp_path / "native")
+        assert torch.equal(logits(again, batch), logits(native, batch))
+        again.save_pretrained(tmp_path / "again")
+        assert torch.equal(
+            logits(mos_ext.load_adapter(BUILDERS[name](), tmp_path / "again"), batch), logits(native, batch)
+        )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save must be None, got \['lm_head'\]: load this adapter with PEFT",
+        ),
+        ({"bias": "all"}, "bias must be 'none', got 'all': load this adapter with PEFT"),
+    ],
+)
+def test_what_only_peft_can_load(kwargs, message, tmp_path):
+    wrapped(**kwargs).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        mos_ext.load_adapter(llama(), tmp_path)
+
+
+def test_an_adapter_of_another_model(tmp_path):
+    wrapped(llama(5)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"index_a must have the shape \(4, 4, 2\) of its configuration, got \(5, 4, 2\)"
+    ):
+        mos_ext.load_adapter(llama(4), tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch for base_model.mos_model_layers_self_attn_q_proj_64_64"):
+        loaded(llama(4), tmp_path)
+
+
+def test_hot_reload_keeps_the_parameters(tmp_path):
+    """load_adapter under a name that exists copies into the parameters that optimizers and compiled graphs hold."""
+    model, batch = wrapped(), inputs("llama")
+    other = wrapped(seed=3)
+    with torch.no_grad():
+        for pool in pools(other):
+            pool.b.mul_(3)
+    other.save_pretrained(tmp_path)
+    held = [p for pool in pools(model) for p in pool.parameters()]
+    model.load_adapter(tmp_path, adapter_name="default")
+    assert [id(p) for pool in pools(model) for p in pool.parameters()] == [id(p) for p in held]
+    assert torch.equal(logits(model, batch), logits(other, batch))
+    model.train()(**batch).logits.sum().backward()  # and gradients find the new tables
+    other.train()(**batch).logits.sum().backward()
+    for a, b in zip(pools(model), pools(other), strict=True):
+        assert torch.equal(a.a.grad, b.a.grad)
+
+
+def test_modules_to_save_and_biases(tmp_path):
+    model, batch = wrapped(modules_to_save=["lm_head"]), inputs("llama")
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.normal_()
+    model.save_pretrained(tmp_path / "a")
+    assert torch.equal(logits(loaded(llama(), tmp_path / "a"), batch), logits(model, batch))
+    for bias, count in (("mos_only", 12), ("all", 19)):
+        model = wrapped(gpt2(), bias=bias)
+        trained = [p for n, p in model.named_parameters() if n.endswith("bias") and p.requires_grad]
+        assert len(trained) == count  # 3 blocks of 4 linears, 2 norms each, and the last norm
+        with torch.no_grad():
+            for p in trained:
+                p.normal_()
+        model.save_pretrained(tmp_path / bias)
+        assert torch.equal(logits(loaded(gpt2(), tmp_path / bias), inputs("gpt2")), logits(model, inputs("gpt2")))
+
+
+def test_the_export_to_lora_is_exact(tmp_path):
+    model, batch = several()
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        mos_ext.export_lora(model, tmp_path / name, rank=8)
+        lora = loaded(llama(), tmp_path / name)
+        torch.testing.assert_close(logits(lora, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
+        assert lora.peft_config["default"].r == 8
+    mos_ext.export_lora(model, tmp_path / "named", adapter_name="default")
+    lora = loaded(llama(), tmp_path / "named")
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(lora, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"adapter_name must be a MoS adapter, one of \['default', 'other'\], got 'x'"):
+        mos_ext.export_lora(model, tmp_path / "x", adapter_name="x")
+    with pytest.raises(ValueError, match="adapter_name must be None for a model of one adapter, got 'x'"):
+        mos_ext.export_lora(mos_ext.adapt(llama(), NATIVE), tmp_path / "x", adapter_name="x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_export_to_lora_takes_modules_to_save_along(tmp_path):
+    model, batch = wrapped(modules_to_save=["lm_head"], task_type="CAUSAL_LM"), inputs("llama")
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.normal_()
+    mos_ext.export_lora(model, tmp_path / "a")
+    torch.testing.assert_close(
+        logits(loaded(llama(), tmp_path / "a"), batch), logits(model, batch), rtol=1e-5, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="bias must be 'none' for an export to LoRA, got 'all'"):
+        mos_ext.export_lora(wrapped(bias="all"), tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------------------ dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_dtypes(dtype, autocast_adapter_dtype):
+    model = get_peft_model(llama().to(dtype), config(init_weights=False), autocast_adapter_dtype=autocast_adapter_dtype)
+    want = torch.float32 if autocast_adapter_dtype else dtype
+    assert {p.dtype for pool in pools(model) for p in pool.parameters()} == {want}
+    model.add_adapter("second", config(init_weights=False), autocast_adapter_dtype=autocast_adapter_dtype)
+    assert {p.dtype for pool in pools(model, "second") for p in pool.parameters()} == {want}
+    output = model(**inputs("llama"))
+    assert output.logits.dtype == dtype
+    output.logits.float().square().mean().backward()
+    for pool in pools(model):
+        assert pool.a.grad.dtype == want
+        assert pool.a.grad.abs().sum() > 0
+    assert set(mos_ext.explain(model).layers[0].calls) == {"fused with the base layer"}
+
+
+def test_pool_dtype_in_the_configuration_wins():
+    model = get_peft_model(llama().bfloat16(), config(pool_dtype="float32"), autocast_adapter_dtype=False)
+    assert {p.dtype for pool in pools(model) for p in pool.parameters()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+        ({"private_rank": 4}, ValueError, "private_rank must be at most equivalent_rank=3, got 4"),
+        ({"bias": "lora_only"}, ValueError, "bias must be one of none, all, mos_only, got 'lora_only'"),
+        ({"fan_in_fan_out": 1}, TypeError, "fan_in_fan_out must be True or False, got 1"),
+        ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be at least 1, got 0"),
+        ({"layers_to_transform": [0]}, ValueError, "layers_to_transform must come with a list of target_modules"),
+        (
+            {"target_modules": ["q"], "layers_pattern": "h"},
+            ValueError,
+            "layers_to_transform must be given with layers_pattern",
+        ),
+        ({"pool_dtype": "int8"}, ValueError, "pool_dtype must be one of float64"),
+    ],
+)
+def test_bad_configurations(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        config(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"target_modules": ["embed_tokens"]}, TypeError, "got model.embed_tokens, a Embedding"),
+        ({"target_modules": ["nothing"]}, ValueError, "Target modules {'nothing'} not found in the base model"),
+        ({"shards_per_vector": 5}, ValueError, "shards_per_vector must divide in_features=64 of model.layers.0"),
+        ({"r": 10}, ValueError, "r must be at most 9 for model.layers.0.self_attn.q_proj"),
+    ],
+)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_failed_injection_leaves_everything_as_it_was(kwargs, error, message, second):
+    base, batch = llama(), inputs("llama")
+    model = wrapped(base) if second else base
+    before = logits(model, batch)
+    names = [(n, type(m)) for n, m in model.named_modules()]
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(error, match=message):
+        model.add_adapter("bad", config(**kwargs)) if second else get_peft_model(model, config(**kwargs))
+    assert [(n, type(m)) for n, m in model.named_modules()] == names
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == trainable
+    assert torch.equal(logits(model, batch), before)
+
+
+def test_injection_without_a_tuner_is_refused():
+    with pytest.raises(ValueError, match="shared"):
+        peft.inject_adapter_in_model(config(), llama())
+
+
+# ------------------------------------------------------------------------------------------------ explain
+
+
+def test_explain_names_what_is_not_fused():
+    model = wrapped()
+    layer = layers(model)["model.layers.1.mlp.up_proj"]
+    layer.base_layer.register_forward_hook(lambda module, args, output: None)
+    assert mos_ext.explain(model).layers[0].path == "fused with the base layer"
+    logits(model, inputs("llama"))
+    text = str(mos_ext.explain(model))
+    assert "27 of 28 layers: fused with the base layer" in text
+    assert "1 of 28 layers: the base layer has hooks" in text
+    assert "1 calls: the base layer has hooks" in text
+    with model.disable_adapter():
+        assert {layer.path for layer in mos_ext.explain(model).layers} == {"the base layer alone"}
+    with pytest.raises(ValueError, match="model must have adapted layers, got a plain Linear"):
+        mos_ext.explain(nn.Linear(2, 2))
+
+
+def test_configurations_survive_json(tmp_path):
+    before = config(target_modules=["q_proj"], rank_pattern={"q_proj": 3}, layers_to_transform=[1, 2])
+    before.save_pretrained(tmp_path)
+    after = peft.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(after, MoSConfig)
+    assert after.method() == before.method()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOS"
