@@ -443,7 +443,8 @@ def test_modules_to_save_and_biases(tmp_path):
             for p in trained:
                 p.normal_()
         model.save_pretrained(tmp_path / bias)
-        assert torch.equal(logits(loaded(gpt2(), tmp_path / bias), inputs("gpt2")), logits(model, inputs("gpt2")))
+        batch = inputs("gpt2")
+        assert torch.equal(logits(loaded(gpt2(), tmp_path / bias), batch), logits(model, batch))
 
 
 def test_the_export_to_lora_is_exact(tmp_path):
