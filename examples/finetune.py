@@ -2,6 +2,7 @@
 
     python examples/finetune.py --model meta-llama/Llama-3.2-1B --data notes.txt --output my-adapter
     python examples/finetune.py                                     # no downloads: see below
+    torchrun --nproc_per_node 2 examples/finetune.py --parallel fsdp    # the same on several processes or GPUs
 
 With --model and --data: any Hugging Face causal LM (a directory or a name) and any text or JSONL files. The script
 evaluates, trains, evaluates again, saves the adapter, exports it as standard LoRA, checks that the exported and the
@@ -11,6 +12,10 @@ same trainable budget beside it.
 Without arguments it makes everything itself, in at most four minutes on two cores: it trains a small Llama on the
 source of Python's standard library for about a minute, then adapts it to the English of Python's reference manual
 (pydoc_data.topics), with MoS and with LoRA.
+
+Under torchrun each process works on its part of every batch: --parallel ddp (default) keeps a copy of the model in
+each, --parallel fsdp shards base model and pools (FSDP2, one unit per block, the pools in the root's). Both take the
+same steps as one process would, and write the same files.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -73,6 +79,45 @@ def split(blocks: Tensor, eval_blocks: int) -> tuple[Tensor, Tensor]:
     return blocks[keep], blocks[chosen]
 
 
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: joins the others, takes this process's GPU, and leaves printing to the first."""
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.world == 1:
+        return
+    if args.batch_size % args.world:
+        sys.exit(f"--batch-size must be a multiple of {args.world} processes, got {args.batch_size}")
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if args.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def parallel(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """What to call in training: the model itself, DDP around it, or the model sharded in place."""
+    if args.world == 1:
+        return model
+    if args.parallel == "ddp":
+        devices = [torch.device(args.device)] if args.device.startswith("cuda") else None
+        return DistributedDataParallel(model, device_ids=devices)
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block)
+    return fully_shard(model)  # with what is left: embeddings, norms, and the pools that all blocks share
+
+
+def my_part(batch: Tensor, args: argparse.Namespace) -> Tensor:
+    """This process's rows of a batch that all processes have drawn alike."""
+    return batch[args.rank :: args.world]
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -106,6 +151,7 @@ class Run:
 
 def train(model: nn.Module, blocks: Tensor, run: Run, args: argparse.Namespace, steps: int, lr: float) -> None:
     """AdamW, linear schedule, 3% warm-up: the paper's recipe, on random batches that depend on --seed alone."""
+    forward = parallel(model, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     warmup = max(1, int(0.03 * steps))
@@ -113,19 +159,22 @@ def train(model: nn.Module, blocks: Tensor, run: Run, args: argparse.Namespace, 
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
     generator = torch.Generator().manual_seed(args.seed)
-    device = next(model.parameters()).device
     model.train()
-    bar = tqdm(range(steps), desc=f"{run.name:<12}", unit="step", dynamic_ncols=True)
+    bar = tqdm(range(steps), desc=f"{run.name:<12}", unit="step", dynamic_ncols=True, disable=args.rank > 0)
     for _ in bar:
         start = time.perf_counter()
-        batch = blocks[torch.randint(len(blocks), (args.batch_size,), generator=generator)].to(device)
-        loss = model(input_ids=batch, labels=batch).loss
+        batch = blocks[torch.randint(len(blocks), (args.batch_size,), generator=generator)]
+        batch = my_part(batch, args).to(args.device)
+        loss = forward(input_ids=batch, labels=batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        run.losses.append(loss.item())
+        loss = loss.detach()
+        if args.world > 1:
+            distributed.all_reduce(loss)
+        run.losses.append(loss.item() / args.world)
         run.seconds.append(time.perf_counter() - start)
         bar.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
     model.eval()
@@ -206,9 +255,13 @@ def adapt_with_mos(
     print(f"\n{report}\n")
     run = Run("MoS", report.trainable, evaluate(model, eval_blocks, args.batch_size))
     train(model, train_blocks, run, args, args.steps, args.lr)
-    run.after = evaluate(model, eval_blocks, args.batch_size)
     adapter = args.output / "adapter"
-    mos_ext.save_adapter(model, adapter)
+    if args.rank == 0 or args.parallel == "fsdp":  # a sharded adapter is gathered from every process
+        mos_ext.save_adapter(model, adapter)
+    if args.world > 1:
+        distributed.barrier()
+        model = mos_ext.load_adapter(load_model(name, args), adapter)  # whole again
+    run.after = evaluate(model, eval_blocks, args.batch_size)
     run.adapter_bytes = (adapter / "adapter_model.safetensors").stat().st_size
     return run, model
 
@@ -335,6 +388,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--target-modules", default="all-linear", help="all-linear, a regular expression, or names joined by commas"
     )
     parser.add_argument("--prompt", default="The")
+    parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp"], help="under torchrun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seed", type=int, default=0)
@@ -356,13 +410,17 @@ def main(argv: list[str] | None = None) -> list[Run]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
+    start_processes(args)
     args.output.mkdir(parents=True, exist_ok=True)
 
-    compare = args.compare_lora or args.model is None
+    compare = (args.compare_lora or args.model is None) and args.world == 1
     name = args.model
     if name is None:
         name = str(args.output / "base-model")
-        make_demo_model(Path(name), args)
+        if args.rank == 0:
+            make_demo_model(Path(name), argparse.Namespace(**{**vars(args), "world": 1}))
+        if args.world > 1:
+            distributed.barrier()
     tokenizer = AutoTokenizer.from_pretrained(name)
     if args.data:
         text = read_texts(args.data, args.text_field)
@@ -374,6 +432,10 @@ def main(argv: list[str] | None = None) -> list[Run]:
 
     mos, model = adapt_with_mos(name, train_blocks, eval_blocks, args)
     runs = [mos]
+    if args.world > 1:
+        distributed.destroy_process_group()
+        if args.rank:
+            return runs
     if compare:
         targets = [n for n, m in model.named_modules() if isinstance(m, mos_ext.MoSLinear)]
         runs.insert(0, adapt_with_lora(name, train_blocks, eval_blocks, targets, args))

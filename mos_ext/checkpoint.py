@@ -67,7 +67,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     """Writes the adapter of ``model`` to the directory ``path``.
 
     Args:
-        model: an adapted model; merged or not makes no difference.
+        model: an adapted model; merged or not makes no difference. When FSDP2 has sharded it, every rank must call, and
+            the first writes.
         path: a directory, made if needed. Files of an earlier save are replaced only once the new ones are complete on
             disk.
         dtype: what the pools are stored in; None keeps theirs. bfloat16 halves the file.
@@ -101,11 +102,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
         _check_in_memory(name, pool)
         smallest = smallest_integer(pool.a.shape[0] - 1)
         for tensor in _TENSORS:
-            value = getattr(pool, tensor).detach()
-            target = smallest if tensor.startswith("index") else dtype or value.dtype
+            is_table = tensor.startswith("index")
+            value = getattr(pool, tensor) if is_table else pool.values(tensor).detach()
+            target = smallest if is_table else dtype or value.dtype
             tensors[_tensor_name(key, tensor)] = value.to("cpu", target)
     _check_finite(tensors)
-    _save(path, tensors, config, {_HEADER_KEY: json.dumps(header, sort_keys=True)})
+    if _writes(adapter):
+        _save(path, tensors, config, {_HEADER_KEY: json.dumps(header, sort_keys=True)})
+
+
+def _writes(pools: nn.Module) -> bool:
+    """Whether this process writes files: of ranks that hold one sharded adapter together, the first."""
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in pools.parameters())
+    return not sharded or torch.distributed.get_rank() == 0
 
 
 def _peft_config(peft_type: str, model: nn.Module) -> dict[str, Any]:
@@ -449,7 +458,8 @@ def export_lora(
     if peft_config is not None:
         config.update(_trained_beside(peft_config, model, str(adapter_name), tensors))
     _check_finite(tensors)
-    _save(path, tensors, config, {"format": "pt"})
+    if all(_writes(pool) for pool, _ in pools.values()):
+        _save(path, tensors, config, {"format": "pt"})
 
 
 def _peft_adapter(model: Any, adapter_name: str | None) -> str:

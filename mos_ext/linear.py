@@ -327,6 +327,8 @@ class MoSLinear(nn.Module, AdaptedLayer):
                 f"a merged layer must have a plain weight, got one of which {self.opaque}: export_lora keeps the "
                 f"adapter apart, and PEFT's merge_adapter (mos_ext.integrations.peft) requantises what it can"
             )
+        if hasattr(self.weight, "full_tensor"):
+            raise ValueError("a merged weight must be whole, got one that is sharded over ranks")
         if self.merged and self._merged_from != self._pool_versions():
             raise ValueError("the pools must not change between merge and unmerge, got pools changed in place")
         delta = self.delta_weight()

@@ -118,16 +118,21 @@ class ShardPool(nn.Module):
             out[f"handle_{side}"], out[f"index_{side}"] = handle, self.table(side, layer)
         return out
 
+    def values(self, side: str) -> Tensor:
+        """A pool as a whole tensor. Where FSDP2 has sharded it, that is a collective: every rank must ask."""
+        pool = getattr(self, side)
+        return pool.full_tensor() if hasattr(pool, "full_tensor") else pool
+
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a layer, assembled, in the pools' dtype: its LoRA matrices without the scale."""
-        a = reference.gather_concat(self.a, self.table("a", layer))
-        return a, reference.gather_concat(self.b, self.table("b", layer)).T
+        a = reference.gather_concat(self.values("a"), self.table("a", layer))
+        return a, reference.gather_concat(self.values("b"), self.table("b", layer)).T
 
     @torch.no_grad()
     def delta_weight(self, layer: int) -> Tensor:
         """scale * B A (out, in) of a layer, in the accumulation dtype of the pools."""
-        tables = (self.table("a", layer), self.b, self.table("b", layer))
-        return reference.delta_weight(self.a, *tables, self.scales[layer])
+        tables = (self.table("a", layer), self.values("b"), self.table("b", layer))
+        return reference.delta_weight(self.values("a"), *tables, self.scales[layer])
 
     def handle(self, side: str, layer: int) -> Tensor | None:
         """Stand-in that carries a layer's factor gradient to pool ``side`` (``ops/autograd.py``).
