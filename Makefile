@@ -11,11 +11,13 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV  := build/cuda-torch/venv
 CXX_FILES   = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test lint format check-cuda check-cuda-torch cuda-resources mutants gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite lint format check-cuda check-cuda-torch cuda-resources mutants gpu-report native wheel clean
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
-	@echo "make test        the test-suite"
+	@echo "make test        the test-suite, without its longest tests"
+	@echo "make test-all    every test, and PEFT's own suite over MoS (fetched from PyPI)"
+	@echo "make peft-suite  the latter alone; counts and reasons of skips go to build/peft-suite"
 	@echo "make lint        ruff, clang-format and mypy, as CI runs them; make format applies the first two"
 	@echo "make check-cuda  compile and link every .cu for every architecture, and check the machine code; needs nvcc, no GPU"
 	@echo "make check-cuda-torch  build, link and import beside a CUDA build of torch (a download of gigabytes, once); no GPU"
@@ -39,7 +41,14 @@ demo: native
 	$(BIN)/python examples/finetune.py
 
 test: native
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-all: native
 	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(MAKE) peft-suite
+
+peft-suite: native
+	$(BIN)/python tests/peft_suite/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

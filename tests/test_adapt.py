@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import mos_ext
-from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
+from mos_ext import MoSConfig, MoSLinear, ShardPool, linear, reference
 from mos_ext.adapt import mos_layers
 
 SMALL = MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1)
@@ -557,3 +557,138 @@ def test_mismatched_inputs_of_a_layer():
     layer.pool.to("meta")
     with pytest.raises(ValueError, match="x must be on the device of the pool, meta, got cpu"):
         layer(torch.randn(3, 8))
+
+
+# ------------------------------------------------------------------------------------------------ ranks and blocks
+
+
+def test_ranks_and_scales_per_layer():
+    """float64, against dense matrices of each layer's own rank; pools and their number of shards stay as they are."""
+    config = MoSConfig(
+        r=5,
+        equivalent_rank=3,
+        shards_per_vector=2,
+        private_rank=1,
+        alpha=7,
+        pool_dtype="float64",
+        rank_pattern={r"1\..*": 2, "2.down": 4},
+        alpha_pattern={"0.up": 3},
+        use_rslora=True,
+    )
+    model = randomize(mos_ext.adapt(stack(dtype=torch.float64), config))
+    x = torch.randn(6, 24, dtype=torch.float64)
+    for name, layer in mos_layers(model):
+        rank = {"1.up": 2, "1.down": 2, "2.down": 4}.get(name, 5)
+        a, b = layer.factors()
+        assert a.shape[0] == b.shape[1] == rank
+        assert torch.equal(a[-1], layer.pool.a[layer.pool.index_a[layer.layer, -1]].flatten())  # the private rank
+        assert layer.scale == (3 if name == "0.up" else 7) / rank**0.5
+        h = x if layer.in_features == 24 else torch.randn(6, 48, dtype=torch.float64)
+        want = nn.functional.linear(h, layer.weight, layer.bias) + layer.scale * h @ a.T @ b.T
+        torch.testing.assert_close(layer(h), want)
+    assert all(pool.a.shape[0] == 3 * 3 * 2 for pool in model.mos_pools.pools)
+    report = mos_ext.parameter_report(model)
+    assert report.lora_parameters == (24 + 48) * (5 + 2 + 5 + 5 + 2 + 4)
+    model(x).square().sum().backward()
+    unused = set(range(18)) - {int(i) for _, m in mos_layers(model) for i in m.pool.table("a", m.layer).flatten()}
+    assert all(model.mos_pools.pools[0].a.grad[i].abs().sum() == 0 for i in unused)
+
+
+def test_ranks_per_layer_that_do_not_fit():
+    config = MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2, rank_pattern={"1.up": 9})
+    unchanged(model := stack(), lambda: mos_ext.adapt(model, config), ValueError, "r must be at most 4 for 1.up, whose")
+
+
+def test_layers_to_transform():
+    config = MoSConfig(
+        r=2, equivalent_rank=2, shards_per_vector=2, target_modules=["q_proj"], layers_to_transform=[0, 2]
+    )
+    model = mos_ext.adapt(llama(), config)
+    assert [n for n, _ in mos_layers(model)] == ["model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"]
+    named = MoSConfig(**{**config.to_dict(), "layers_pattern": "h"})
+    unchanged(
+        model := llama(), lambda: mos_ext.adapt(model, named), ValueError, "target_modules must match at least one"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ explain
+
+
+def test_explain(caplog):
+    caplog.set_level("INFO", logger="mos_ext")
+    linear._logged.clear()
+    model = stack()
+    model[1].down = Tripled(48, 24)
+    randomize(mos_ext.adapt(model, SMALL))
+    x = torch.randn(3, 24)
+    model(x)
+    model(x).sum().backward()
+    explanation = mos_ext.explain(model)
+    assert [layer.path for layer in explanation.layers] == [linear.FUSED] * 3 + ["the base layer is a Tripled"] + [
+        linear.FUSED
+    ] * 2
+    assert explanation.layers[0].calls == {linear.FUSED: 2}
+    assert explanation.layers[3].calls == {"the base layer is a Tripled": 2}
+    assert str(explanation).splitlines() == [
+        "5 of 6 layers: fused with the base layer",
+        "    *.up (3 x Linear), *.down (2 x Linear)",
+        "1 of 6 layers: the base layer is a Tripled",
+        "    *.down (1 x Tripled)",
+        "10 calls: fused with the base layer",
+        "2 calls: the base layer is a Tripled",
+        "    *.down (1 x Tripled)",
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        "a layer is not fused with its base: the base layer is a Tripled (mos_ext.explain(model) tells more)"
+    ]
+    with mos_ext.disabled(model):
+        assert {layer.path for layer in mos_ext.explain(model).layers} == {linear.BASE_ALONE}
+        model(x)
+    assert mos_ext.explain(model).layers[0].calls == {linear.FUSED: 2, linear.BASE_ALONE: 1}
+    with pytest.raises(ValueError, match="model must have adapted layers, got a plain Linear"):
+        mos_ext.explain(nn.Linear(2, 2))
+
+
+def test_what_leaves_the_fast_way_is_named_and_logged_once(caplog, monkeypatch):
+    linear._logged.clear()
+    model, x = randomize(mos_ext.adapt(stack(), SMALL)), torch.randn(3, 24)
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    for _ in range(2):
+        torch.func.functional_call(model, parameters, (x,)).sum().backward()
+    torch.func.grad(lambda values: torch.func.functional_call(model, values, (x,)).sum())(parameters)
+    monkeypatch.setattr(linear, "_why_not_native", lambda op, device: "_C: not built: no compiler")
+    model(x)
+    assert mos_ext.explain(model).layers[0].calls == {
+        "pools were replaced by other tensors (functional_call, FSDP1): a dense gradient per layer": 2,
+        "torch.func transforms or forward-mode differentiation are active": 1,
+        "_C: not built: no compiler": 1,
+    }
+    assert mos_ext.explain(model).layers[0].path == "_C: not built: no compiler"
+    assert [(record.levelname, record.getMessage()[:60]) for record in caplog.records] == [
+        ("WARNING", "a layer is not fused with its base: pools were replaced by o"),
+        ("WARNING", "a layer is not fused with its base: torch.func transforms or"),
+        ("WARNING", "a layer is not fused with its base: _C: not built: no compil"),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dropout_bias_dtypes_and_strides_stay_fused(dtype):
+    config = MoSConfig(
+        **{**SMALL.to_dict(), "dropout": 0.1, "pool_dtype": "float64" if dtype == torch.float64 else "float32"}
+    )
+    model = randomize(mos_ext.adapt(stack(dtype=dtype), config)).train()
+    model(torch.randn(24, 5, dtype=dtype).T).sum().backward()
+    model(torch.randn(0, 24, dtype=dtype))
+    assert {path for layer in mos_ext.explain(model).layers for path in layer.calls} == {linear.FUSED}
+
+
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FullyShardedDataParallel"])
+def test_wrapped_models_are_refused(wrapper):
+    model = stack()
+    outside = type(wrapper, (nn.Sequential,), {})(model)
+    unchanged(
+        outside,
+        lambda: mos_ext.adapt(outside, SMALL),
+        TypeError,
+        f"model must be adapted before it is wrapped, got a {wrapper}",
+    )

@@ -1,6 +1,7 @@
 """MoSConfig: defaults, round trips, and an error for every rule."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -33,6 +34,33 @@ BAD = [
     ({"target_modules": ["q", 3]}, TypeError, "target_modules must be a string or a list of strings"),
     ({"target_modules": "("}, ValueError, "target_modules must be a valid regular expression, got '\\('"),
     ({"exclude_modules": "["}, ValueError, "exclude_modules must be a valid regular expression"),
+    ({"rank_pattern": {"q": 257}}, ValueError, r"rank_pattern\['q'\] must be at most 256, got 257"),
+    ({"rank_pattern": {"q": 2}, "private_rank": 3}, ValueError, r"private_rank must be at most rank_pattern\['q'\]=2"),
+    ({"rank_pattern": {"(": 2}}, ValueError, "rank_pattern must be a valid regular expression, got '\\('"),
+    ({"rank_pattern": {3: 2}}, TypeError, "rank_pattern must have strings as keys, got 3"),
+    ({"rank_pattern": [2]}, TypeError, "rank_pattern must be a dictionary from name patterns to values, got"),
+    ({"alpha_pattern": {"q": "1"}}, TypeError, r"alpha_pattern\['q'\] must be a number, got '1'"),
+    ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
+    (
+        {"layers_to_transform": 1},
+        ValueError,
+        "layers_to_transform must come with a list of target_modules, got 'all-li",
+    ),
+    (
+        {"layers_to_transform": [-1], "target_modules": ["q"]},
+        ValueError,
+        "layers_to_transform must be at least 0, got -1",
+    ),
+    (
+        {"layers_to_transform": "1", "target_modules": ["q"]},
+        TypeError,
+        "layers_to_transform must be a number or a list",
+    ),
+    (
+        {"layers_pattern": "h", "target_modules": ["q"]},
+        ValueError,
+        "layers_to_transform must be given with layers_pattern",
+    ),
 ]
 
 
@@ -52,6 +80,17 @@ def test_derived_numbers():
     assert MoSConfig(target_modules={"v", "q"}).target_modules == ("q", "v")
 
 
+def test_patterns():
+    """The first pattern that matches the whole name, or its end after a dot, as PEFT's get_pattern_key does."""
+    config = MoSConfig(r=16, alpha=8, rank_pattern={"down": 2, r".*\.0\..*": 4}, alpha_pattern={"down": 3})
+    ranks = {"h.1.down": 2, "h.0.down": 2, "h.0.up": 4, "h.1.up": 16, "h.1.my_down": 16, "down": 2}
+    assert {name: config.rank_of(name) for name in ranks} == ranks
+    assert config.scale_of("h.1.down") == 3 / 2
+    assert config.scale_of("h.0.up") == 8 / 4
+    assert MoSConfig(r=16, alpha=8, use_rslora=True).scale == 8 / 4
+    assert hash(config) == hash(MoSConfig.from_dict(config.to_dict()))
+
+
 def test_is_immutable_and_comparable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MoSConfig().r = 3
@@ -60,7 +99,16 @@ def test_is_immutable_and_comparable():
 
 
 def test_round_trip():
-    config = MoSConfig(target_modules=["q_proj", "v_proj"], exclude_modules=r".*\.0\..*", pool_dtype=torch.bfloat16)
+    config = MoSConfig(
+        target_modules=["q_proj", "v_proj"],
+        exclude_modules=r".*\.0\..*",
+        pool_dtype=torch.bfloat16,
+        layers_to_transform={2, 1},
+        layers_pattern="layers",
+        rank_pattern={"q_proj": 3},
+        use_rslora=True,
+    )
     assert MoSConfig.from_dict(config.to_dict()) == config
+    assert MoSConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match=r"unknown \['rank'\] and missing \['r'\]"):
         MoSConfig.from_dict({("rank" if k == "r" else k): v for k, v in config.to_dict().items()})

@@ -28,14 +28,18 @@ def cases(draw):
     ), layers
 
 
-@given(cases())
+@given(cases(), st.data())
 @settings(max_examples=300, deadline=None)
-def test_invariants(case):
+def test_invariants(case, data):
     config, layers = case
-    check_ranks(config, config.shards_per_vector, config.shards_per_vector, layers)
-    tables = draw_tables(config, "model.layers.*.q[8->8]", [config.r] * layers)
-    check_tables(config, tables, [config.r] * layers)
     r, p, l = config.r, config.private_rank, config.shards_per_vector
+    lowest = r if p == config.equivalent_rank else max(p, 1)
+    ranks = data.draw(st.lists(st.integers(lowest, r), min_size=layers, max_size=layers), label="ranks")
+    for rank in ranks:
+        check_ranks(config, l, l, layers, r=rank)
+    tables = draw_tables(config, "model.layers.*.q[8->8]", ranks)
+    check_tables(config, tables, ranks)
+    r = max(ranks)
     n_public, n = config.num_public_shards(layers), config.num_shards(layers)
     for table in (tables.a, tables.b):
         assert table.shape == (layers, r, l)
@@ -46,13 +50,14 @@ def test_invariants(case):
             assert ((public >= 0) & (public < n_public)).all()
             assert private.tolist() == list(range(n_public + k * p * l, n_public + (k + 1) * p * l))
             assert (private < n).all()
-        if config.routing == "balanced":
-            uses = np.bincount(table[:, : r - p].ravel(), minlength=n_public)[:n_public]
+        if config.routing == "balanced":  # counting what each layer uses, the last rows
+            used = np.concatenate([table[k, r - rank : r - p].ravel() for k, rank in enumerate(ranks)])
+            uses = np.bincount(used, minlength=n_public)[:n_public]
             assert uses.size == 0 or uses.max() - uses.min() <= 1
     assert np.array_equal(tables.a[:, r - p :], tables.b[:, r - p :])  # private vectors stay paired
     if not config.pair_dissociation:
         assert np.array_equal(tables.a, tables.b)
-    again = draw_tables(config, "model.layers.*.q[8->8]", [config.r] * layers)
+    again = draw_tables(config, "model.layers.*.q[8->8]", ranks)
     assert np.array_equal(tables.a, again.a)
     assert np.array_equal(tables.b, again.b)
 
