@@ -158,19 +158,14 @@ def accumulate(
 ) -> Tensor:
     """``y + scale * (dropout(x) A^T) B^T``: the adapter of a base of any kind that has computed y (..., out) itself.
 
-    Computed in y's dtype. ``in_place`` permits to overwrite y: nobody else holds it, nor did its base save it for its
-    backward.
+    Computed in x's dtype (autocast's under autocast) and added in y's. ``in_place`` permits to overwrite y: nobody else
+    holds it, nor did its base save it for its backward.
     """
-    x = x.to(y.dtype)
+    (x,) = autocast(x)
     check_branch(x, y, pool_a, pool_b, index_a, index_b)
     factors = (pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout)
-    # Tracers and transforms see no mutation of what they were given.
-    if (
-        in_place
-        and y.is_contiguous()
-        and not y._is_view()
-        and not (torch.compiler.is_compiling() or transforms_active())
-    ):
+    traced = torch.compiler.is_compiling() or transforms_active()  # they must see no mutation
+    if in_place and y.dtype == x.dtype and y.is_contiguous() and not y._is_view() and not traced:
         flat, seed = x.reshape(-1, x.shape[-1]), _seed(x, dropout, seed)
         if torch.is_grad_enabled():
             return _MoSAccumulate.apply(y, flat, *factors, seed)
@@ -178,7 +173,7 @@ def accumulate(
         ops.low_rank_(matrix, flat, pool_a, index_a, pool_b, index_b, scale, dropout, seed, tf32=tf32(x))
         return y
     delta = _product(x, None, None, *factors, seed)
-    return y + delta.reshape(y.shape)
+    return y + delta.reshape(y.shape).to(y.dtype)
 
 
 def _seed(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:

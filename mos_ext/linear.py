@@ -108,8 +108,13 @@ class AdaptedLayer:
 
 
 def _is_fresh(base: nn.Module) -> bool:
-    """Whether nobody but the caller holds what a base layer returns, so that it may be overwritten."""
-    return (isinstance(base, nn.Linear) or is_conv1d(base)) and not base._forward_hooks
+    """Whether a base returns a tensor that nobody else holds and no backward needs, so that it may be overwritten.
+
+    True of plain products: ``nn.Linear`` (also with a quantised weight), ``Conv1D``, the layers of bitsandbytes. Other
+    modules may end in an activation, whose backward needs its result.
+    """
+    product = type(base) is nn.Linear or is_conv1d(base) or type(base).__module__.startswith("bitsandbytes.")
+    return product and "forward" not in vars(base) and not base._forward_hooks
 
 
 _why_not_native = cache(why_not_native)  # what was built and which GPU there is does not change

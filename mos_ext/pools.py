@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import reference
 from .config import MoSConfig
-from .ops.autograd import factor_handles
 from .ops.checks import check_index, check_integer
+from .ops.handles import Stash, factor_handles, run_last
 from .routing import IndexTables, check_ranks, draw_tables
 
 
@@ -42,6 +44,7 @@ class ShardPool(nn.Module):
 
     index_a: Tensor
     index_b: Tensor
+    _ddp: weakref.ref[DistributedDataParallel] | None = None  # the wrapper that forward last ran in
 
     def __init__(
         self,
@@ -135,12 +138,13 @@ class ShardPool(nn.Module):
         return reference.delta_weight(self.values("a"), *tables, self.scales[layer])
 
     def handle(self, side: str, layer: int) -> Tensor | None:
-        """Stand-in that carries a layer's factor gradient to pool ``side`` (``ops/autograd.py``).
+        """Stand-in that carries a layer's factor gradient to pool ``side`` (``ops/handles.py``).
 
         None when no gradient is wanted, or when it must go to the pool itself: ``functional_call`` and ``torch.func``
         put other tensors here for one call, and a tracer that meets a replaced parameter must not keep what it makes.
         """
         pool: Tensor = getattr(self, side)
+        ddp = self._reduced_by()
         if not (torch.is_grad_enabled() and pool.requires_grad) or not isinstance(pool, nn.Parameter):
             return None
         made_for, index = self._handles_of[side]
@@ -149,7 +153,24 @@ class ShardPool(nn.Module):
             if torch.compiler.is_compiling():
                 return None
             self._renew_handles()
+        if ddp is not None:
+            return self._stashes[side].open(ddp.find_unused_parameters)[layer]
         return self._handles[side][layer]
+
+    def _reduced_by(self) -> DistributedDataParallel | None:
+        """The DDP that reduces this pool's gradient, for a layer that is recomputed inside a backward pass."""
+        if torch.compiler.is_compiling():
+            return None
+        ddp = None if self._ddp is None else self._ddp()
+        if torch._C._current_graph_task_id() == -1:
+            active = DistributedDataParallel._active_ddp_module
+            if active is not None and active is not ddp:
+                self._ddp = weakref.ref(active)
+                for side in "ab":
+                    run_last(self._handles[side], True)
+            return None
+        # With a static graph DDP itself counts how often a gradient is delivered.
+        return None if ddp is None or ddp.static_graph else ddp
 
     def _renew_handles(self) -> None:
         """One set of handles for the parameters as they are now.
@@ -157,10 +178,12 @@ class ShardPool(nn.Module):
         Made ahead of the first forward pass, so that tracers find them.
         """
         with torch.enable_grad():
-            self._handles = {
-                side: factor_handles(getattr(self, side), [self.table(side, k) for k in range(self.num_layers)])
-                for side in "ab"
-            }
+            self._handles, self._stashes = {}, {}
+            for side in "ab":
+                pool, tables = getattr(self, side), [self.table(side, k) for k in range(self.num_layers)]
+                self._stashes[side] = Stash(pool, tables)
+                self._handles[side] = factor_handles(pool, tables, self._stashes[side])
+                run_last(self._handles[side], self._ddp is not None)
         for handle in (*self._handles["a"], *self._handles["b"]):
             # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a
             # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no
@@ -177,7 +200,7 @@ class ShardPool(nn.Module):
 
     def __getstate__(self) -> dict:
         # Handles belong to a graph of this very parameter: copies and pickles make their own.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_handles", "_handles_of")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_handles", "_handles_of", "_stashes", "_ddp")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -318,6 +318,13 @@ class Tripled(nn.Linear):
         return 3 * super().forward(x)
 
 
+class Activated(nn.Linear):
+    """Its backward needs its output, which must therefore not be overwritten."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
 def replaced_forward(model):
     model[1].down.forward = lambda x: 3 * x[..., :24]
 
@@ -330,11 +337,15 @@ def subclass(model):
     model[1].down = Tripled(48, 24)
 
 
+def activated(model):
+    model[1].down = Activated(48, 24)
+
+
 def pruned(model):
     prune.l1_unstructured(model[1].down, "weight", 0.5)
 
 
-@pytest.mark.parametrize("change", [replaced_forward, weight_norm, subclass, pruned])
+@pytest.mark.parametrize("change", [replaced_forward, weight_norm, subclass, activated, pruned])
 def test_linears_that_compute_something_else_are_called_as_they_are(change):
     model = stack()
     change(model)

@@ -21,6 +21,7 @@ LEVEL = {
     "ops.loader": 2,
     "ops.checks": 3,
     "ops.autograd": 3,
+    "ops.handles": 4,
     "ops": 4,
     "functional": 5,
     "config": 5,

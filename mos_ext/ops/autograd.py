@@ -1,31 +1,23 @@
 """Gradients of the operators, and the fused layer that everything above is built on.
 
-Three differentiable pieces:
+Two differentiable pieces:
 
 * ``gather_concat``, ``shrink`` and ``expand`` carry registered gradients of their own. Each returns a dense gradient
   of the whole pool.
 * :class:`MoSLinear` is base product and low-rank product as one autograd node: two passes over activations forward,
-  two backward, nothing saved but x and S (T, r).
-* :func:`factor_handles` is how L layers share a pool at a cost that does not grow with it. A dense pool gradient per
-  layer would cost L times the pool in memory traffic every step. Instead each layer differentiates with respect to a
-  *handle*: a (r, d) tensor without storage that stands for its factor. Its gradient is the factor's, r * d elements.
-  All handles of a pool leave one autograd node, which runs once per backward pass, after the last layer, and sums all
-  factor gradients into the pool with one ordered ``scatter_add``. A handle holds no values and its node saves none, so
-  one set serves every step for as long as the parameter and its tables live: there is nothing in it that could become
-  stale. Layers called twice, not at all, or alone, gradient accumulation and both kinds of checkpointing are autograd's
-  ordinary business.
+  two backward, nothing saved but x and S (T, r). :class:`MoSAccumulate` is the low-rank product on top of a base that
+  was computed elsewhere. Their gradients of A and B go to handles (``handles.py``) where there are any.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import reference
 from .schema import NAMESPACE, library
 
 ops = torch.ops.mos_ext
@@ -122,54 +114,25 @@ for _name in ("low_rank_", "low_rank_backward_"):
     _in_place(_name)
 
 
-# ------------------------------------------------------------------------------------------------ handles
-
-
-class _FactorHandles(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, pool: Tensor, *indices: Tensor):
-        ctx.set_materialize_grads(False)
-        # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run in
-        # every step.
-        ctx.indices, ctx.num_shards, ctx.dtype = indices, pool.shape[0], pool.dtype
-        origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
-        return tuple(origin.expand(i.shape[0], i.shape[1] * pool.shape[1]) for i in indices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        used = [(grad, index) for grad, index in zip(grads, ctx.indices, strict=True) if grad is not None]
-        if not used:
-            return (None,) * (1 + len(ctx.indices))
-        with below_autograd():
-            pool_grad = ops.scatter_add([g for g, _ in used], [i for _, i in used], ctx.num_shards)
-        return pool_grad.to(ctx.dtype), *(None for _ in ctx.indices)
-
-
-def factor_handles(pool: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One handle per layer:
-
-    a storage-free (r, d) stand-in for its factor whose gradient flows to ``pool`` (see the module's text).
-    """
-    return _FactorHandles.apply(pool, *indices)
-
-
 # ------------------------------------------------------------------------------------------------ the fused layer
 
 
-def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast does to ``F.linear``: x, weight and bias in its dtype, float64 untouched. Pools keep theirs."""
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """What autocast does to the arguments of ``F.linear``: x and the others in its dtype, float64 untouched.
+
+    Not for pools, which keep theirs.
+    """
     device_type = x.device.type
     # Named first because torch 2.11 cannot trace is_autocast_available.
     available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     if not (available and torch.is_autocast_enabled(device_type)):
-        return x, weight, bias
+        return x, *others
     dtype = torch.get_autocast_dtype(device_type)
 
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
-    return cast(x), cast(weight), None if bias is None else cast(bias)
+    return cast(x), *(cast(t) for t in others)
 
 
 def transforms_active() -> bool:

@@ -35,7 +35,7 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
     mos_pools: nn.ModuleDict
     base_layer: nn.Module
 
-    def __init__(self, base_layer: nn.Module, pools: nn.ModuleDict, **quantization: Any) -> None:
+    def __init__(self, pools: nn.ModuleDict, **quantization: Any) -> None:
         features = features_of(self.get_base_layer())
         assert features is not None  # the planner refused it otherwise
         self.in_features, self.out_features = features
@@ -99,7 +99,7 @@ class MoSLinear(nn.Module, MoSLayer):
     def __init__(self, base_layer: nn.Module, pools: nn.ModuleDict, adapter_name: str, **quantization: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        MoSLayer.__init__(self, base_layer, pools, **quantization)
+        MoSLayer.__init__(self, pools, **quantization)
         self._active_adapter = adapter_name
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:

@@ -1,0 +1,128 @@
+"""How L layers share a pool at a cost that does not grow with it.
+
+A dense pool gradient per layer would cost L times the pool in memory traffic every step. Instead each layer
+differentiates with respect to a *handle*: a (r, d) tensor without storage that stands for its factor. Its gradient is
+the factor's, r * d elements. All handles of a pool leave one autograd node, which runs once per backward pass, after
+the last layer, and sums all factor gradients into the pool with one ordered ``scatter_add``. A handle holds no values
+and its node saves none, so one set serves every step for as long as the parameter and its tables live: there is nothing
+in it that could become stale. Layers called twice, not at all, or alone, gradient accumulation and both kinds of
+checkpointing are autograd's ordinary business. What is not, is DDP around reentrant checkpointing: :class:`Stash`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from .autograd import below_autograd, ops
+
+
+class _FactorHandles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pool: Tensor, stash: Stash | None, *indices: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.stash = stash
+        # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run in
+        # every step.
+        ctx.indices, ctx.num_shards, ctx.dtype = indices, pool.shape[0], pool.dtype
+        origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
+        return tuple(origin.expand(i.shape[0], i.shape[1] * pool.shape[1]) for i in indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        nothing = (None,) * (1 + len(ctx.indices))
+        used = [(grad, index) for grad, index in zip(grads, ctx.indices, strict=True) if grad is not None]
+        if not used:
+            return None, *nothing
+        with below_autograd():
+            pool_grad = ops.scatter_add([g for g, _ in used], [i for _, i in used], ctx.num_shards)
+        if ctx.stash is not None and (stashed := ctx.stash.take()) is not None:
+            pool_grad += stashed
+        return pool_grad.to(ctx.dtype), *nothing
+
+
+def factor_handles(pool: Tensor, indices: Sequence[Tensor], stash: Stash | None = None) -> tuple[Tensor, ...]:
+    """One handle per layer: a storage-free (r, d) stand-in for its factor whose gradient flows to ``pool``."""
+    return _FactorHandles.apply(pool, stash, *indices)
+
+
+def run_last(handles: Sequence[Tensor], last: bool) -> None:
+    """Whether the pool's node waits until nothing else is left to run in a backward pass, or runs once it can.
+
+    At once is better: DDP can reduce the gradient while backward goes on, and FSDP2 reduces those of a unit when the
+    gradient of the unit's input is there, whatever is still to come. (Autograd runs the youngest of the nodes that are
+    ready first, and this node is older than any of a forward pass.)
+    """
+    node = handles[0].grad_fn
+    if node is not None:
+        node._set_sequence_nr(0 if last else 2**62)  # type: ignore[attr-defined]
+
+
+class Stash:
+    """Holds back a pool's gradient until the outermost backward pass ends, for DDP.
+
+    A block under reentrant checkpointing runs a backward pass of its own inside the outer one, and would deliver to the
+    parameter each time; DDP takes the first delivery for the whole gradient. So layers that are recomputed inside a
+    backward pass use the ``handles`` here. They lead to ``proxy``, a leaf without storage that stands for the pool,
+    where gradients add up. The outer graph's own node of the pool adds what is there when it runs, after everything
+    else (:func:`run_last`); where there is no such node, a callback at the end of the outer pass delivers. The
+    parameter sees one gradient.
+    """
+
+    def __init__(self, pool: Tensor, indices: Sequence[Tensor]) -> None:
+        self.pool, self.delivered_in = pool, -1
+        origin = torch.zeros((), dtype=reference.accumulate_dtype(pool.dtype), device=pool.device)
+        self.proxy = origin.expand(pool.shape).requires_grad_()
+        self.handles = _FactorHandles.apply(self.proxy, None, *indices)
+        self._delivery: Callable[[], _Delivery | None] = _none
+
+    def open(self, find_unused_parameters: bool) -> tuple[Tensor, ...]:
+        """The handles, for a layer that is recomputed inside a backward pass."""
+        if self._delivery() is None:
+            self.proxy.grad = None  # of a pass that failed
+            delivery = _Delivery(self, find_unused_parameters)
+            # The engine alone owns it, so that it dies with its pass, however that ends. The first pass that sees a
+            # layer is the outermost: what a nested checkpoint recomputes ran in the enclosing recomputation before.
+            self._delivery = weakref.ref(delivery)
+            torch.autograd.Variable._execution_engine.queue_callback(delivery)
+        return self.handles
+
+    def take(self) -> Tensor | None:
+        """What has come together in this pass so far."""
+        self.delivered_in = torch._C._current_graph_task_id()
+        grad, self.proxy.grad = self.proxy.grad, None
+        return None if self._delivery() is None else grad  # else of a pass that failed
+
+    def deliver(self, find_unused_parameters: bool) -> None:
+        """The end of a backward pass: gives the parameter what the outer graph's node did not take."""
+        late = self.delivered_in == torch._C._current_graph_task_id()
+        grad, self._delivery = self.take(), _none
+        if grad is None or not self.pool.requires_grad:
+            return
+        if late or find_unused_parameters:
+            raise RuntimeError(
+                "DistributedDataParallel must reduce the gradient of a shared pool after all layers under reentrant "
+                "checkpointing, got one that was reduced before"
+                + ("" if late else " (find_unused_parameters=True takes the pool for unused)")
+                + ": use checkpoint(..., use_reentrant=False)"
+                + ("" if late else " or find_unused_parameters=False")
+            )
+        torch.autograd.backward(self.pool, grad.to(self.pool.dtype))
+
+
+class _Delivery:
+    def __init__(self, stash: Stash, find_unused_parameters: bool) -> None:
+        self.stash, self.find_unused_parameters = stash, find_unused_parameters
+
+    def __call__(self) -> None:
+        self.stash.deliver(self.find_unused_parameters)
+
+
+def _none() -> None:
+    """A reference to nothing."""
