@@ -13,7 +13,7 @@ from .ops import loader
 from .ops.checks import why_not_native
 from .ops.schema import OPERATORS
 
-OPTIONAL = ("safetensors", "transformers", "peft")
+OPTIONAL = ("safetensors", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "trl")
 
 
 def _guarded(probe: Callable[[], object]) -> str:

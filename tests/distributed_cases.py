@@ -89,11 +89,18 @@ def batches(micro):
     ]
 
 
-def train(wrapper=None, blocks="nnnn", way="adapt", micro=1, sync_always=False, clip=None, **config):
+def train(wrapper=None, blocks="nnnn", way="adapt", micro=1, sync_always=False, clip=None, thawed=False, **config):
     """Steps of SGD on this rank's rows of each batch: all pools, whole, after each step."""
     rank, world = rank_and_world()
     model = build(way, **config)
     inner(model).how = blocks
+    if thawed:  # frozen while handles are made, so that they are made anew in the first forward pass with gradients
+        frozen = list(trainable(model).values())
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        model.to("cpu")
+        for parameter in frozen:
+            parameter.requires_grad_(True)
     forward = wrap(model, wrapper)
     parameters = [p for p in forward.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)

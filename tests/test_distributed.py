@@ -54,6 +54,21 @@ def test_unused_layers_and_clipping(ranks, wrapper):
     agree(ranks, wrapper=wrapper, blocks="n-on", clip=0.01)
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("blocks", ["nnnn", "rrrr"])
+def test_pools_that_were_frozen_before(ranks, wrapper, blocks):
+    agree(ranks, wrapper=wrapper, blocks=blocks, thawed=True)
+
+
+def test_what_ddp_itself_cannot_do(ranks):
+    """find_unused_parameters decides after forward, when no reentrant layer has met its pool."""
+    for error in ranks.errors(cases.train, wrapper="ddp unused", blocks="rrrr"):
+        assert error.startswith(
+            "RuntimeError: DistributedDataParallel must reduce the gradient of a shared pool after all"
+        )
+        assert error.endswith("use checkpoint(..., use_reentrant=False) or find_unused_parameters=False")
+
+
 def test_fsdp1_computes_dense_gradients_under_checkpointing_too(ranks):
     agree(ranks, wrapper="fsdp1", blocks="oooo", micro=2)
 
