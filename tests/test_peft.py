@@ -292,11 +292,56 @@ def test_mixed_batches():
     torch.testing.assert_close(mixed[1], logits(llama(), batch)[1], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="non-existing adapter"):
         logits(model, batch, adapter_names=["nobody"] * 5)
-    with pytest.raises(ValueError, match="adapter_names must have one entry for each of 5 inputs, got 2"):
+    with pytest.raises(
+        ValueError, match="Length of `adapter_names` should be the same as the number of inputs, but got 2 and 5"
+    ):
         logits(model, batch, adapter_names=["other"] * 2)
     model.merge_adapter()
-    with pytest.raises(ValueError, match="adapter_names must not be given while adapters are merged"):
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters"):
         logits(model, batch, adapter_names=names)
+
+
+def test_mixed_batches_choose_modules_to_save_too():
+    model = wrapped(modules_to_save=["lm_head"])
+    model.add_adapter("other", config(init_weights=False, seed=5, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for copy_of_head in model.get_base_model().lm_head.modules_to_save.values():
+            copy_of_head.weight.normal_()
+    batch, names = {"input_ids": torch.randint(1, 96, (3, 7))}, ["other", "default", "__base__"]
+    mixed = logits(model, batch, adapter_names=names)
+    for row, name in enumerate(names[:2]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], logits(model, batch)[row], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed[2], logits(llama(), batch)[2], rtol=1e-4, atol=1e-4)
+
+
+def test_mixed_batches_in_beam_search():
+    model, _ = several()
+    ids, names = torch.randint(1, 96, (3, 5)), ["other", "__base__", "default"]
+    kwargs = {"attention_mask": torch.ones_like(ids), "num_beams": 2, "max_new_tokens": 6, "do_sample": False}
+    mixed = model.generate(input_ids=ids, adapter_names=names, **kwargs)
+    for row, name in enumerate(names):
+        one = {**kwargs, "attention_mask": kwargs["attention_mask"][:1]}
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(input_ids=ids[row : row + 1], **one)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(input_ids=ids[row : row + 1], **one)
+        assert mixed[row, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
+def test_rank_and_scaling_are_views():
+    model, _ = several()
+    layer = layers(model)["model.layers.0.self_attn.q_proj"]
+    ranks, scaling = layer.r, layer.scaling
+    assert dict(ranks) == {"default": 4, "other": 3}
+    assert dict(scaling) == {"default": 10 / 4, "other": 10 / 3}
+    model.delete_adapter("other")
+    assert dict(ranks) == {"default": 4}
+    assert "other" not in scaling
+    with pytest.raises(TypeError):
+        scaling["default"] = 1.0
 
 
 # ------------------------------------------------------------------------------------------------ merging

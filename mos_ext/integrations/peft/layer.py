@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,17 +69,14 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
         return name in self.mos_layer
 
     @property
-    def scaling(self) -> dict[str, float]:
-        """Adapter name -> what its low-rank product is multiplied by."""
-        return {name: pool.scales[layer] for name, (pool, layer) in self._pools().items()}
+    def scaling(self) -> Mapping[str, float]:
+        """Adapter name -> what its low-rank product is multiplied by. A view: alpha is the configuration's."""
+        return _PerAdapter(self, "scales")
 
     @property
-    def r(self) -> dict[str, int]:
-        """Adapter name -> its rank here."""
-        return {name: pool.ranks[layer] for name, (pool, layer) in self._pools().items()}
-
-    def _pools(self) -> dict[str, tuple[ShardPool, int]]:
-        return {name: self.adapter(name) for name in self.mos_layer}
+    def r(self) -> Mapping[str, int]:
+        """Adapter name -> its rank here. A view."""
+        return _PerAdapter(self, "ranks")
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base's weight, in that weight's shape and the pools' accumulation dtype."""
@@ -91,6 +88,25 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Yes. ``mos_ext.export_lora`` is exact and instant; PEFT's conversion decomposes the product again."""
         return True
+
+
+class _PerAdapter(Mapping[str, Any]):
+    """A property of each adapter's pool at this layer, as it is when it is looked up."""
+
+    def __init__(self, layer: MoSLayer, attribute: str) -> None:
+        self.layer, self.attribute = layer, attribute
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.layer.mos_layer:
+            raise KeyError(name)
+        pool, k = self.layer.adapter(name)
+        return getattr(pool, self.attribute)[k]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layer.mos_layer)
+
+    def __len__(self) -> int:
+        return len(self.layer.mos_layer)
 
 
 class MoSLinear(nn.Module, MoSLayer):
@@ -137,10 +153,16 @@ class MoSLinear(nn.Module, MoSLayer):
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """One adapter per row of a batch; ``"__base__"`` for none."""
-        if self.merged:
-            raise ValueError("adapter_names must not be given while adapters are merged: call unmerge_adapter first")
+        # In PEFT's own words: users search for them.
         if len(adapter_names) != len(x):
-            raise ValueError(f"adapter_names must have one entry for each of {len(x)} inputs, got {len(adapter_names)}")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         y = self.base_layer(x, *args, **kwargs).clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.mos_layer:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_quantization_kwargs
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
@@ -186,13 +187,17 @@ class MoSModel(BaseTuner):
         unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        rows = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
-
-        def insert(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            return args, {**kwargs, "adapter_names": rows}
-
-        layers = [module for module in self.modules() if isinstance(module, MoSLayer)]
-        handles = [layer.register_forward_pre_hook(insert, with_kwargs=True) for layer in layers]  # type: ignore[attr-defined]
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if callable(getattr(self.model, "get_encoder", None)) else None
+        # generate repeats rows for beam search in the decoder only.
+        single = set(encoder.modules()) if beams > 1 and encoder is not None and encoder is not self.model else set()
+        handles = []
+        for module in self.modules():
+            # modules_to_save (an AuxiliaryTrainingWrapper) has a copy per adapter to choose from, too.
+            if isinstance(module, (MoSLayer, AuxiliaryTrainingWrapper)):
+                rows = [name for name in names for _ in range(1 if module in single else beams)]
+                insert = partial(_with_adapter_names, adapter_names=rows)
+                handles.append(module.register_forward_pre_hook(insert, with_kwargs=True))  # type: ignore[attr-defined]
         try:
             yield
         finally:
@@ -216,6 +221,10 @@ class MoSModel(BaseTuner):
     ) -> dict[str, Tensor]:
         tables = {key: tensor.to(torch.int32) for key, tensor in state_dict.items() if _is_table(key)}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **tables})
+
+
+def _with_adapter_names(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def _is_table(key: str) -> bool:
