@@ -48,7 +48,7 @@ test-all: native
 	$(MAKE) peft-suite
 
 peft-suite: native
-	$(BIN)/python tests/peft_suite/run.py
+	$(BIN)/python tests/peft_suite/run.py -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .
