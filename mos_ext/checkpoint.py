@@ -24,7 +24,7 @@ from .adapt import adapter_of, check_unadapted, install, mos_layers
 from .config import POOL_DTYPES, MoSConfig
 from .linear import AdaptedLayer
 from .ops.checks import check_integer
-from .planner import LinearType, group_modules, select_modules, type_keys, type_name, unwrap
+from .planner import LinearType, device_of, group_modules, select_modules, type_keys, type_name, unwrap
 from .pools import ShardPool
 from .routing import IndexTables, check_ranks, check_tables
 
@@ -304,14 +304,15 @@ def _types_of(header: dict) -> _Types:
 
 def _check_model(model: nn.Module, config: MoSConfig, types: _Types | None, folder: Path) -> _Types:
     """The types that the configuration selects in this model; they must be those of the file, where it names them."""
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise ValueError("base_model must have its values in memory, got parameters on the meta device")
     try:
         here = group_modules(select_modules(model, config))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder} must be an adapter for this model, a {type(model).__name__}, got: {error}"
         ) from None
+    places = {device_of(model.get_submodule(modules[0])) for modules in here.values()}
+    if any(place is not None and place.type == "meta" for place in places):
+        raise ValueError("base_model must have its values in memory, got parameters on the meta device")
     if types is not None and here != types:
         different = sorted({type_name(*key) for key in set(here) ^ set(types)})
         if not different:

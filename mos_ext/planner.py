@@ -67,7 +67,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where a layer's adapter belongs: the device of its first parameter or buffer; None without any."""
+    """Where a layer computes, and its adapter belongs: the device of its first parameter or buffer; None without any.
+
+    An offloaded layer's weights are elsewhere, and accelerate's hook knows where they are brought.
+    """
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
 
 

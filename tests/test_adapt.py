@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import accelerate
 import pytest
 import torch
 from models import BUILDERS, gpt2, inputs, llama, randomize, stack
@@ -364,6 +365,20 @@ def test_linears_that_compute_something_else_are_called_as_they_are(change):
     with pytest.raises(ValueError, match=r"1\.down: a merged layer must have a plain weight, got one of which .*"):
         mos_ext.merge(model)
     assert not any(layer.merged for _, layer in mos_layers(model))
+
+
+def test_offloaded_bases(tmp_path):
+    """accelerate keeps weights elsewhere and brings them when a layer is called: the adapter is where they are brought."""
+    want, batch = randomize(mos_ext.adapt(llama(), SMALL)), inputs("llama")
+    mos_ext.save_adapter(want, tmp_path)
+    for put in (lambda base: randomize(mos_ext.adapt(base, SMALL)), lambda base: mos_ext.load_adapter(base, tmp_path)):
+        base = accelerate.cpu_offload(llama(), execution_device=torch.device("cpu"))
+        assert {p.device.type for p in base.parameters()} == {"meta"}
+        model = put(base)
+        assert {p.device.type for p in model.mos_pools.parameters()} == {"cpu"}
+        torch.testing.assert_close(logits(model, batch), logits(want, batch), rtol=1e-5, atol=1e-6)
+        model(**batch).logits.sum().backward()
+        assert all(pool.b.grad.abs().sum() > 0 for pool in model.mos_pools.pools)
 
 
 @pytest.mark.parametrize(
