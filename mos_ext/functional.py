@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops as _ops  # noqa: F401  (defines torch.ops.mos_ext)
 from .ops.autograd import MoSAccumulate as _MoSAccumulate
 from .ops.autograd import MoSLinear as _MoSLinear
-from .ops.autograd import MoSLinearTransformed, autocast, mos_linear_forward, tf32, transforms_active
+from .ops.autograd import MoSLinearTransformed, autocast, mos_linear_forward, tf32, transforms_active, watched
 from .ops.checks import (
     check_activation,
     check_branch,
@@ -164,8 +164,8 @@ def accumulate(
     (x,) = autocast(x)
     check_branch(x, y, pool_a, pool_b, index_a, index_b)
     factors = (pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout)
-    traced = torch.compiler.is_compiling() or transforms_active()  # they must see no mutation
-    if in_place and y.dtype == x.dtype and y.is_contiguous() and not y._is_view() and not traced:
+    traced = torch.compiler.is_compiling() or transforms_active() or watched()  # they must see no mutation
+    if in_place and not traced and y.dtype == x.dtype and y.is_contiguous() and not y._is_view():
         flat, seed = x.reshape(-1, x.shape[-1]), _seed(x, dropout, seed)
         if torch.is_grad_enabled():
             return _MoSAccumulate.apply(y, flat, *factors, seed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import MoSConfig
 from .functional import accumulate, fused
-from .ops.autograd import transforms_active
+from .ops.autograd import transforms_active, watched
 from .ops.checks import check_integer, why_not_native
 from .planner import device_of, features_of, is_conv1d, why_opaque
 from .pools import ShardPool
@@ -121,11 +121,13 @@ _why_not_native = cache(why_not_native)  # what was built and which GPU there is
 
 
 def _why_slow(x: Tensor, todo: Sequence[tuple[dict[str, Any], float, ShardPool]]) -> str | None:
-    """What keeps a call from the native kernels, or from one gradient per pool and step; None if nothing does."""
+    """What keeps a call from native kernels, from writing in place or from one gradient per pool and step; or None."""
     if (cause := _why_not_native("low_rank", x.device.type)) is not None:
         return cause
     if transforms_active():
         return "torch.func transforms or forward-mode differentiation are active"
+    if watched():
+        return "a TorchDispatchMode is active (selective checkpointing, say): no result is written to twice"
     if torch.is_grad_enabled():
         for operands, _, pool in todo:
             if any(operands[f"handle_{side}"] is None and getattr(pool, side).requires_grad for side in "ab"):

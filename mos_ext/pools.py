@@ -18,6 +18,14 @@ from .ops.handles import Stash, factor_handles, run_last
 from .routing import IndexTables, check_ranks, draw_tables
 
 
+def _stream(pool: Tensor) -> int:
+    """The CUDA stream that work is put on now, 0 elsewhere.
+
+    Autograd runs a node on the stream it was made on, which must be the captured one while a graph is captured.
+    """
+    return torch.cuda.current_stream(pool.device).cuda_stream if pool.is_cuda else 0
+
+
 class ShardPool(nn.Module):
     """The A-pool and the B-pool that the L layers of one linear type share, with the index tables of all of them.
 
@@ -116,6 +124,11 @@ class ShardPool(nn.Module):
         out: dict[str, Any] = {"scale": self.scales[layer]}
         for side in "ab":
             pool, handle = getattr(self, side), self.handle(side, layer)
+            if hasattr(pool, "full_tensor"):
+                raise RuntimeError(
+                    "a pool must be whole while layers use it, got a DTensor: call fully_shard on the blocks and then "
+                    "on the model, whose forward gathers the pools; not on the pools alone; and call the whole model"
+                )
             # Where a handle takes the gradient, the pool only gives its values.
             out[f"pool_{side}"] = pool if handle is None else pool.detach()
             out[f"handle_{side}"], out[f"index_{side}"] = handle, self.table(side, layer)
@@ -147,8 +160,10 @@ class ShardPool(nn.Module):
         ddp = self._reduced_by()
         if not (torch.is_grad_enabled() and pool.requires_grad) or not isinstance(pool, nn.Parameter):
             return None
-        made_for, index = self._handles_of[side]
+        made_for, index, stream = self._handles_of[side]
         stale = made_for is not pool or index is not getattr(self, f"index_{side}")
+        if pool.is_cuda and not torch.compiler.is_compiling():
+            stale = stale or stream != _stream(pool)
         if stale or not self._handles[side][layer].requires_grad:
             if torch.compiler.is_compiling():
                 return None
@@ -189,7 +204,9 @@ class ShardPool(nn.Module):
             # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no
             # storage of its own.
             handle.grad = handle.detach()
-        self._handles_of = {side: (getattr(self, side), getattr(self, f"index_{side}")) for side in "ab"}
+        self._handles_of = {
+            side: (getattr(self, side), getattr(self, f"index_{side}"), _stream(getattr(self, side))) for side in "ab"
+        }
 
     def _apply(self, fn, recurse=True):
         # .to(), .half(), ... may keep the Parameter and swap its data: handles of another device or dtype would refuse

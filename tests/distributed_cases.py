@@ -272,3 +272,9 @@ def tensor_parallel(when):
 def adapt_after_sharding():
     model = fully_shard(Model(stack(LAYERS, WIDTH)))
     mos_ext.adapt(model, mos_ext.MoSConfig(**RANKS))
+
+
+def shard_the_pools_alone():
+    model = build()
+    fully_shard(model.mos_pools)
+    model(batches(1)[0][0])

@@ -144,6 +144,13 @@ def test_sharded_before_adapted(ranks):
         assert "whose weight is a DTensor: adapt the model before fully_shard" in error
 
 
+def test_pools_sharded_alone(ranks):
+    for error in ranks.errors(cases.shard_the_pools_alone):
+        assert error.startswith(
+            "RuntimeError: a pool must be whole while layers use it, got a DTensor: call fully_shard on"
+        )
+
+
 @pytest.mark.parametrize(
     ("when", "message"),
     [

@@ -142,6 +142,14 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def watched() -> bool:
+    """Whether a ``TorchDispatchMode`` sees every operator.
+
+    Selective checkpointing is one: it keeps results and hands them out a second time, so nobody may write to them.
+    """
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def below_autograd():
     """Operators called inside skip autograd's kernels, which for ours are Python and cost a small layer dearly.
 
@@ -175,6 +183,10 @@ def _low_rank_first(x: Tensor) -> bool:
 def mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed) -> tuple[Tensor, Tensor]:
     """y (T, out) and what backward needs of the forward pass, S (T, r). Without a weight, y is the branch alone."""
     factors = (pool_a, index_a, pool_b, index_b)
+    if weight is not None and watched():
+        # Pure operators, by the names that checkpointing policies know: addmm, not linear.
+        delta, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32(x))
+        return torch.nn.functional.linear(x, weight, bias) + delta, s
     with below_autograd():
         if weight is None:
             y, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32(x))
