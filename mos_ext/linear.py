@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import MoSConfig
 from .functional import accumulate, fused
-from .ops.autograd import transforms_active, watched
+from .ops.autograd import autocast, transforms_active, watched
 from .ops.checks import check_integer, why_not_native
 from .planner import device_of, features_of, is_conv1d, why_opaque
 from .pools import ShardPool
@@ -68,9 +68,11 @@ class AdaptedLayer:
         if opaque is None:
             (operands, dropout, _), *todo = todo
             weight: Any = base.weight.T if transposed else base.weight  # type: ignore[operator]
+            (x,) = autocast(x)  # once, here and below: every adapter keeps the same copy for its backward
             y = fused(x, weight, base.bias, **operands, dropout=dropout)  # type: ignore[arg-type]
         else:
             y = base(x, *args, **kwargs)
+            (x,) = autocast(x)
         fresh = opaque is None or _is_fresh(base)
         for operands, dropout, _ in todo:
             y = accumulate(y, x, **operands, dropout=dropout, in_place=fresh)

@@ -74,7 +74,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
     group = torch.arange((cols + 7) // 8, device=device).unsqueeze(0)
     words = philox(seed, group, row)
     bits = torch.stack([word >> shift & 0xFFFF for word in words for shift in (0, 16)], dim=-1)
-    return bits.reshape(rows, -1)[:, :cols] >= dropout_threshold(p)
+    return bits.flatten(1)[:, :cols] >= dropout_threshold(p)
 
 
 def dropout_threshold(p: float) -> int:

@@ -640,9 +640,16 @@ def test_layers_to_transform():
 # ------------------------------------------------------------------------------------------------ explain
 
 
+@pytest.fixture
+def native(monkeypatch):
+    """As if there were native kernels, also where this file runs without."""
+    monkeypatch.setattr(linear, "_why_not_native", lambda op, device: None)
+    monkeypatch.setattr(linear, "_logged", set())
+
+
+@pytest.mark.usefixtures("native")
 def test_explain(caplog):
     caplog.set_level("INFO", logger="mos_ext")
-    linear._logged.clear()
     model = stack()
     model[1].down = Tripled(48, 24)
     randomize(mos_ext.adapt(model, SMALL))
@@ -675,8 +682,8 @@ def test_explain(caplog):
         mos_ext.explain(nn.Linear(2, 2))
 
 
+@pytest.mark.usefixtures("native")
 def test_what_leaves_the_fast_way_is_named_and_logged_once(caplog, monkeypatch):
-    linear._logged.clear()
     model, x = randomize(mos_ext.adapt(stack(), SMALL)), torch.randn(3, 24)
     parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     for _ in range(2):
@@ -697,6 +704,7 @@ def test_what_leaves_the_fast_way_is_named_and_logged_once(caplog, monkeypatch):
     ]
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dropout_bias_dtypes_and_strides_stay_fused(dtype):
     config = MoSConfig(

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mos_ext
+from mos_ext.ops.checks import why_not_native
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's deprecations at import
@@ -275,6 +276,8 @@ def largest_allocation(layer):
 @pytest.mark.parametrize(("way", "base", "adapters", "dropout"), CASES)
 def test_no_kernel_makes_room_for_activations_in_float32(way, base, adapters, dropout):
     """y in bfloat16 is the largest there is: x in float32 would be larger, and is what LoRA makes (below)."""
+    if dropout and why_not_native("low_rank", "cpu"):
+        pytest.skip("of the kernels: without them PyTorch makes the mask of dropout as a tensor")
     assert T * OUT * 2 < T * IN * 4
     assert largest_allocation(Layer(way, torch.bfloat16, dropout, base, adapters=adapters)) <= T * OUT * 2
 

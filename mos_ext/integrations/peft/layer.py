@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 from ...functional import accumulate
 from ...linear import BASE_ALONE, AdaptedLayer
-from ...planner import device_of, features_of, is_conv1d
+from ...planner import device_of, features_of, is_conv1d, why_opaque
 from ...pools import ShardPool
+
+
+def _unknown_quantization() -> Any:
+    """In place of torchao's configuration, for models that were not quantised through transformers."""
+    raise ValueError("get_apply_tensor_subclass must be known to quantise a merged weight anew")
 
 
 class MoSLayer(BaseTunerLayer, AdaptedLayer):
@@ -42,7 +47,8 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
         object.__setattr__(self, "mos_pools", pools)
         self.mos_layer: dict[str, int] = {}
         self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=quantization.get("get_apply_tensor_subclass")
+            self.get_base_layer(),
+            get_apply_tensor_subclass=quantization.get("get_apply_tensor_subclass") or _unknown_quantization,
         )
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         self._disable_adapters = False
@@ -84,6 +90,18 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
         delta = pool.delta_weight(layer)
         device = device_of(self.get_base_layer())
         return (delta.T if self.fan_in_fan_out else delta).to(device or delta.device)
+
+    def why_unmergeable(self) -> str | None:
+        """Why nothing can be added to the base's weight; None when it can."""
+        base, backend = self.get_base_layer(), self.quantization_backend
+        if backend is None:
+            # A forward that accelerate replaced is still that of a linear.
+            return None if "forward" in vars(base) and isinstance(base, nn.Linear) else why_opaque(base)
+        if not backend.supports_merge:
+            return f"the base layer is a {type(base).__name__}, which PEFT cannot quantise anew"
+        if getattr(backend, "get_apply_tensor_subclass", None) is _unknown_quantization:
+            return "nothing says how it was quantised (get_apply_tensor_subclass of transformers' TorchAoConfig does)"
+        return None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Yes. ``mos_ext.export_lora`` is exact and instant; PEFT's conversion decomposes the product again."""
@@ -175,8 +193,11 @@ class MoSLinear(nn.Module, MoSLayer):
         """Adds adapters to the base's weight, rounded once; a quantised weight is quantised anew, with a warning.
 
         Raises:
-            ValueError: with ``safe_merge``, the merged weight would not be finite; nothing is merged then.
+            ValueError: the base's weight cannot be added to, or with ``safe_merge``, the merged weight would not be
+                finite; nothing is merged then.
         """
+        if (cause := self.why_unmergeable()) is not None:
+            raise ValueError(f"a merged layer must have a weight that can be added to, got one of which {cause}")
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.mos_layer:
                 pool, _ = self.adapter(name)
@@ -210,6 +231,9 @@ class MoSLinear(nn.Module, MoSLayer):
                 "generations due to rounding errors.",
                 stacklevel=3,
             )
+            # On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights at the first inference, and dequantises what it
+            # packed wrongly; whoever asks for the state has it unpacked.
+            self.get_base_layer().state_dict()
         weight, delta = self.get_base_weight(), self.get_delta_weight(name)
         wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
         merged = wide.add(delta, alpha=sign).to(weight.dtype)

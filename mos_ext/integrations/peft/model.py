@@ -158,6 +158,15 @@ class MoSModel(BaseTuner):
             if key.startswith(self.prefix) and isinstance(child, nn.ModuleDict) and adapter_name in child:
                 del child[adapter_name]
 
+    def _check_merge_allowed(self) -> None:
+        """Every layer is asked before the first is merged."""
+        super()._check_merge_allowed()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, MoSLayer) and (cause := layer.why_unmergeable()) is not None:
+                raise ValueError(
+                    f"{name}: a merged layer must have a weight that can be added to, got one of which {cause}"
+                )
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._drop_pools(adapter_name)
