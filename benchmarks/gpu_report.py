@@ -33,7 +33,13 @@ NEW_GROUP = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new
 GRACE = 10  # a program that is told to stop may take this long
 
 # Tests of building and of the CPU emulator: they need no GPU, and would take most of the time.
-NOT_HERE = ("test_build.py", "test_cuda_emulator.py", "test_cuda_kernels.py", "test_gpu_report.py")
+# Tests that a GPU adds nothing to: they use the CPU alone, and CI runs them.
+NOT_HERE = (
+    *("test_build.py", "test_cuda_emulator.py", "test_cuda_kernels.py", "test_distributed.py", "test_gpu_report.py"),
+    *("test_memory.py", "test_peft.py", "test_quantized.py", "test_readme.py"),
+)
+# What a file imports that a machine with a GPU may not have: it is left out then, and the report says why.
+NEEDS = {"test_training.py": ("accelerate", "datasets", "trl", "mos_ext.integrations.peft")}
 SMOKE_TESTS = ("test_config.py",)
 ON_CUDA = re.compile(r"\[(.*-)?cuda(-.*)?\]$")  # the parameter of the fixture `device`
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
@@ -157,8 +163,11 @@ def test(report: Report) -> dict:
         wrappers = _wrappers(report, Path(folder))
         record = Path(folder) / "outcomes"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.pytest_record"]
+        lacking = {
+            file: why for file, names in NEEDS.items() if (why := next(filter(None, map(importable, names)), None))
+        }
         if report.device == "cuda":
-            command += ["tests", *(f"--ignore=tests/{name}" for name in NOT_HERE)]
+            command += ["tests", *(f"--ignore=tests/{name}" for name in (*NOT_HERE, *lacking))]
         else:
             command += [f"tests/{name}" for name in SMOKE_TESTS]
         if report.device == "cuda" and not importable("xdist"):
@@ -181,6 +190,7 @@ def test(report: Report) -> dict:
             "outcomes": dict(outcomes),
             "on_cuda": sum(r["outcome"] == "passed" and bool(ON_CUDA.search(r["test"])) for r in rows),
             "left_out": list(NOT_HERE) if report.device == "cuda" else "all but " + ", ".join(SMOKE_TESTS),
+            "lacking": lacking,
             "seconds": ran["seconds"],
             "failures": failures[:50],
             "slowest": [[r["test"], r["seconds"]] for r in sorted(rows, key=lambda r: -r["seconds"])[:10]],
