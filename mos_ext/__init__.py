@@ -11,12 +11,13 @@ from ._version import __version__
 from .adapt import ParameterReport, adapt, disabled, merge, parameter_report, unmerge
 from .checkpoint import export_lora, load_adapter, save_adapter
 from .config import MoSConfig
-from .explain import Explanation, explain
+from .explain import Explanation, LayerExplanation, explain
 from .linear import MoSLinear
 from .pools import ShardPool
 
 __all__ = [
     "Explanation",
+    "LayerExplanation",
     "MoSConfig",
     "MoSLinear",
     "ParameterReport",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import MoSConfig
-from .linear import MoSLinear
+from .linear import AdaptedLayer, MoSLinear
 from .planner import LinearType, device_of, plan, type_keys, unwrap
 from .pools import ShardPool
 from .ranks import same_on_every_rank
@@ -43,6 +43,11 @@ def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of an adapted model. ValueError for any other."""
     adapter = getattr(unwrap(model), POOLS, None)
     if not isinstance(adapter, Adapter):
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a PEFT model: use its "
+                "own merge_adapter, disable_adapter, save_pretrained, ...; explain and export_lora work for both"
+            )
         kind = type(model).__name__
         raise ValueError(f"model must be adapted with mos_ext.adapt or mos_ext.load_adapter, got a plain {kind}")
     return adapter
@@ -80,7 +85,8 @@ def adapt(model: nn.Module, config: MoSConfig) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, MoSConfig):
-        raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
+        got = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(f"config must be a mos_ext.MoSConfig, got a {got}")
     base = unwrap(model)
     with same_on_every_rank() as say:
         check_unadapted(base)
@@ -97,8 +103,11 @@ def check_unadapted(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise TypeError(f"model must be adapted before it is wrapped, got a {type(module).__name__}")
-    if any(True for _ in mos_layers(model)):
-        raise ValueError("model must not be adapted yet, got one with MoSLinear layers; start from the base model")
+    for name, module in model.named_modules():
+        # PEFT's layers, of any method, have a list of merged adapters.
+        if isinstance(module, AdaptedLayer) or hasattr(module, "merged_adapters"):
+            got = f"one where {name} is a {type(module).__name__}"
+            raise ValueError(f"model must not be adapted yet, got {got}; start from the base model")
     if hasattr(model, POOLS):
         raise ValueError(f"model must have no attribute {POOLS}, which holds the adapter, got one of its own")
 
@@ -108,16 +117,7 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
     modules = dict(model.named_modules())
     pools, layers = [], {}
     for linear_type in linear_types:
-        pool = ShardPool(
-            config,
-            linear_type.in_features,
-            linear_type.out_features,
-            len(linear_type.modules),
-            ranks=linear_type.ranks,
-            scales=linear_type.scales,
-            tables=linear_type.tables,
-            device=device_of(modules[linear_type.modules[0]]),
-        )
+        pool = ShardPool.of(linear_type, config, device_of(modules[linear_type.modules[0]]))
         pools.append(pool)
         for k, name in enumerate(linear_type.modules):
             layers[modules[name]] = MoSLinear.from_linear(modules[name], pool=pool, layer=k, register_pool=False)
@@ -168,20 +168,23 @@ def merge(model: nn.Module) -> nn.Module:
     """
     adapter_of(model)
     layers = dict(mos_layers(model))
-    owners: dict[int, list[str]] = {}
-    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
-        if layer.opaque is not None:
-            continue  # refused below, by the layer itself
         if not layer.enabled:
             raise ValueError(f"model must not be merged inside disabled(), got {name} switched off")
-        modules = {unwrap(model).get_submodule(owner.rpartition(".")[0]) for owner in owners[id(layer.weight)]}
-        if modules != {layer}:
-            shared = ", ".join(owners[id(layer.weight)])
-            raise ValueError(f"a merged weight must belong to one module alone, got one that is {shared}")
+    check_sole_owners(unwrap(model), [layer for layer in layers.values() if layer.opaque is None])
     _rewrite(layers, MoSLinear.merge, merged=True)
     return model
+
+
+def check_sole_owners(model: nn.Module, linears: Sequence[nn.Module]) -> None:
+    """ValueError unless each linear's weight is its own: merging into a tied weight would change another module too."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for linear in linears:
+        names = owners.get(id(linear.weight), [])
+        if {model.get_submodule(name.rpartition(".")[0]) for name in names} - {linear}:
+            raise ValueError(f"a merged weight must belong to one module alone, got one that is {', '.join(names)}")
 
 
 def unmerge(model: nn.Module) -> nn.Module:

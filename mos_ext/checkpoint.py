@@ -31,10 +31,14 @@ from .routing import IndexTables, check_ranks, check_tables
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT_VERSION = 1
 _HEADER_KEY = "mos_ext"  # of the safetensors file
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _TENSORS = ("a", "b", "index_a", "index_b")  # of a ShardPool
 # What PEFT's configuration has beside MoSConfig's fields, with the values that load_adapter can do with.
 _PEFT_DEFAULTS: dict[str, Any] = {"modules_to_save": None, "bias": "none"}
+_PEFT_FIELDS = (
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "fan_in_fan_out", "init_weights", *_PEFT_DEFAULTS),
+)
 
 
 # Only tasks for which PEFT adds no trained head of its own: with SEQ_CLS, say, it would look for a classifier in the
@@ -195,7 +199,8 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Args:
         base_model: a model that is not adapted, with the modules that the adapter was trained on.
-        path: a directory written by :func:`save_adapter`.
+        path: a directory written by :func:`save_adapter`, or by PEFT's ``save_pretrained`` for a MoS adapter that
+            trains nothing beside itself (``modules_to_save``, ``bias``).
 
     Returns:
         ``base_model`` itself.
@@ -217,7 +222,7 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     stored = _read_config(folder / CONFIG)
     tensors, header = _read_tensors(folder / WEIGHTS, stored)
     try:
-        config = _method_config(stored, tensors)
+        config = _method_config(stored)
         types = None if header is None else _types_of(header)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} must hold a valid MoS configuration, got {error}") from None
@@ -279,7 +284,7 @@ def _read_tensors(file: Path, stored: dict) -> tuple[dict[str, Tensor], dict | N
     return tensors, header
 
 
-def _method_config(stored: dict, tensors: dict[str, Tensor]) -> MoSConfig:
+def _method_config(stored: dict) -> MoSConfig:
     """The MoSConfig in a PEFT configuration."""
     for name, only in _PEFT_DEFAULTS.items():
         if stored.get(name, only) != only:
@@ -289,8 +294,11 @@ def _method_config(stored: dict, tensors: dict[str, Tensor]) -> MoSConfig:
             )
     values = {name: stored[name] for name in MoSConfig().to_dict() if name in stored}
     values["exclude_modules"] = values.get("exclude_modules") or ()
-    if values.get("pool_dtype", ...) is None:  # PEFT's rule decided: what the pools are stored in
-        values["pool_dtype"] = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    if values.get("pool_dtype", ...) is None:  # PEFT's rule: float32, unless told otherwise at every load
+        values["pool_dtype"] = "float32"
+    unknown = {k: v for k, v in stored.items() if v and k not in values and k not in _PEFT_FIELDS}
+    if unknown:
+        raise ValueError(f"a MoS configuration must only have fields that this version knows, got {unknown}")
     return MoSConfig.from_dict(values)
 
 
@@ -341,7 +349,7 @@ def _stored_type(
     tables = []
     for side in ("index_a", "index_b"):
         table = tensors.get(_tensor_name(type_key, side))
-        if table is None or table.dtype not in _INTEGERS:
+        if table is None or table.dtype not in INTEGERS:
             got = "none" if table is None else table.dtype
             raise ValueError(f"{folder / WEIGHTS} must hold an integer tensor {side} of {name}, got {got}")
         tables.append(table.numpy())
@@ -400,7 +408,8 @@ def export_lora(
         dtype: of the exported matrices; None keeps the pools'.
 
     Raises:
-        ValueError: the model is not adapted, or ``rank`` is below r. TypeError: ``dtype`` is not a float type.
+        ValueError: the model is not adapted, ``rank`` is below r, or a PEFT model has several active adapters, or one
+            that trains biases. TypeError: ``dtype`` is not a float type.
     """
     model, peft_config = unwrap(model), None
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):

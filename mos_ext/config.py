@@ -1,4 +1,4 @@
-"""What an adapter is: the ranks, the sharding, the draw and the modules, validated once and immutable afterwards."""
+"""What an adapter is: the ranks, the sharding, the draw and the modules; validated once, not to be changed later."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .ops.checks import check_integer, check_number
 
 ROUTINGS = ("random", "balanced")
 MAX_RANK = 256
+_PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern stands for
 POOL_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -22,13 +23,17 @@ def _boolean(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def _check_expression(name: str, expression: str, shown: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name} must be a valid regular expression, got {shown!r} ({error})") from None
+
+
 def _patterns(name: str, value: object) -> str | tuple[str, ...]:
     """A regular expression as it is; a collection of names as a tuple."""
     if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{name} must be a valid regular expression, got {value!r} ({error})") from None
+        _check_expression(name, value, value)
         return value
     if not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
@@ -47,17 +52,22 @@ def _by_pattern(name: str, value: object, check: Callable[[str, Any], None]) -> 
     for pattern, entry in value.items():
         if not isinstance(pattern, str):
             raise TypeError(f"{name} must have strings as keys, got {pattern!r}")
-        _patterns(name, pattern)
+        _check_expression(name, _PATTERN.format(pattern), pattern)
         check(f"{name}[{pattern!r}]", entry)
     return dict(value)
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches a module's whole name or its end, as PEFT reads such dictionaries."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+def pattern_value(name: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value that the patterns of field ``name`` give a module: of one that matches its whole name or the end of it.
+
+    Raises:
+        ValueError: patterns that match give different values. PEFT takes the first then, but files do not keep the
+            order.
+    """
+    matching = {pattern: value for pattern, value in patterns.items() if re.match(_PATTERN.format(pattern), module)}
+    if len(set(matching.values())) > 1:
+        raise ValueError(f"{name} must give {module} one value, got {matching}")
+    return next(iter(matching.values()), default)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class MoSConfig:
         layers_pattern: the name, or names, of the list of blocks that ``layers_to_transform`` counts (``"layers"``);
             None takes the first number in a module's name.
         rank_pattern: ``{pattern: r}`` for modules whose name, or the end of it, matches a regular expression. The
-            pools stay as they are.
+            pools stay as they are. Patterns that match one module must agree.
         alpha_pattern: ``{pattern: alpha}``, likewise.
         use_rslora: scale by alpha / sqrt(r) instead of alpha / r (rank-stabilised LoRA, arXiv 2312.03732).
         pair_dissociation: draw the indices of B independently of those of A. ``False`` gives B the indices of A.
@@ -189,6 +199,8 @@ class MoSConfig:
         pattern = self.layers_pattern
         if pattern is not None:
             names = (pattern,) if isinstance(pattern, str) else _patterns("layers_pattern", pattern)
+            for name in names:
+                _check_expression("layers_pattern", rf"(?:^|.*?\.){name}\.(\d+)\.", name)
             object.__setattr__(self, "layers_pattern", tuple(names) or None)
 
     @property
@@ -201,11 +213,12 @@ class MoSConfig:
 
     def rank_of(self, module: str) -> int:
         """r of the module called so."""
-        return pattern_value(self.rank_pattern, module, self.r)
+        return pattern_value("rank_pattern", self.rank_pattern, module, self.r)
 
     def scale_of(self, module: str) -> float:
         """:attr:`scale` of the module called so."""
-        return self._scale(pattern_value(self.alpha_pattern, module, self.alpha), self.rank_of(module))
+        alpha = pattern_value("alpha_pattern", self.alpha_pattern, module, self.alpha)
+        return self._scale(alpha, self.rank_of(module))
 
     @property
     def torch_pool_dtype(self) -> torch.dtype:

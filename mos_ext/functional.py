@@ -24,6 +24,8 @@ from .ops.checks import (
 
 ops = torch.ops.mos_ext
 
+__all__ = ["gather_concat", "mos_linear"]  # the rest is for layers, which have checked their tables
+
 
 def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
     """Assembles a low-rank factor from shards: ``pool[index]``, the l shards of a row concatenated left to right.
@@ -116,6 +118,7 @@ def mos_linear(
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+    x, weight, bias = autocast(x, weight, bias)
     return fused(x, weight, bias, pool_a, pool_b, index_a, index_b, float(scale), dropout=dropout, seed=seed)
 
 
@@ -134,11 +137,10 @@ def fused(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """:func:`mos_linear` without what a layer checked once, and with gradient handles (``ops/autograd.py``)."""
-    x, weight, bias = autocast(x, weight, bias)
+    """:func:`mos_linear` after autocast, without what a layer checked once, with gradient handles."""
     check_activation(x, weight, bias, pool_a, pool_b)
     y = _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout, seed)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # reshape makes a view in any case
 
 
 def accumulate(
@@ -158,10 +160,10 @@ def accumulate(
 ) -> Tensor:
     """``y + scale * (dropout(x) A^T) B^T``: the adapter of a base of any kind that has computed y (..., out) itself.
 
-    Computed in x's dtype (autocast's under autocast) and added in y's. ``in_place`` permits to overwrite y: nobody else
-    holds it, nor did its base save it for its backward.
+    Computed in x's dtype, after autocast, and added in y's. ``in_place`` permits to overwrite y: nobody else holds it,
+    nor did its base save it for its backward. It is done where autograd allows it, for contiguous y that are no views.
     """
-    (x,) = autocast(x)
+    check_tensor("the output of the base layer", y)
     check_branch(x, y, pool_a, pool_b, index_a, index_b)
     factors = (pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout)
     traced = torch.compiler.is_compiling() or transforms_active() or watched()  # they must see no mutation

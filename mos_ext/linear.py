@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .config import MoSConfig
 from .functional import accumulate, fused
@@ -35,6 +36,8 @@ class AdaptedLayer:
 
     paths: Counter[str]
     fan_in_fan_out: bool
+    # Adapter -> what its pool was when it was merged; None for a pool that has changed since.
+    _merged_from: dict[str | None, tuple | None]
 
     def has_adapter(self, name: str | None) -> bool:
         """Whether the layer takes part in the adapter called so; None is that of a layer with one."""
@@ -49,29 +52,30 @@ class AdaptedLayer:
         base: nn.Module,
         x: Tensor,
         adapters: Sequence[tuple[ShardPool, int]],
-        *args: Any,
+        *,
         opaque: str | None,
         transposed: bool,
         training: bool,
-        **kwargs: Any,
+        arguments: tuple[tuple, dict[str, Any]] = ((), {}),
     ) -> Tensor:
         """base(x) plus the low-rank products of ``adapters``, each a pool and the layer's number in it.
 
         ``opaque`` is why the base is called, and added to; None when its weight and bias are all there is to it, and
-        base and first adapter are computed together. ``transposed`` weights are (in, out). Other arguments are the
-        base's.
+        base and first adapter are computed together. ``transposed`` weights are (in, out). ``arguments`` are more of
+        the base's.
         """
         todo = [(pool.operands(layer), pool.config.dropout if training else 0.0, pool) for pool, layer in adapters]
         if not torch.compiler.is_compiling():
             slow = _why_slow(x, todo)
             self.count(slow or opaque or FUSED, level=logging.WARNING if slow else logging.INFO)
+        # Under autocast x is cast once: every adapter keeps the same copy for its backward.
         if opaque is None:
             (operands, dropout, _), *todo = todo
             weight: Any = base.weight.T if transposed else base.weight  # type: ignore[operator]
-            (x,) = autocast(x)  # once, here and below: every adapter keeps the same copy for its backward
-            y = fused(x, weight, base.bias, **operands, dropout=dropout)  # type: ignore[arg-type]
+            x, weight, bias = autocast(x, weight, base.bias)  # type: ignore[arg-type]
+            y = fused(x, weight, bias, **operands, dropout=dropout)
         else:
-            y = base(x, *args, **kwargs)
+            y = base(x, *arguments[0], **arguments[1])
             (x,) = autocast(x)
         fresh = opaque is None or _is_fresh(base)
         for operands, dropout, _ in todo:
@@ -94,11 +98,57 @@ class AdaptedLayer:
         """The class of the base layer."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def sum_with(self, weight: Tensor, names: Sequence[str | None], sign: float, *, check: bool) -> Tensor:
+        """A base's weight plus, or minus, the products of adapters: rounded once, at the end. Nothing is written.
+
+        Raises:
+            ValueError: adapters are taken out whose pools have changed since they were merged, so what was added is not
+                known any more; with ``check``, the sum is not finite.
+        """
+        for name in names if sign < 0 else ():
+            marks, pool = self._merged_from.get(name), self.adapter(name)[0]
+            if marks is None or not pool.unchanged(marks):
+                which = "" if name is None else f" of adapter {name}"
+                raise ValueError(f"the pools must not change between merge and unmerge, got changed pools{which}")
+        delta = torch.stack([pool.delta_weight(k) for pool, k in map(self.adapter, names)]).sum(0)
+        delta = (delta.T if self.fan_in_fan_out else delta).to(weight.device)
+        wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
+        total = wide.add(delta, alpha=sign).to(weight.dtype)
+        if check and total.device.type != "meta" and not torch.isfinite(total).all():
+            if names == [None]:
+                raise ValueError(
+                    f"the weight must be finite after {'merge' if sign > 0 else 'unmerge'}, got inf or NaN"
+                )
+            broken = ", ".join(map(str, names))  # in PEFT's own words
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+        return total
+
+    def mark_merged(self, names: Sequence[str | None]) -> None:
+        """Remembers what the pools of adapters are, now that they are merged."""
+        for name in names:
+            self._merged_from[name] = self.adapter(name)[0].marks()
+
+    def _for_copies(self) -> dict[str, Any]:
+        """What a copy knows of merges: whether their pools were still the same. Its tensors count changes anew."""
+        marks = {
+            name: () if marks is not None and self.adapter(name)[0].unchanged(marks) else None
+            for name, marks in self._merged_from.items()
+        }
+        return {"_merged_from": marks, "_compiled_call_impl": None}  # torch does not copy the latter either
+
+    def _mark_copies(self) -> None:
+        self._merged_from = {
+            name: None if marks is None else self.adapter(name)[0].marks() for name, marks in self._merged_from.items()
+        }
+
     @staticmethod
     def why_called(base: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> str | None:
         """Why a base must be called, hooks and arguments considered; None when it can be fused with an adapter."""
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return "the base layer has hooks"
+        if _has_any_global_hook():
+            return "modules have global hooks"
         return why_opaque(base) or ("the base layer takes more arguments than x" if args or kwargs else None)
 
     def count(self, path: str, level: int) -> None:
@@ -106,7 +156,7 @@ class AdaptedLayer:
         self.paths[path] += 1
         if path != FUSED and path not in _logged:
             _logged.add(path)
-            logger.log(level, "a layer is not fused with its base: %s (mos_ext.explain(model) tells more)", path)
+            logger.log(level, "a layer takes a slower way: %s (mos_ext.explain(model) tells more)", path)
 
 
 def _is_fresh(base: nn.Module) -> bool:
@@ -116,7 +166,7 @@ def _is_fresh(base: nn.Module) -> bool:
     modules may end in an activation, whose backward needs its result.
     """
     product = type(base) is nn.Linear or is_conv1d(base) or type(base).__module__.startswith("bitsandbytes.")
-    return product and "forward" not in vars(base) and not base._forward_hooks
+    return product and "forward" not in vars(base) and not base._forward_hooks and not _has_any_global_hook()
 
 
 _why_not_native = cache(why_not_native)  # what was built and which GPU there is does not change
@@ -200,7 +250,8 @@ class MoSLinear(nn.Module, AdaptedLayer):
         Raises:
             TypeError: a module that has no features. ValueError: a pool of other features.
         """
-        self = cls.__new__(cls)
+        chosen = cls if why_opaque(linear) is None else _CalledMoSLinear
+        self = chosen.__new__(chosen)
         nn.Module.__init__(self)
         self._setup(linear, pool, layer, config, register_pool)
         return self
@@ -246,21 +297,11 @@ class MoSLinear(nn.Module, AdaptedLayer):
             object.__setattr__(self, "pool", pool)  # past nn.Module: a reference, not a submodule
         self.enabled, self.merged = True, False
         self.train(linear.training)
-        self.paths = Counter()
+        self.paths, self._merged_from = Counter(), {}
         # What is hooked to the base keeps firing, and its handles keep removing: the very same dictionaries.
         for name in vars(linear) if self.opaque is None else ():
             if name.startswith(("_forward", "_backward", "_is_full_backward")):
                 setattr(self, name, getattr(linear, name))
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of a base layer that is called as it is: ``weight``, ``bias``, ``compute_dtype``, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None:
-                raise
-            return getattr(base, name)
 
     @property
     def scale(self) -> float:
@@ -312,17 +353,19 @@ class MoSLinear(nn.Module, AdaptedLayer):
         """Adds the adapter to ``weight``: the layer then costs what the base costs. Nothing happens when it is merged.
 
         Raises:
-            ValueError: the merged weight would not be finite; the layer stays as it was.
+            ValueError: the merged weight would not be finite, or the base's cannot be added to; nothing changes then.
         """
         if not self.merged:
             self._set_weight(self.merged_weight())
-            self.merged, self._merged_from = True, self._pool_versions()
+            self.mark_merged([None])
+            self.merged = True
 
     def unmerge(self) -> None:
         """Takes the adapter out of ``weight`` again, exact to the rounding of one addition in the weight's dtype.
 
         Raises:
-            ValueError: the pools have changed since the merge, so what was added is not known any more.
+            ValueError: pools or tables have changed since the merge, so what was added is not known any more.
+                (Writing to their ``.data`` cannot be seen.)
         """
         if self.merged:
             self._set_weight(self.merged_weight())
@@ -338,28 +381,18 @@ class MoSLinear(nn.Module, AdaptedLayer):
             )
         if hasattr(self.weight, "full_tensor"):
             raise ValueError("a merged weight must be whole, got one that is sharded over ranks")
-        if self.merged and self._merged_from != self._pool_versions():
-            raise ValueError("the pools must not change between merge and unmerge, got pools changed in place")
-        delta = self.delta_weight()
-        # One rounding, at the end: the sum is formed in the wider of both dtypes.
-        wide = self.weight.to(torch.promote_types(self.weight.dtype, delta.dtype))
-        weight = wide.add(delta, alpha=-1.0 if self.merged else 1.0).to(self.weight.dtype)
-        if weight.device.type != "meta" and not torch.isfinite(weight).all():
-            raise ValueError(f"the weight must be finite after {'unmerge' if self.merged else 'merge'}, got inf or NaN")
-        return weight
+        return self.sum_with(self.weight, [None], -1.0 if self.merged else 1.0, check=True)
 
     @torch.no_grad()
     def _set_weight(self, weight: Tensor) -> None:
         self.weight.copy_(weight)
 
-    def _pool_versions(self) -> tuple[int, int]:
-        """Counts every change of a pool in place, by an optimizer say."""
-        return self.pool.a._version, self.pool.b._version
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, **self._for_copies()}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        if self.merged:  # a copy's tensors count anew
-            self._merged_from = self._pool_versions()
+        self._mark_copies()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if self.merged and f"{prefix}weight" in state_dict:
@@ -373,3 +406,22 @@ class MoSLinear(nn.Module, AdaptedLayer):
             f"equivalent_rank={c.equivalent_rank}, shards_per_vector={c.shards_per_vector}, "
             f"layer={self.layer} of {self.pool.num_layers}"
         )
+
+
+class _CalledMoSLinear(MoSLinear):
+    """A :class:`MoSLinear` whose base layer is called: it has the base's attributes, ``weight``, ``compute_dtype``, ...
+
+    A class of its own, because a Python ``__getattr__`` would cost the others a microsecond per parameter they look up.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None:
+                raise
+            return getattr(base, name)
+
+    def _get_name(self) -> str:
+        return "MoSLinear"

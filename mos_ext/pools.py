@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from . import reference
 from .config import MoSConfig
 from .ops.checks import check_index, check_integer
 from .ops.handles import Stash, factor_handles, run_last
+from .planner import LinearType
 from .routing import IndexTables, check_ranks, draw_tables
 
 
@@ -24,6 +25,17 @@ def _stream(pool: Tensor) -> int:
     Autograd runs a node on the stream it was made on, which must be the captured one while a graph is captured.
     """
     return torch.cuda.current_stream(pool.device).cuda_stream if pool.is_cuda else 0
+
+
+class _Side(NamedTuple):
+    """What layers use in place of a pool, and what it was made for."""
+
+    pool: Tensor
+    table: Tensor
+    stream: int
+    tables: list[Tensor]  # of each layer
+    handles: tuple[Tensor, ...]
+    stash: Stash
 
 
 class ShardPool(nn.Module):
@@ -96,6 +108,7 @@ class ShardPool(nn.Module):
                 check_index(side, torch.from_numpy(table), n)
             self.register_buffer(side, torch.empty(table.shape, dtype=torch.int32, device=self.a.device))
         self.reset_parameters()
+        self._sides: dict[str, _Side] = {}
         self._renew_handles()
 
     @torch.no_grad()
@@ -114,25 +127,58 @@ class ShardPool(nn.Module):
                 check_index(prefix + side, table, self.a.shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @classmethod
+    def of(cls, linear_type: LinearType, config: MoSConfig, device: torch.device | str | None) -> ShardPool:
+        """The pool of a planned linear type."""
+        return cls(
+            config,
+            linear_type.in_features,
+            linear_type.out_features,
+            len(linear_type.modules),
+            ranks=linear_type.ranks,
+            scales=linear_type.scales,
+            tables=linear_type.tables,
+            device=device,
+        )
+
     def table(self, side: str, layer: int) -> Tensor:
-        """The (r, l) index table of a layer: the last r rows, since private ranks come last."""
-        tables: Tensor = getattr(self, f"index_{side}")
-        return tables[layer, tables.shape[1] - self.ranks[layer] :]
+        """The (r, l) index table of a layer."""
+        return self._table(self.index_a if side == "a" else self.index_b, layer)
+
+    def _table(self, tables: Tensor, layer: int) -> Tensor:
+        return tables[layer, tables.shape[1] - self.ranks[layer] :]  # the last r rows: private ranks come last
 
     def operands(self, layer: int) -> dict[str, Any]:
         """What the fused operators need of this pool to compute a layer, gradient handles included."""
-        out: dict[str, Any] = {"scale": self.scales[layer]}
-        for side in "ab":
-            pool, handle = getattr(self, side), self.handle(side, layer)
-            if hasattr(pool, "full_tensor"):
-                raise RuntimeError(
-                    "a pool must be whole while layers use it, got a DTensor: call fully_shard on the blocks and then "
-                    "on the model, whose forward gathers the pools; not on the pools alone; and call the whole model"
-                )
-            # Where a handle takes the gradient, the pool only gives its values.
-            out[f"pool_{side}"] = pool if handle is None else pool.detach()
-            out[f"handle_{side}"], out[f"index_{side}"] = handle, self.table(side, layer)
-        return out
+        ddp = self._reduced_by()
+        pool_a, handle_a, index_a = self._operand("a", self.a, self.index_a, layer, ddp)
+        pool_b, handle_b, index_b = self._operand("b", self.b, self.index_b, layer, ddp)
+        return {
+            "pool_a": pool_a,
+            "pool_b": pool_b,
+            "index_a": index_a,
+            "index_b": index_b,
+            "scale": self.scales[layer],
+            "handle_a": handle_a,
+            "handle_b": handle_b,
+        }
+
+    def _operand(
+        self, side: str, pool: Tensor, index: Tensor, layer: int, ddp: DistributedDataParallel | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The values of a pool, the handle that takes a layer's gradient instead (or None), and the layer's table."""
+        if type(pool) is not nn.Parameter and hasattr(pool, "full_tensor"):
+            raise RuntimeError(
+                "a pool must be whole while layers use it, got a DTensor: call fully_shard on the blocks and then "
+                "on the model, whose forward gathers the pools; not on the pools alone; and call the whole model"
+            )
+        made = self._sides[side]
+        # (Slicing costs an eager layer 3 us; a traced one would take each slice for an input of its graph.)
+        known = made.table is index and not torch.compiler.is_compiling()
+        table = made.tables[layer] if known else self._table(index, layer)
+        handle = self._handle(side, pool, index, layer, ddp)
+        # Where a handle takes the gradient, the pool only gives its values.
+        return (pool, None, table) if handle is None else (pool.detach(), handle, table)
 
     def values(self, side: str) -> Tensor:
         """A pool as a whole tensor. Where FSDP2 has sharded it, that is a collective: every rank must ask."""
@@ -150,27 +196,36 @@ class ShardPool(nn.Module):
         tables = (self.table("a", layer), self.values("b"), self.table("b", layer))
         return reference.delta_weight(self.values("a"), *tables, self.scales[layer])
 
+    def marks(self) -> tuple[tuple[Tensor, int], ...]:
+        """Tells later whether pools and tables are still these, unchanged in place: compare with :meth:`unchanged`."""
+        return tuple((tensor, tensor._version) for tensor in (self.a, self.b, self.index_a, self.index_b))
+
+    def unchanged(self, marks: tuple[tuple[Tensor, int], ...]) -> bool:
+        """Whether nothing has changed since :meth:`marks`. (Writing to ``.data`` cannot be seen.)"""
+        return all(a is b and v == w for (a, v), (b, w) in zip(marks, self.marks(), strict=True))
+
     def handle(self, side: str, layer: int) -> Tensor | None:
         """Stand-in that carries a layer's factor gradient to pool ``side`` (``ops/handles.py``).
 
         None when no gradient is wanted, or when it must go to the pool itself: ``functional_call`` and ``torch.func``
         put other tensors here for one call, and a tracer that meets a replaced parameter must not keep what it makes.
         """
-        pool: Tensor = getattr(self, side)
-        ddp = self._reduced_by()
+        return self._handle(side, getattr(self, side), getattr(self, f"index_{side}"), layer, self._reduced_by())
+
+    def _handle(
+        self, side: str, pool: Tensor, index: Tensor, layer: int, ddp: DistributedDataParallel | None
+    ) -> Tensor | None:
         if not (torch.is_grad_enabled() and pool.requires_grad) or not isinstance(pool, nn.Parameter):
             return None
-        made_for, index, stream = self._handles_of[side]
-        stale = made_for is not pool or index is not getattr(self, f"index_{side}")
+        made = self._sides[side]
+        stale = made.pool is not pool or made.table is not index or not made.handles[layer].requires_grad
         if pool.is_cuda and not torch.compiler.is_compiling():
-            stale = stale or stream != _stream(pool)
-        if stale or not self._handles[side][layer].requires_grad:
+            stale = stale or made.stream != _stream(pool)
+        if stale:
             if torch.compiler.is_compiling():
                 return None
-            self._renew_handles()
-        if ddp is not None:
-            return self._stashes[side].open(ddp.find_unused_parameters)[layer]
-        return self._handles[side][layer]
+            made = self._renew(side)
+        return made.handles[layer] if ddp is None else made.stash.open(ddp.find_unused_parameters)[layer]
 
     def _reduced_by(self) -> DistributedDataParallel | None:
         """The DDP that reduces this pool's gradient, for a layer that is recomputed inside a backward pass."""
@@ -181,32 +236,33 @@ class ShardPool(nn.Module):
             active = DistributedDataParallel._active_ddp_module
             if active is not None and active is not ddp:
                 self._ddp = weakref.ref(active)
-                for side in "ab":
-                    run_last(self._handles[side], True)
+                for made in self._sides.values():
+                    run_last(made.handles, True)
             return None
         # With a static graph DDP itself counts how often a gradient is delivered.
         return None if ddp is None or ddp.static_graph else ddp
 
-    def _renew_handles(self) -> None:
-        """One set of handles for the parameters as they are now.
-
-        Made ahead of the first forward pass, so that tracers find them.
-        """
+    def _renew(self, side: str) -> _Side:
+        """Handles for the parameter as it is now. Threads find the old ones, or the new."""
+        pool, index = getattr(self, side), getattr(self, f"index_{side}")
+        tables = [self._table(index, k) for k in range(self.num_layers)]
+        stash = Stash(pool, tables)
         with torch.enable_grad():
-            self._handles, self._stashes = {}, {}
-            for side in "ab":
-                pool, tables = getattr(self, side), [self.table(side, k) for k in range(self.num_layers)]
-                self._stashes[side] = Stash(pool, tables)
-                self._handles[side] = factor_handles(pool, tables, self._stashes[side])
-                run_last(self._handles[side], self._ddp is not None)
-        for handle in (*self._handles["a"], *self._handles["b"]):
+            handles = factor_handles(pool, tables, stash)
+        run_last(handles, self._ddp is not None)
+        for handle in handles:
             # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a
             # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no
             # storage of its own.
             handle.grad = handle.detach()
-        self._handles_of = {
-            side: (getattr(self, side), getattr(self, f"index_{side}"), _stream(getattr(self, side))) for side in "ab"
-        }
+        made = _Side(pool, index, _stream(pool), tables, handles, stash)
+        self._sides = {**self._sides, side: made}
+        return made
+
+    def _renew_handles(self) -> None:
+        """Both sides, ahead of the first forward pass, so that tracers find them."""
+        for side in "ab":
+            self._renew(side)
 
     def _apply(self, fn, recurse=True):
         # .to(), .half(), ... may keep the Parameter and swap its data: handles of another device or dtype would refuse
@@ -217,10 +273,11 @@ class ShardPool(nn.Module):
 
     def __getstate__(self) -> dict:
         # Handles belong to a graph of this very parameter: copies and pickles make their own.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_handles", "_handles_of", "_stashes", "_ddp")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_sides", "_ddp")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._sides = {}
         self._renew_handles()
 
     def extra_repr(self) -> str:

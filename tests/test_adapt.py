@@ -1,6 +1,8 @@
 """Layers and whole models: adapt, switch off, merge, report, and the method's semantics on real architectures."""
 
 import copy
+import sys
+import threading
 import warnings
 
 import accelerate
@@ -497,7 +499,7 @@ def unchanged(model, call, error, message):
         (MoSConfig(r=4, equivalent_rank=4, shards_per_vector=5), ValueError, "shards_per_vector must divide"),
         (MoSConfig(r=99, equivalent_rank=2), ValueError, "r must be at most"),
         (MoSConfig(target_modules=["embed_tokens"]), TypeError, "target_modules must select"),
-        ({"r": 4}, TypeError, "config must be a MoSConfig, got dict"),
+        ({"r": 4}, TypeError, "config must be a mos_ext.MoSConfig, got a builtins.dict"),
     ],
 )
 def test_bad_adapt(config, error, message):
@@ -577,7 +579,7 @@ def test_mismatched_inputs_of_a_layer():
         layer(torch.ones(3, 8, dtype=torch.long))
     layer.pool.to(torch.float64)
     with pytest.raises(
-        TypeError, match="pool must be float32 or have the dtype of x, torch.float32, got torch.float64"
+        TypeError, match="pool .pool_dtype. must be float32 or have the dtype of x, torch.float32, got torch.float64"
     ):
         layer(torch.randn(3, 8))
     layer.pool.to("meta")
@@ -672,7 +674,7 @@ def test_explain(caplog):
         "    *.down (1 x Tripled)",
     ]
     assert [record.getMessage() for record in caplog.records] == [
-        "a layer is not fused with its base: the base layer is a Tripled (mos_ext.explain(model) tells more)"
+        "a layer takes a slower way: the base layer is a Tripled (mos_ext.explain(model) tells more)"
     ]
     with mos_ext.disabled(model):
         assert {layer.path for layer in mos_ext.explain(model).layers} == {linear.BASE_ALONE}
@@ -697,10 +699,10 @@ def test_what_leaves_the_fast_way_is_named_and_logged_once(caplog, monkeypatch):
         "_C: not built: no compiler": 1,
     }
     assert mos_ext.explain(model).layers[0].path == "_C: not built: no compiler"
-    assert [(record.levelname, record.getMessage()[:60]) for record in caplog.records] == [
-        ("WARNING", "a layer is not fused with its base: pools were replaced by o"),
-        ("WARNING", "a layer is not fused with its base: torch.func transforms or"),
-        ("WARNING", "a layer is not fused with its base: _C: not built: no compil"),
+    assert [(record.levelname, record.getMessage()[:52]) for record in caplog.records] == [
+        ("WARNING", "a layer takes a slower way: pools were replaced by o"),
+        ("WARNING", "a layer takes a slower way: torch.func transforms or"),
+        ("WARNING", "a layer takes a slower way: _C: not built: no compil"),
     ]
 
 
@@ -726,3 +728,78 @@ def test_wrapped_models_are_refused(wrapper):
         TypeError,
         f"model must be adapted before it is wrapped, got a {wrapper}",
     )
+
+
+# ------------------------------------------------------------------------------------------------ merges and copies
+
+
+def change_in_place(pool):
+    with torch.no_grad():
+        pool.b.add_(1)
+
+
+def change_tables(pool):
+    pool.index_a.copy_(pool.index_a.flip(0))
+
+
+def replace_pool(pool):
+    pool.b = nn.Parameter(pool.b.detach().clone() + 1)
+    torch.autograd.graph.increment_version(pool.b)  # a counter alone would not tell
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_tables, replace_pool])
+def test_whatever_changes_between_merge_and_unmerge_is_noticed(change):
+    model = randomize(mos_ext.adapt(stack(), SMALL))
+    for parameter in model.mos_pools.parameters():
+        torch.autograd.graph.increment_version(parameter)
+    mos_ext.merge(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    same = copy.deepcopy(model)
+    change(model.mos_pools.pools[0])
+    for changed in (model, copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))):
+        with pytest.raises(
+            ValueError, match="0.up: the pools must not change between merge and unmerge, got changed pools"
+        ):
+            mos_ext.unmerge(changed)
+        assert all(torch.equal(v, before[k]) for k, v in changed.state_dict().items() if not k.startswith("mos_pools"))
+    mos_ext.unmerge(same)
+
+
+def test_second_derivatives_raise_on_a_called_base_too():
+    """A gradient penalty: the gradient of a sum requires no gradient itself, but depends on the pools."""
+    for change in (lambda model: None, subclass):
+        model = stack()
+        change(model)
+        randomize(mos_ext.adapt(model, SMALL))
+        x = torch.randn(3, 48, requires_grad=True)
+        (dx,) = torch.autograd.grad(model[1].down(x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="gradients of gradients are not implemented"):
+            dx.square().sum().backward()
+
+
+def test_threads_find_old_handles_or_new_ones():
+    layers, x = 24, torch.randn(2, 8)
+    pool = ShardPool(MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2), 8, 8, layers)
+    linears = [MoSLinear(8, 8, pool=pool, layer=k, register_pool=False) for k in range(layers)]
+    failures = []
+
+    def forward():
+        try:
+            for linear_ in linears:
+                linear_(x)
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            pool.a = nn.Parameter(pool.a.detach().clone())
+            threads = [threading.Thread(target=forward) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures

@@ -37,6 +37,12 @@ BAD = [
     ({"rank_pattern": {"q": 257}}, ValueError, r"rank_pattern\['q'\] must be at most 256, got 257"),
     ({"rank_pattern": {"q": 2}, "private_rank": 3}, ValueError, r"private_rank must be at most rank_pattern\['q'\]=2"),
     ({"rank_pattern": {"(": 2}}, ValueError, "rank_pattern must be a valid regular expression, got '\\('"),
+    ({"rank_pattern": {"(?i)q": 2}}, ValueError, "rank_pattern must be a valid regular expression"),
+    (
+        {"layers_pattern": ["("], "layers_to_transform": 1, "target_modules": ["q"]},
+        ValueError,
+        "layers_pattern must be a valid",
+    ),
     ({"rank_pattern": {3: 2}}, TypeError, "rank_pattern must have strings as keys, got 3"),
     ({"rank_pattern": [2]}, TypeError, "rank_pattern must be a dictionary from name patterns to values, got"),
     ({"alpha_pattern": {"q": "1"}}, TypeError, r"alpha_pattern\['q'\] must be a number, got '1'"),
@@ -81,13 +87,16 @@ def test_derived_numbers():
 
 
 def test_patterns():
-    """The first pattern that matches the whole name, or its end after a dot, as PEFT's get_pattern_key does."""
-    config = MoSConfig(r=16, alpha=8, rank_pattern={"down": 2, r".*\.0\..*": 4}, alpha_pattern={"down": 3})
-    ranks = {"h.1.down": 2, "h.0.down": 2, "h.0.up": 4, "h.1.up": 16, "h.1.my_down": 16, "down": 2}
+    """A pattern matches the whole name, or its end after a dot, as in PEFT; where several match, they must agree."""
+    config = MoSConfig(r=16, alpha=8, rank_pattern={"down": 2, r".*\.0\.up": 4, "up.*": 4}, alpha_pattern={"down": 3})
+    ranks = {"h.1.down": 2, "h.0.down": 2, "h.0.up": 4, "h.1.gate": 16, "h.1.my_down": 16, "down": 2}
     assert {name: config.rank_of(name) for name in ranks} == ranks
     assert config.scale_of("h.1.down") == 3 / 2
     assert config.scale_of("h.0.up") == 8 / 4
     assert MoSConfig(r=16, alpha=8, use_rslora=True).scale == 8 / 4
+    ambiguous = MoSConfig(r=16, rank_pattern={"down": 2, r".*\.0\..*": 4})
+    with pytest.raises(ValueError, match=r"rank_pattern must give h\.0\.down one value, got \{'down': 2, .*: 4\}"):
+        ambiguous.rank_of("h.0.down")
     assert hash(config) == hash(MoSConfig.from_dict(config.to_dict()))
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 from models import BUILDERS, gpt2, inputs, llama, randomize, stack
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mos_ext
@@ -215,8 +215,10 @@ def test_all_linear_of_a_second_adapter():
 
 
 def test_patterns():
-    model = wrapped(r=4, rank_pattern={r"layers\.0\..*": 2, "v_proj": 3}, alpha_pattern={"up_proj": 7})
-    native = mos_ext.MoSConfig(**RANKS, rank_pattern={r"layers\.0\..*": 2, "v_proj": 3}, alpha_pattern={"up_proj": 7})
+    model = wrapped(r=4, rank_pattern={r"layers\.0\..*": 2, r"[1-3]\..*v_proj": 3}, alpha_pattern={"up_proj": 7})
+    native = mos_ext.MoSConfig(
+        **RANKS, rank_pattern={r"layers\.0\..*": 2, r"[1-3]\..*v_proj": 3}, alpha_pattern={"up_proj": 7}
+    )
     for name, layer in layers(model).items():
         pool, k = layer.adapter("default")
         r = 2 if ".0." in name else 3 if "v_proj" in name else 4
@@ -387,7 +389,9 @@ def test_pools_that_changed_since_the_merge():
     model.merge_adapter()
     with torch.no_grad():
         pools(model)[0].b.add_(1)
-    with pytest.raises(ValueError, match="the pools must not change between merge and unmerge, got adapter default"):
+    with pytest.raises(
+        ValueError, match="the pools must not change between merge and unmerge, got changed pools of adapter default"
+    ):
         model.unmerge_adapter()
 
 
@@ -627,3 +631,156 @@ def test_configurations_survive_json(tmp_path):
     assert isinstance(after, MoSConfig)
     assert after.method() == before.method()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOS"
+
+
+# ------------------------------------------------------------------------------------------------ what could go wrong silently
+
+
+@pytest.mark.parametrize("name", ["a", "b", "index_a", "index_b"])
+def test_adapters_named_like_a_pool_s_tensors_are_refused(name):
+    """PEFT leaves out of a file what ends in another adapter's name: every other adapter would lose half of itself."""
+    model = wrapped()
+    with pytest.raises(ValueError, match=f"adapter_name must not be one of a, b, index_a, index_b, .* got '{name}'"):
+        model.add_adapter(name, config())
+    with pytest.raises(ValueError, match="adapter_name must not be one of"):
+        get_peft_model(llama(), config(), adapter_name=name)
+    assert list(model.peft_config) == ["default"]
+
+
+class Ambiguous(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(8, 8)}), "a_b": nn.Linear(8, 8)}) for _ in range(2)
+        )
+
+
+def test_linear_types_that_differ_in_punctuation_alone():
+    first = {"r": 2, "equivalent_rank": 2, "shards_per_vector": 2}
+    with pytest.raises(ValueError, match="linear types must differ in more than punctuation, got layers"):
+        get_peft_model(Ambiguous(), MoSConfig(**first, target_modules=["a.b", "a_b"]))
+    model = get_peft_model(Ambiguous(), MoSConfig(**first, target_modules=["a_b"]))
+    with pytest.raises(ValueError, match="linear types must differ in more than punctuation, got layers"):
+        model.add_adapter("second", MoSConfig(**first, target_modules=["a.b"]))
+
+
+@pytest.mark.parametrize("other", [{"hidden_size": 128}, {"num_key_value_heads": 4}])
+def test_a_model_of_another_width(other, tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the adapter must be for this model, got one without \['base_model.mos_"):
+        loaded(llama(**other), tmp_path)
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t.float() + 0.7, lambda t: t.bool(), lambda t: t.long() + 2**32])
+def test_tables_that_are_no_indices(spoil, tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("index_a"))
+    save_file({**tensors, key: spoil(tensors[key])}, file)
+    with pytest.raises(ValueError, match="must hold indices as integers, got torch"):
+        loaded(llama(), tmp_path)
+
+
+def test_fields_of_a_later_version(tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
+    with pytest.raises(ValueError, match=r"must only have fields that this version knows, got \{'use_dora': True\}"):
+        mos_ext.load_adapter(llama(), tmp_path)
+
+
+def test_one_way_in_at_a_time():
+    with pytest.raises(
+        ValueError, match="model must not be adapted yet, got one where base_model.model.*q_proj is a MoSLinear"
+    ):
+        mos_ext.adapt(wrapped(), NATIVE)
+    with pytest.raises(ValueError, match="model must not be adapted yet, got one where .* is a Linear"):
+        mos_ext.adapt(get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])), NATIVE)
+    with pytest.raises(
+        ValueError, match="model must not be adapted with mos_ext.adapt, got one where model.layers.0.self_attn"
+    ):
+        get_peft_model(mos_ext.adapt(llama(), NATIVE), config(target_modules=["lm_head"], r=3))
+    with pytest.raises(ValueError, match="got a PEFT model: use its own merge_adapter"):
+        mos_ext.merge(wrapped())
+    with pytest.raises(
+        TypeError, match="config must be a mos_ext.MoSConfig, got a mos_ext.integrations.peft.config.MoSConfig"
+    ):
+        mos_ext.adapt(llama(), config())
+
+
+def test_weighted_combinations_say_what_to_do():
+    model, _ = several()
+    with pytest.raises(NotImplementedError, match="MoS adapters cannot be combined into one"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mixed")
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings=True.:UserWarning")  # PEFT's, at every step
+def test_tied_weights_are_not_merged():
+    base = llama(tie_word_embeddings=True)
+    model = wrapped(base, target_modules=["lm_head"], r=3)
+    before = base.get_input_embeddings().weight.clone()
+    with pytest.raises(ValueError, match="must belong to one module alone"):
+        model.merge_adapter()
+    assert torch.equal(base.get_input_embeddings().weight, before)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_merging_is_all_or_nothing(at_once):
+    """In one layer with several adapters, and over the layers of a model."""
+    model, _ = several()
+    last = pools(model)[-1]
+    with torch.no_grad():
+        last.b[-1] = float("nan")  # a private shard of the last layer
+        if at_once:
+            pools(model, "other")[0].b[-1] = float("nan")
+    before = {n: layer.base_layer.weight.clone() for n, layer in layers(model).items()}
+    names = ["other", "default"] if at_once else ["default"]
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(adapter_names=names, safe_merge=True)
+    for name, layer in layers(model).items():
+        assert layer.merged_adapters == []
+        torch.testing.assert_close(layer.base_layer.weight, before[name], rtol=1e-6, atol=1e-7)  # one rounding
+    model.merge_adapter(adapter_names=["default"] if not at_once else [])
+
+
+def test_copies_of_a_merged_model_unmerge():
+    model, batch = wrapped(), inputs("llama")
+    adapted = logits(model, batch)
+    model.merge_adapter()
+    clone = copy.deepcopy(model)
+    clone.unmerge_adapter()
+    torch.testing.assert_close(logits(clone, batch), adapted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        pools(model)[0].b.add_(1)
+    with pytest.raises(ValueError, match="got changed pools of adapter default"):
+        copy.deepcopy(model).unmerge_adapter()
+
+
+def test_global_hooks_see_the_base():
+    model, seen = wrapped(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append((module, output))
+    )
+    try:
+        logits(model, inputs("llama"))
+    finally:
+        handle.remove()
+    bases = {layer.base_layer for layer in layers(model).values()}
+    assert bases <= {module for module, _ in seen}
+    assert mos_ext.explain(model).layers[0].calls == {"modules have global hooks": 1}
+
+
+class Configurable(nn.Linear):
+    def forward(self, x, training=False):
+        return super().forward(x) * (2 if training else 1)
+
+
+def test_a_base_s_own_keywords():
+    base = nn.ModuleDict({"layers": nn.ModuleList([Configurable(8, 8) for _ in range(2)])})
+    model = get_peft_model(
+        base, MoSConfig(r=2, equivalent_rank=2, shards_per_vector=2, target_modules=["0", "1"], init_weights=False)
+    )
+    layer, x = model.base_model.model["layers"][1], torch.randn(3, 8)
+    delta = x @ layer.get_delta_weight("default").T
+    torch.testing.assert_close(layer(x, training=True), 2 * nn.functional.linear(x, layer.weight, layer.bias) + delta)

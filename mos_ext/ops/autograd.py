@@ -12,11 +12,12 @@ Two differentiable pieces:
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .schema import NAMESPACE, library
 
@@ -76,10 +77,30 @@ def _no_setup(ctx, inputs, keyword_only_inputs, output):
     pass
 
 
+_SECOND_ORDER = "mos_ext: gradients of gradients are not implemented, nor is a gradient of low_rank: mos_linear has one"
+
+
 def _no_backward(ctx, *grads):
-    raise NotImplementedError(
-        "mos_ext: gradients of gradients are not implemented, nor is a gradient of low_rank: mos_linear has one"
-    )
+    raise NotImplementedError(_SECOND_ORDER)
+
+
+def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A backward whose results raise when they are differentiated.
+
+    torch's ``once_differentiable`` lets results pass for constants when the incoming gradient requires none, as that of
+    a sum does: a gradient penalty would then be silently wrong, for the results depend on x and the pools as well.
+    """
+
+    @wraps(backward)
+    def once(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # create_graph=True enables them
+            return results
+        depends = [None if r is None else r.detach().requires_grad_() for r in results]
+        return torch._C._functions.DelayedError(_SECOND_ORDER.encode(), len(depends))(*depends)
+
+    return once
 
 
 for _name, _setup, _backward in (
@@ -252,7 +273,7 @@ class MoSLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         grads = _gradients(ctx.needs_input_grad[:7], ctx.scale, ctx.p, dy, *ctx.saved_tensors)
         return _in_place_of_inputs(ctx, grads)
@@ -276,7 +297,7 @@ class MoSAccumulate(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         x, s, *rest = ctx.saved_tensors
         need_y, need_x, *need_others = ctx.needs_input_grad[:6]

@@ -87,7 +87,7 @@ def _check_pools(x: Tensor, pool_a: Tensor, pool_b: Tensor) -> None:
         if pool.device != x.device:
             raise ValueError(f"x must be on the device of the pool, {pool.device}, got {x.device}")
         if pool.dtype not in (torch.float32, x.dtype):
-            raise TypeError(f"pool must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
+            raise TypeError(f"pool (pool_dtype) must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
 
 
 def check_branch(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, index_a: Tensor, index_b: Tensor) -> None:

@@ -16,10 +16,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
-from .autograd import below_autograd, ops
+from .autograd import below_autograd, first_order, ops
 
 
 class _FactorHandles(torch.autograd.Function):
@@ -34,7 +33,7 @@ class _FactorHandles(torch.autograd.Function):
         return tuple(origin.expand(i.shape[0], i.shape[1] * pool.shape[1]) for i in indices)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         nothing = (None,) * (1 + len(ctx.indices))
         used = [(grad, index) for grad, index in zip(grads, ctx.indices, strict=True) if grad is not None]
@@ -76,14 +75,22 @@ class Stash:
     """
 
     def __init__(self, pool: Tensor, indices: Sequence[Tensor]) -> None:
-        self.pool, self.delivered_in = pool, -1
-        origin = torch.zeros((), dtype=reference.accumulate_dtype(pool.dtype), device=pool.device)
-        self.proxy = origin.expand(pool.shape).requires_grad_()
-        self.handles = _FactorHandles.apply(self.proxy, None, *indices)
+        self.pool, self.indices, self.delivered_in = pool, indices, -1
+        self.proxy: Tensor | None = None  # made when it is needed first, which is under DDP only
+        self.handles: tuple[Tensor, ...] = ()
         self._delivery: Callable[[], _Delivery | None] = _none
+
+    def _make(self) -> Tensor:
+        with torch.enable_grad():
+            origin = torch.zeros((), dtype=reference.accumulate_dtype(self.pool.dtype), device=self.pool.device)
+            proxy = origin.expand(self.pool.shape).requires_grad_()
+            self.handles = _FactorHandles.apply(proxy, None, *self.indices)
+        return proxy
 
     def open(self, find_unused_parameters: bool) -> tuple[Tensor, ...]:
         """The handles, for a layer that is recomputed inside a backward pass."""
+        if self.proxy is None:
+            self.proxy = self._make()
         if self._delivery() is None:
             self.proxy.grad = None  # of a pass that failed
             delivery = _Delivery(self, find_unused_parameters)
@@ -96,6 +103,8 @@ class Stash:
     def take(self) -> Tensor | None:
         """What has come together in this pass so far."""
         self.delivered_in = torch._C._current_graph_task_id()
+        if self.proxy is None:
+            return None
         grad, self.proxy.grad = self.proxy.grad, None
         return None if self._delivery() is None else grad  # else of a pass that failed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from ...functional import accumulate
 from ...linear import BASE_ALONE, AdaptedLayer
+from ...ops.autograd import autocast
 from ...planner import device_of, features_of, is_conv1d, why_opaque
 from ...pools import ShardPool
+
+MIXED = "the rows of a batch use different adapters"  # a way through a layer, see mos_ext.explain
 
 
 def _unknown_quantization() -> Any:
@@ -53,7 +57,7 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._merged_from: dict[str, tuple[int, int]] = {}
+        self._merged_from = {}
         self.paths = Counter()
 
     def update_layer(self, adapter_name: str, layer: int, *, inference_mode: bool) -> None:
@@ -153,11 +157,10 @@ class MoSLinear(nn.Module, MoSLayer):
             self.base_layer,
             x,
             [self.adapter(name) for name in names],
-            *args,
             opaque=self.why_called(self.base_layer, args, kwargs),
             transposed=self.fan_in_fan_out,
             training=self.training,
-            **kwargs,
+            arguments=(args, kwargs),
         )
 
     def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
@@ -181,7 +184,10 @@ class MoSLinear(nn.Module, MoSLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        if not torch.compiler.is_compiling():
+            self.count(MIXED, level=logging.INFO)
         y = self.base_layer(x, *args, **kwargs).clone()
+        (x,) = autocast(x)
         for name in dict.fromkeys(adapter_names):
             if name in self.mos_layer:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
@@ -198,48 +204,53 @@ class MoSLinear(nn.Module, MoSLayer):
         """
         if (cause := self.why_unmergeable()) is not None:
             raise ValueError(f"a merged layer must have a weight that can be added to, got one of which {cause}")
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.mos_layer:
-                pool, _ = self.adapter(name)
-                self._add_to_weight(name, 1.0, safe=safe_merge)
-                self.merged_adapters.append(name)
-                self._merged_from[name] = (pool.a._version, pool.b._version)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mos_layer]
+        if names:
+            self.set_base_weight(self.sum_with(self._readable_weight("Merge"), names, 1.0, check=safe_merge))
+            self.mark_merged(names)
+            self.merged_adapters += names
 
     def unmerge(self) -> None:
         """Takes merged adapters out of the weight again, exact to the rounding of one addition.
 
         Raises:
-            ValueError: an adapter's pools have changed since the merge, so what was added is not known any more.
+            ValueError: an adapter's pools or tables have changed since the merge, so what was added is not known any
+                more; nothing is unmerged then. (Writing to their ``.data`` cannot be seen.)
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while self.merged_adapters:
-            name = self.merged_adapters[-1]
-            pool, _ = self.adapter(name)
-            if self._merged_from[name] != (pool.a._version, pool.b._version):
-                raise ValueError(f"the pools must not change between merge and unmerge, got adapter {name} changed")
-            self._add_to_weight(name, -1.0, safe=False)
-            self.merged_adapters.pop()
+        self.unmerge_all_but(0)
 
-    @torch.no_grad()
-    def _add_to_weight(self, name: str, sign: float, *, safe: bool) -> None:
+    def unmerge_all_but(self, count: int) -> None:
+        """Takes out what was merged after the first ``count`` adapters."""
+        names: list[Any] = self.merged_adapters[count:]
+        if names:
+            self.set_base_weight(self.sum_with(self._readable_weight("Unmerge"), names, -1.0, check=False))
+            del self.merged_adapters[count:]
+            for name in names:
+                del self._merged_from[name]
+
+    def _readable_weight(self, what: str) -> Tensor:
+        """The base's weight, dequantised; with PEFT's warning where it will be quantised anew."""
         backend = self.quantization_backend
         if backend is not None and "bnb" in backend.backend_name:
             warnings.warn(
-                f"{'Merge' if sign > 0 else 'Unmerge'} mos module to {backend.backend_name} linear may get different "
-                "generations due to rounding errors.",
+                f"{what} mos module to {backend.backend_name} linear may get different generations due to rounding "
+                "errors.",
                 stacklevel=3,
             )
             # On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights at the first inference, and dequantises what it
             # packed wrongly; whoever asks for the state has it unpacked.
             self.get_base_layer().state_dict()
-        weight, delta = self.get_base_weight(), self.get_delta_weight(name)
-        wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
-        merged = wide.add(delta, alpha=sign).to(weight.dtype)
-        if safe and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self.set_base_weight(merged)
+        return self.get_base_weight()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, **self._for_copies()}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._mark_copies()
 
     def __repr__(self) -> str:
         return "mos." + super().__repr__()

@@ -14,12 +14,16 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ...checkpoint import smallest_integer
+from ...adapt import check_sole_owners
+from ...checkpoint import INTEGERS, smallest_integer
+from ...linear import AdaptedLayer
 from ...planner import LinearType, device_of, every_linear, is_conv1d, output_head, plan_modules, type_keys
 from ...pools import ShardPool
 from ...ranks import same_on_every_rank
 from .config import MoSConfig
 from .layer import MoSLayer, MoSLinear
+
+_POOL_TENSORS = ("a", "b", "index_a", "index_b")
 
 
 class MoSModel(BaseTuner):
@@ -52,9 +56,16 @@ class MoSModel(BaseTuner):
             raise ValueError(
                 "state_dict must be None for MoS: its entries do not name the adapted modules; the config does"
             )
+        if adapter_name in _POOL_TENSORS:
+            raise ValueError(
+                f"adapter_name must not be one of {', '.join(_POOL_TENSORS)}, which name the tensors of a pool: PEFT "
+                f"would take those of other adapters for this one's, got {adapter_name!r}"
+            )
         # BaseTuner restores requires_grad of parameters that were there before, but looks for them below self.model.
         before = [(p, p.requires_grad) for _, pool in self._named_pools() for p in pool.parameters()]
         self._injected = adapter_name, torch.device("meta") if low_cpu_mem_usage else None
+        if not hasattr(self, "_types"):
+            self._types: dict[str, str] = {}  # attribute of the pools of a linear type -> its name
         self._placed: dict[str, tuple[str, int]] = {}  # module name -> its pools' attribute, its number in them
         try:
             super().inject_adapter(
@@ -80,6 +91,12 @@ class MoSModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         adapter_name, device = self._injected
+        for name, module in model.named_modules():
+            if isinstance(module, AdaptedLayer) and not isinstance(module, MoSLayer):
+                raise ValueError(
+                    f"model must not be adapted with mos_ext.adapt, got one where {name} is a {type(module).__name__}; "
+                    f"start from the base model"
+                )
         bases = dict(self._bases(model))
         with same_on_every_rank() as say:
             named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
@@ -87,7 +104,13 @@ class MoSModel(BaseTuner):
             linear_types = plan_modules(method, named)
             say(method.to_dict())
         pools = [self._make_pool(peft_config, t, bases, device) for t in linear_types]
-        keys = [self.prefix + key for key in type_keys([t.name for t in linear_types])]
+        names = [t.name for t in linear_types]
+        keys = [self.prefix + key for key in type_keys(names)]
+        for key, name in zip(keys, names, strict=True):
+            if key.endswith("_") or self._types.setdefault(key, name) != name:
+                raise ValueError(
+                    f"linear types must differ in more than punctuation, got {name} and another that is also {key}"
+                )
         for key, linear_type, pool in zip(keys, linear_types, pools, strict=True):
             if not hasattr(self, key):
                 self.add_module(key, nn.ModuleDict())
@@ -99,16 +122,8 @@ class MoSModel(BaseTuner):
     def _make_pool(
         config: MoSConfig, linear_type: LinearType, bases: dict[str, nn.Module], device: torch.device | None
     ) -> ShardPool:
-        pool = ShardPool(
-            config.method(targets=linear_type.modules),
-            linear_type.in_features,
-            linear_type.out_features,
-            len(linear_type.modules),
-            ranks=linear_type.ranks,
-            scales=linear_type.scales,
-            tables=linear_type.tables,
-            device=device or device_of(bases[linear_type.modules[0]]),
-        )
+        device = device or device_of(bases[linear_type.modules[0]])
+        pool = ShardPool.of(linear_type, config.method(targets=linear_type.modules), device)
         if not config.init_weights:
             bound = 1.0 / math.sqrt(pool.out_features)
             nn.init.uniform_(pool.b, -bound, bound)
@@ -147,16 +162,21 @@ class MoSModel(BaseTuner):
 
     # ---------------------------------------------------------------------------------------------- the pools
 
-    def _named_pools(self) -> Iterator[tuple[str, ShardPool]]:
-        """(adapter name, pool) of all of them."""
+    def _pool_dicts(self) -> Iterator[tuple[str, nn.ModuleDict]]:
+        """(attribute, adapter name -> pool) of every linear type."""
         for key, child in self.named_children():
             if key.startswith(self.prefix) and isinstance(child, nn.ModuleDict):
-                yield from child.items()  # type: ignore[misc]
+                yield key, child
+
+    def _named_pools(self) -> Iterator[tuple[str, ShardPool]]:
+        """(adapter name, pool) of all of them."""
+        for _, pools in self._pool_dicts():
+            yield from pools.items()  # type: ignore[misc]
 
     def _drop_pools(self, adapter_name: str) -> None:
-        for key, child in self.named_children():
-            if key.startswith(self.prefix) and isinstance(child, nn.ModuleDict) and adapter_name in child:
-                del child[adapter_name]
+        for _, pools in self._pool_dicts():
+            if adapter_name in pools:
+                del pools[adapter_name]
 
     def _check_merge_allowed(self) -> None:
         """Every layer is asked before the first is merged."""
@@ -166,6 +186,28 @@ class MoSModel(BaseTuner):
                 raise ValueError(
                     f"{name}: a merged layer must have a weight that can be added to, got one of which {cause}"
                 )
+        layers = [layer for layer in self.model.modules() if isinstance(layer, MoSLayer)]
+        check_sole_owners(
+            self.model, [layer.get_base_layer() for layer in layers if layer.quantization_backend is None]
+        )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """See ``BaseTuner.merge_adapter``. After an error nothing is merged that was not before."""
+        layers = [module for module in self.modules() if isinstance(module, MoSLinear)]
+        before = {layer: len(layer.merged_adapters) for layer in layers}
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            for layer, count in before.items():
+                layer.unmerge_all_but(count)
+            raise
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not for MoS: NotImplementedError says what to do instead."""
+        raise NotImplementedError(
+            "MoS adapters cannot be combined into one, since each has tables of its own: activate several at once, or "
+            "combine their exports to LoRA (mos_ext.export_lora)"
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -176,11 +218,12 @@ class MoSModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         if autocast_adapter_dtype or config.pool_dtype is not None:
             return
-        for layer in self.modules():
-            if isinstance(layer, MoSLayer) and adapter_name in layer.mos_layer:
-                _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-                if dtype is not None and dtype.is_floating_point:
-                    layer.adapter(adapter_name)[0].to(dtype)
+        layers = [m for m in self.modules() if isinstance(m, MoSLayer) and adapter_name in m.mos_layer]
+        # One layer of each pool tells: they have one shape, and a model's blocks one dtype.
+        for pool, layer in {layer.adapter(adapter_name)[0]: layer for layer in layers}.items():
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            if dtype is not None and dtype.is_floating_point:
+                pool.to(dtype)
 
     # ---------------------------------------------------------------------------------------------- forward
 
@@ -228,8 +271,29 @@ class MoSModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tables = {key: tensor.to(torch.int32) for key, tensor in state_dict.items() if _is_table(key)}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **tables})
+        """The adapter's tensors under the model's keys.
+
+        Raises:
+            ValueError: they are not those of this model's linear types, or a table holds no integers.
+        """
+        tables = {}
+        for key, table in state_dict.items():
+            if _is_table(key):
+                if table.dtype not in INTEGERS or (table.numel() and table.max() > torch.iinfo(torch.int32).max):
+                    raise ValueError(f"{key} must hold indices as integers, got {table.dtype} up to {table.max()}")
+                tables[key] = table.to(torch.int32)
+        out = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **tables})
+        there = {key for key in out if f".{cls.prefix}" in key and key.rpartition(".")[2] in _POOL_TENSORS}
+        for root, tuner in model.named_modules():
+            if isinstance(tuner, cls):
+                mine = [key for key, child in tuner._pool_dicts() if adapter_name in child]
+                expected = {f"{root}.{key}.{adapter_name}.{tensor}" for key in mine for tensor in _POOL_TENSORS}
+                if there != expected:
+                    raise ValueError(
+                        f"the adapter must be for this model, got one without {sorted(expected - there)} and with "
+                        f"{sorted(there - expected)}"
+                    )
+        return out
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> tuple[Any, Any]:
