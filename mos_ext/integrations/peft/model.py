@@ -279,7 +279,8 @@ class MoSModel(BaseTuner):
         tables = {}
         for key, table in state_dict.items():
             if _is_table(key):
-                if table.dtype not in INTEGERS or (table.numel() and table.max() > torch.iinfo(torch.int32).max):
+                largest = int(table.max()) if table.dtype in INTEGERS and table.numel() else 0
+                if table.dtype not in INTEGERS or largest >= 2**31:
                     raise ValueError(f"{key} must hold indices as integers, got {table.dtype} up to {table.max()}")
                 tables[key] = table.to(torch.int32)
         out = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **tables})
