@@ -32,7 +32,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT_VERSION = 1
 _HEADER_KEY = "mos_ext"  # of the safetensors file
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_TENSORS = ("a", "b", "index_a", "index_b")  # of a ShardPool
+TENSORS = ("a", "b", "index_a", "index_b")  # of a ShardPool
 # What PEFT's configuration has beside MoSConfig's fields, with the values that load_adapter can do with.
 _PEFT_DEFAULTS: dict[str, Any] = {"modules_to_save": None, "bias": "none"}
 _PEFT_FIELDS = (
@@ -105,7 +105,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     for name, key, pool in zip(names, type_keys(names), adapter.pools, strict=True):
         _check_in_memory(name, pool)
         smallest = smallest_integer(pool.a.shape[0] - 1)
-        for tensor in _TENSORS:
+        for tensor in TENSORS:
             is_table = tensor.startswith("index")
             value = getattr(pool, tensor) if is_table else pool.values(tensor).detach()
             target = smallest if is_table else dtype or value.dtype
@@ -364,7 +364,7 @@ def _stored_type(
 def _check_pools(
     keys: list[str], linear_types: list[LinearType], config: MoSConfig, tensors: dict[str, Tensor], folder: Path
 ) -> None:
-    expected = {_tensor_name(key, tensor) for key in keys for tensor in _TENSORS}
+    expected = {_tensor_name(key, tensor) for key in keys for tensor in TENSORS}
     if set(tensors) != expected:
         raise ValueError(
             f"{folder / WEIGHTS} must hold the tensors of its configuration, got a difference "

@@ -98,6 +98,12 @@ class AdaptedLayer:
         """The class of the base layer."""
         raise NotImplementedError
 
+    def delta_of(self, name: str | None) -> Tensor:
+        """scale * B A of an adapter, shaped like the base's weight, in the accumulation dtype of the pools."""
+        pool, k = self.adapter(name)
+        delta = pool.delta_weight(k)
+        return delta.T if self.fan_in_fan_out else delta
+
     @torch.no_grad()
     def sum_with(self, weight: Tensor, names: Sequence[str | None], sign: float, *, check: bool) -> Tensor:
         """A base's weight plus, or minus, the products of adapters: rounded once, at the end. Nothing is written.
@@ -111,8 +117,9 @@ class AdaptedLayer:
             if marks is None or not pool.unchanged(marks):
                 which = "" if name is None else f" of adapter {name}"
                 raise ValueError(f"the pools must not change between merge and unmerge, got changed pools{which}")
-        delta = torch.stack([pool.delta_weight(k) for pool, k in map(self.adapter, names)]).sum(0)
-        delta = (delta.T if self.fan_in_fan_out else delta).to(weight.device)
+        delta, *others = (self.delta_of(name).to(weight.device) for name in names)
+        for other in others:
+            delta = delta + other
         wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
         total = wide.add(delta, alpha=sign).to(weight.dtype)
         if check and total.device.type != "meta" and not torch.isfinite(total).all():
@@ -346,8 +353,7 @@ class MoSLinear(nn.Module, AdaptedLayer):
 
     def delta_weight(self) -> Tensor:
         """scale * B A, shaped like ``weight``, in the accumulation dtype of the pools."""
-        delta = self.pool.delta_weight(self.layer)
-        return delta.T if self.fan_in_fan_out else delta
+        return self.delta_of(None)
 
     def merge(self) -> None:
         """Adds the adapter to ``weight``: the layer then costs what the base costs. Nothing happens when it is merged.

@@ -650,18 +650,30 @@ def test_adapters_named_like_a_pool_s_tensors_are_refused(name):
 class Ambiguous(nn.Module):
     def __init__(self):
         super().__init__()
+        torch.manual_seed(0)
         self.layers = nn.ModuleList(
             nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(8, 8)}), "a_b": nn.Linear(8, 8)}) for _ in range(2)
         )
 
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["a_b"](layer["a"]["b"](x))
+        return x
 
-def test_linear_types_that_differ_in_punctuation_alone():
-    first = {"r": 2, "equivalent_rank": 2, "shards_per_vector": 2}
+
+def test_linear_types_that_differ_in_punctuation_alone(tmp_path):
+    """Not in one adapter; and adapters for either do not meet, though their pools' names are one."""
+    fields = {"r": 2, "equivalent_rank": 2, "shards_per_vector": 2, "init_weights": False}
     with pytest.raises(ValueError, match="linear types must differ in more than punctuation, got layers"):
-        get_peft_model(Ambiguous(), MoSConfig(**first, target_modules=["a.b", "a_b"]))
-    model = get_peft_model(Ambiguous(), MoSConfig(**first, target_modules=["a_b"]))
-    with pytest.raises(ValueError, match="linear types must differ in more than punctuation, got layers"):
-        model.add_adapter("second", MoSConfig(**first, target_modules=["a.b"]))
+        get_peft_model(Ambiguous(), MoSConfig(**fields, target_modules=["a.b", "a_b"]))
+    model, x = get_peft_model(Ambiguous(), MoSConfig(**fields, target_modules=["a_b"])), torch.randn(3, 8)
+    model.add_adapter("second", MoSConfig(**fields, target_modules=["a.b"]))
+    model.save_pretrained(tmp_path)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone = loaded(Ambiguous(), tmp_path / ("" if name == "default" else name))
+        assert torch.equal(alone(x), model(x))
+        assert not torch.allclose(model(x), Ambiguous()(x), atol=1e-3)
 
 
 @pytest.mark.parametrize("other", [{"hidden_size": 128}, {"num_key_value_heads": 4}])
@@ -741,7 +753,6 @@ def test_merging_is_all_or_nothing(at_once):
     for name, layer in layers(model).items():
         assert layer.merged_adapters == []
         torch.testing.assert_close(layer.base_layer.weight, before[name], rtol=1e-6, atol=1e-7)  # one rounding
-    model.merge_adapter(adapter_names=["default"] if not at_once else [])
 
 
 def test_copies_of_a_merged_model_unmerge():

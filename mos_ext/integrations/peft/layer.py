@@ -90,10 +90,7 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base's weight, in that weight's shape and the pools' accumulation dtype."""
-        pool, layer = self.adapter(adapter_name)
-        delta = pool.delta_weight(layer)
-        device = device_of(self.get_base_layer())
-        return (delta.T if self.fan_in_fan_out else delta).to(device or delta.device)
+        return self.delta_of(adapter_name).to(device_of(self.get_base_layer()))
 
     def why_unmergeable(self) -> str | None:
         """Why nothing can be added to the base's weight; None when it can."""

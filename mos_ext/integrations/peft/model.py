@@ -15,15 +15,13 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from ...adapt import check_sole_owners
-from ...checkpoint import INTEGERS, smallest_integer
+from ...checkpoint import INTEGERS, TENSORS, smallest_integer
 from ...linear import AdaptedLayer
 from ...planner import LinearType, device_of, every_linear, is_conv1d, output_head, plan_modules, type_keys
 from ...pools import ShardPool
 from ...ranks import same_on_every_rank
 from .config import MoSConfig
 from .layer import MoSLayer, MoSLinear
-
-_POOL_TENSORS = ("a", "b", "index_a", "index_b")
 
 
 class MoSModel(BaseTuner):
@@ -56,16 +54,14 @@ class MoSModel(BaseTuner):
             raise ValueError(
                 "state_dict must be None for MoS: its entries do not name the adapted modules; the config does"
             )
-        if adapter_name in _POOL_TENSORS:
+        if adapter_name in TENSORS:
             raise ValueError(
-                f"adapter_name must not be one of {', '.join(_POOL_TENSORS)}, which name the tensors of a pool: PEFT "
+                f"adapter_name must not be one of {', '.join(TENSORS)}, which name the tensors of a pool: PEFT "
                 f"would take those of other adapters for this one's, got {adapter_name!r}"
             )
         # BaseTuner restores requires_grad of parameters that were there before, but looks for them below self.model.
         before = [(p, p.requires_grad) for _, pool in self._named_pools() for p in pool.parameters()]
         self._injected = adapter_name, torch.device("meta") if low_cpu_mem_usage else None
-        if not hasattr(self, "_types"):
-            self._types: dict[str, str] = {}  # attribute of the pools of a linear type -> its name
         self._placed: dict[str, tuple[str, int]] = {}  # module name -> its pools' attribute, its number in them
         try:
             super().inject_adapter(
@@ -107,10 +103,8 @@ class MoSModel(BaseTuner):
         names = [t.name for t in linear_types]
         keys = [self.prefix + key for key in type_keys(names)]
         for key, name in zip(keys, names, strict=True):
-            if key.endswith("_") or self._types.setdefault(key, name) != name:
-                raise ValueError(
-                    f"linear types must differ in more than punctuation, got {name} and another that is also {key}"
-                )
+            if key.endswith("_"):  # what type_keys does to the second of two; layers need to find their pools by type
+                raise ValueError(f"linear types must differ in more than punctuation, got {name} and another one")
         for key, linear_type, pool in zip(keys, linear_types, pools, strict=True):
             if not hasattr(self, key):
                 self.add_module(key, nn.ModuleDict())
@@ -284,11 +278,11 @@ class MoSModel(BaseTuner):
                     raise ValueError(f"{key} must hold indices as integers, got {table.dtype} up to {table.max()}")
                 tables[key] = table.to(torch.int32)
         out = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **tables})
-        there = {key for key in out if f".{cls.prefix}" in key and key.rpartition(".")[2] in _POOL_TENSORS}
+        there = {key for key in out if f".{cls.prefix}" in key and key.rpartition(".")[2] in TENSORS}
         for root, tuner in model.named_modules():
             if isinstance(tuner, cls):
                 mine = [key for key, child in tuner._pool_dicts() if adapter_name in child]
-                expected = {f"{root}.{key}.{adapter_name}.{tensor}" for key in mine for tensor in _POOL_TENSORS}
+                expected = {f"{root}.{key}.{adapter_name}.{tensor}" for key in mine for tensor in TENSORS}
                 if there != expected:
                     raise ValueError(
                         f"the adapter must be for this model, got one without {sorted(expected - there)} and with "
