@@ -15,8 +15,8 @@ CXX_FILES   = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
-	@echo "make test        the test-suite, without its longest tests"
-	@echo "make test-all    every test, and PEFT's own suite over MoS (fetched from PyPI)"
+	@echo "make test        the test-suite"
+	@echo "make test-all    the test-suite, and PEFT's own suite over MoS (fetched from PyPI)"
 	@echo "make peft-suite  the latter alone; counts and reasons of skips go to build/peft-suite"
 	@echo "make lint        ruff, clang-format and mypy, as CI runs them; make format applies the first two"
 	@echo "make check-cuda  compile and link every .cu for every architecture, and check the machine code; needs nvcc, no GPU"
@@ -41,11 +41,9 @@ demo: native
 	$(BIN)/python examples/finetune.py
 
 test: native
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
-
-test-all: native
 	$(BIN)/python -m pytest -n auto --dist worksteal
-	$(MAKE) peft-suite
+
+test-all: test peft-suite
 
 peft-suite: native
 	$(BIN)/python tests/peft_suite/run.py -n auto
