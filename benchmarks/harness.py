@@ -6,6 +6,7 @@ python -m benchmarks.harness         prints the record
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -55,9 +56,12 @@ class Sizes:
     rounds: int = 40
     seconds: float = 2.0  # the most that one measurement's rounds take
     sample_us: float = 500.0  # a sample is at least this long
+    peers: tuple[str, ...] = ("vblora", "unilora", "mos_compiled", "peft_compiled")
 
 
 REAL = Sizes()
+# The timer of a CPU. A sample of a few milliseconds outlasts an interrupt; five rounds where one step takes longer.
+CPU = Sizes(rounds=100, seconds=2.5, sample_us=3000.0, copy_bytes=1 << 27, gemm=2048)
 # Runs every line of the benchmarks on a CPU in seconds; what it measures means nothing.
 SMOKE = Sizes(
     shapes=((32, 32), (32, 64), (64, 32)),
@@ -73,6 +77,7 @@ SMOKE = Sizes(
     rounds=2,
     seconds=0.2,
     sample_us=0.0,
+    peers=("vblora", "unilora"),
 )
 
 
@@ -131,6 +136,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
 def environment() -> dict[str, object]:
     """Commit, date, hardware and versions; goes into every result."""
     record: dict[str, object] = {
@@ -139,6 +152,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         # Not platform.platform(): kernel names say where a machine stands, not how fast it is.
         "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _processor(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -241,7 +255,11 @@ def input_sets(bytes_of_a_set: float, device: str, most: int = 32) -> int:
 
 @dataclass
 class Timing:
-    """Microseconds of one step: the median, and the 20 % and 80 % quantiles of the samples."""
+    """Microseconds of one step: the median, and the 20 % and 80 % quantiles of the samples.
+
+    ``ratio`` likewise, of the quotients with the frozen linear's sample of the same round: what disturbs a whole round
+    is not in it.
+    """
 
     us: float
     us_q20: float
@@ -250,12 +268,14 @@ class Timing:
     timer: str  # graph: replays of a CUDA graph; events: eager, launch gaps included; wall: a CPU's clock
     steps_per_sample: int
     note: str = ""
+    ratio: float | None = None
+    ratio_q20: float | None = None
+    ratio_q80: float | None = None
 
     def row(self) -> dict[str, object]:
-        row = asdict(self)
-        row.update({k: round(row[k], 3) for k in ("us", "us_q20", "us_q80")})
-        if not self.note:
-            del row["note"]
+        row = {k: v for k, v in asdict(self).items() if v is not None and v != ""}
+        for names, digits in ((("us", "us_q20", "us_q80"), 3), (("ratio", "ratio_q20", "ratio_q80"), 4)):
+            row.update({k: round(row[k], digits) for k in names if k in row})
         return row
 
 
@@ -264,6 +284,12 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and the 20 % and 80 % quantiles."""
+    ordered = sorted(samples)
+    return _quantile(ordered, 0.5), _quantile(ordered, 0.2), _quantile(ordered, 0.8)
 
 
 def _capture(steps: Sequence[Step], repeats: int):
@@ -291,9 +317,13 @@ class _Run:
     def __init__(self, steps: Sequence[Step], device: str, sample_us: float) -> None:
         self.repeats, self.timer, self.note = 1, "wall", ""
         for _ in range(2):
+            began = time.perf_counter()
             for step in steps:
                 step()
+            took = time.perf_counter() - began
         synchronize(device)
+        if device == "cpu":
+            self.repeats = max(1, min(1000, math.ceil(sample_us / max(took * 1e6, 1.0))))
         if device == "cuda":
             try:
                 self.replay = self._captured(steps, sample_us)
@@ -306,7 +336,7 @@ class _Run:
                     step()
                 torch.cuda.synchronize()
         if self.timer != "graph":
-            self.replay = lambda: [step() for step in steps] and None
+            self.replay = lambda: [step() for _ in range(self.repeats) for step in steps] and None
         self.steps = len(steps) * self.repeats
         self.samples: list[float] = []
 
@@ -323,11 +353,17 @@ class _Run:
         return graph.replay
 
 
-def measure(providers: Mapping[str, Sequence[Step]], device: str, sizes: Sizes) -> dict[str, Timing]:
+def measure(
+    providers: Mapping[str, Sequence[Step]],
+    device: str,
+    sizes: Sizes,
+    base: Callable[[str], str] = lambda name: "frozen",
+) -> dict[str, Timing]:
     """Times every provider's steps. Call inside ``on_stream``, with steps made there.
 
     A provider is a list of steps, equal but for their inputs, one per set of inputs; a sample runs all of them. The
-    providers take turns within every round, so that clocks and temperature treat them alike.
+    providers take turns within every round, so that clocks and temperature treat them alike. ``base`` names the
+    provider whose sample of the same round a provider's is divided by.
     """
     runs = {name: _Run(steps, device, sizes.sample_us) for name, steps in providers.items()}
     order = list(runs.values())
@@ -345,9 +381,11 @@ def measure(providers: Mapping[str, Sequence[Step]], device: str, sizes: Sizes) 
             break
     timings = {}
     for name, run in runs.items():
-        ordered = sorted(run.samples)
-        median, low, high = (_quantile(ordered, q) for q in (0.5, 0.2, 0.8))
-        timings[name] = Timing(median, low, high, len(ordered), run.timer, run.steps, run.note)
+        timing = Timing(*_quantiles(run.samples), len(run.samples), run.timer, run.steps, run.note)
+        if (floor := runs.get(base(name))) is not None:
+            pairs = zip(run.samples, floor.samples, strict=True)
+            timing.ratio, timing.ratio_q20, timing.ratio_q80 = _quantiles([a / max(b, 1e-9) for a, b in pairs])
+        timings[name] = timing
     return timings
 
 
@@ -366,6 +404,32 @@ def _gpu_round(turn: Sequence[_Run]) -> None:
         run.samples.append(start.elapsed_time(end) * 1e3 / run.steps)
 
 
+# ------------------------------------------------------------------------------------------------ ceilings
+
+
+def normal(*shape: int, dtype: torch.dtype, device: str, std: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, device=device, dtype=torch.float32).mul_(std).to(dtype)
+
+
+def copy_ceiling(sizes: Sizes, device: str, size: int) -> dict[str, object]:
+    """A copy of ``size`` bytes."""
+    count = input_sets(2 * size, device)
+    source = [normal(size // 2, dtype=torch.bfloat16, device=device) for _ in range(count)]
+    target = [torch.empty_like(s) for s in source]
+    steps = [functools.partial(t.copy_, s) for t, s in zip(target, source, strict=True)]
+    timing = measure({"copy": steps}, device, sizes)["copy"]
+    return {"what": "copy", "bytes": 2 * size, "gb_s": round(2 * size / timing.us / 1e3, 1), **timing.row()}
+
+
+def gemm_ceiling(sizes: Sizes, device: str, dtype: torch.dtype) -> dict[str, object]:
+    """A large square product."""
+    n = sizes.gemm
+    a, b = (normal(n, n, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    timing = measure({"gemm": [lambda: torch.mm(a, b.t(), out=out)]}, device, sizes)["gemm"]
+    return {"what": "gemm", "n": n, "tflop_s": round(2 * n**3 / timing.us / 1e6, 4), **timing.row()}
+
+
 # ------------------------------------------------------------------------------------------------ memory, launches
 
 
@@ -380,6 +444,20 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def saved_bytes(forward: Step, known: Sequence[torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward: each storage once, those of ``known`` (parameters) not."""
+    apart = {t.untyped_storage().data_ptr() for t in known}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in apart)
 
 
 def launches(step: Step, device: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Times the operators and the layer against the frozen linear, plain ATen, the PyTorch reference and PEFT's LoRA.
 
-    python -m benchmarks.kernels --json FILE [--device cuda|cpu] [--section ceilings,layers,operators,launches]
+    python -m benchmarks.kernels --json FILE [--device cuda|cpu] [--section ceilings,layers,operators,launches,peers]
 
 Every result is checked against the float64 reference before it is timed. On a CPU everything runs on tiny shapes: a
 test of this file, not a measurement. README.md says what the numbers mean.
@@ -9,38 +9,37 @@ test of this file, not a measurement. README.md says what the numbers mean.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import gc
-import math
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mos_ext
-from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
+from mos_ext import reference
 from mos_ext.ops import loader
 from mos_ext.ops.checks import why_not_native
 from mos_ext.ops.schema import OPERATORS
-from mos_ext.testing import ERROR_RATIO, error_floor, relative_error
 
 from .harness import (
     Sizes,
-    Timing,
+    copy_ceiling,
     environment,
+    gemm_ceiling,
     gpu_state,
     importable,
     input_sets,
     launches,
     measure,
+    normal,
     on_stream,
     peak_extra_bytes,
     read_json,
@@ -50,74 +49,26 @@ from .harness import (
     synchronize,
     write_json,
 )
+from .providers import PEERS, PROVIDERS, Case, Data, check_layer, errors, make_ready, rank_providers, tf32_allowed
 from .tables import bench_tables, problems
 
 ops = torch.ops.mos_ext
-SECTIONS = ("ceilings", "layers", "operators", "launches")
-# Providers that compute the same with other roundings or other dropout masks: a wrong one is far above this.
-LOOSE_ERROR = 0.05
-
-
-def normal(*shape: int, dtype: torch.dtype, device: str, std: float = 1.0) -> Tensor:
-    return torch.randn(*shape, device=device, dtype=torch.float32).mul_(std).to(dtype)
-
-
-# ------------------------------------------------------------------------------------------------ errors
-
-
-def errors(
-    actual: Sequence[Tensor],
-    plain: Sequence[Tensor] | None,
-    exact: Sequence[Tensor],
-    names: Sequence[str],
-    operands: torch.dtype,
-) -> dict[str, object]:
-    """Relative errors against float64, and whether they are allowed:
-
-    by the rule of ``mos_ext.testing`` where plain PyTorch's results are given, else below ``LOOSE_ERROR``.
-    """
-    row: dict[str, object] = {"error": {}, "error_ok": True}
-    for k, name in enumerate(names):
-        got = actual[k]
-        error = relative_error(got, exact[k]) if torch.isfinite(got).all() else math.inf
-        allowed = LOOSE_ERROR
-        if plain is not None:
-            allowed = ERROR_RATIO * relative_error(plain[k], exact[k]) + error_floor(got, operands)
-        row["error"][name] = float(f"{error:.3g}") if math.isfinite(error) else "not finite"
-        row["error_ok"] = bool(row["error_ok"] and got.shape == exact[k].shape and error <= allowed)
-    return row
+SECTIONS = ("ceilings", "layers", "operators", "launches", "peers")
+# Seconds that an item of a section may need, where that is more than the caller keeps in reserve: compilers are slow.
+NEEDS = {"peers": 60.0}
 
 
 # ------------------------------------------------------------------------------------------------ ceilings
 
 
 def ceilings(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
-    yield "copy", lambda: _copy(sizes, device)
-    yield "gemm", lambda: _gemm(sizes, device)
+    sources = (sizes.copy_bytes, sizes.copy_bytes // 8)
+    yield "copy", lambda: [copy_ceiling(sizes, device, size) for size in sources]
+    yield "gemm", lambda: [gemm_ceiling(sizes, device, torch.bfloat16)]
     yield "launch", lambda: _launch(sizes, device)
     for rows in (sizes.long, sizes.medium, *sizes.decode):
         for shape in sizes.shapes:
             yield f"beta T={rows} {shape[0]}->{shape[1]}", functools.partial(_beta, sizes, device, rows, *shape)
-
-
-def _copy(sizes: Sizes, device: str) -> list[dict]:
-    rows = []
-    for size in (sizes.copy_bytes, sizes.copy_bytes // 8):
-        count = input_sets(2 * size, device)
-        source = [normal(size // 2, dtype=torch.bfloat16, device=device) for _ in range(count)]
-        target = [torch.empty_like(s) for s in source]
-        steps = [functools.partial(t.copy_, s) for t, s in zip(target, source, strict=True)]
-        timing = measure({"copy": steps}, device, sizes)["copy"]
-        rows.append({"what": "copy", "bytes": 2 * size, "gb_s": round(2 * size / timing.us / 1e3, 1), **timing.row()})
-    return rows
-
-
-def _gemm(sizes: Sizes, device: str) -> list[dict]:
-    n = sizes.gemm
-    a, b = (normal(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    out = torch.empty_like(a)
-    timing = measure({"gemm": [lambda: torch.mm(a, b.t(), out=out)]}, device, sizes)["gemm"]
-    return [{"what": "gemm", "n": n, "tflop_s": round(2 * n**3 / timing.us / 1e6, 1), **timing.row()}]
 
 
 def _launch(sizes: Sizes, device: str) -> list[dict]:
@@ -402,338 +353,36 @@ def _operator(name: str, q: Product, sizes: Sizes, device: str) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ the layer
 
 
-@dataclass(frozen=True)
-class Case:
-    """One measurement of the layer. ``train``: forward and backward (y, dx, adapter gradients); ``decode``: forward."""
-
-    kind: str
-    role: str  # long, medium or decode: the row of the table of goals
-    rows: int
-    shape: int  # position in Sizes.shapes
-    fan_in: int
-    fan_out: int
-    r: int
-    l: int
-    dropout: float
-    dtype: torch.dtype
-    providers: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        dtype = "" if self.dtype == torch.bfloat16 else f" {str(self.dtype).removeprefix('torch.')}"
-        dropout = f" p={self.dropout}" if self.dropout else ""
-        ranks = " ranks" if any("r=" in p for p in self.providers) else f" r={self.r}"
-        return f"{self.kind} T={self.rows} {self.fan_in}->{self.fan_out}{ranks}{dropout}{dtype}"
-
-    def row(self) -> dict[str, object]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        row = {k: v for k, v in vars(self).items() if k not in ("fan_in", "fan_out", "dtype", "providers")}
-        return {"what": "layer", "case": self.name, **row, "in": self.fan_in, "out": self.fan_out, "dtype": dtype}
-
-
-@dataclass
-class Data:
-    """One set of inputs of a case. Pools of one layer each, whose values are never zero, by rank."""
-
-    case: Case
-    device: str
-    x: Tensor = field(init=False)
-    dy: Tensor = field(init=False)
-    weight: Tensor = field(init=False)
-    pools: dict[int, ShardPool] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        c = self.case
-        make = functools.partial(normal, dtype=c.dtype, device=self.device)
-        self.x = make(c.rows, c.fan_in).requires_grad_(c.kind == "train")
-        self.dy = make(c.rows, c.fan_out)
-        self.weight = make(c.fan_out, c.fan_in, std=c.fan_in**-0.5)
-
-    def pool(self, r: int) -> ShardPool:
-        if r not in self.pools:
-            c = self.case
-            config = MoSConfig(r=r, equivalent_rank=r, shards_per_vector=c.l, private_rank=0, dropout=c.dropout)
-            pool = ShardPool(config, c.fan_in, c.fan_out, device=self.device)
-            with torch.no_grad():
-                # U(-1/sqrt(in), ...) is A's own start; B such that the product is as large as the base's.
-                pool.b.copy_(normal(*pool.b.shape, dtype=torch.float32, device=self.device, std=r**-0.5))
-            self.pools[r] = pool
-        return self.pools[r]
-
-    def linear(self) -> nn.Linear:
-        base = nn.Linear(self.case.fan_in, self.case.fan_out, bias=False, device="meta", dtype=self.case.dtype)
-        base.weight = nn.Parameter(self.weight, requires_grad=False)
-        return base
-
-
-def draw_seed(device: str) -> Tensor:
-    """As mos_ext.functional draws it, so that the same generator state gives the same mask."""
-    return torch.randint(0, 2**62, (1,), device=device)
-
-
-def _step(d: Data, forward: Callable[[], Tensor], *trained: Tensor):
-    """Forward, and in training backward to x and ``trained``."""
-
-    def decode():
-        with torch.no_grad():
-            return (forward(),)
-
-    def train():
-        y = forward()
-        return (y.detach(), *torch.autograd.grad(y, (d.x, *trained), d.dy))
-
-    return decode if d.case.kind == "decode" else train
-
-
-def frozen(d: Data):
-    return _step(d, lambda: nn.functional.linear(d.x, d.weight))
-
-
-def mos(d: Data, r: int | None = None):
-    """The layer as users have it, with a pool of its own: two more launches than a layer that shares one."""
-    pool = d.pool(r or d.case.r)
-    layer = MoSLinear.from_linear(d.linear(), pool=pool).train(d.case.kind == "train")
-    return _step(d, lambda: layer(d.x), pool.a, pool.b)
-
-
-def mos_layer(d: Data):
-    """The layer without its pools' scatter_add, which runs once for all layers that share them."""
-    pool = d.pool(d.case.r)
-    layer = MoSLinear.from_linear(d.linear(), pool=pool).train(d.case.kind == "train")
-    return _step(d, lambda: layer(d.x), pool.handle("a", 0), pool.handle("b", 0))
-
-
-class ATen(torch.autograd.Function):
-    """The layer by ATen alone in the best order: the base's product accumulates into the low-rank one."""
-
-    @staticmethod
-    def forward(ctx, x, weight, pool_a, pool_b, index_a, index_b, scale, p):
-        a = pool_a[index_a].reshape(index_a.shape[0], -1).to(x.dtype)
-        b = pool_b[index_b].reshape(index_b.shape[0], -1).to(x.dtype)
-        dropped, mask = torch.native_dropout(x, p, True) if p else (x, None)
-        s = dropped @ a.t()
-        y = torch.addmm(x.new_empty(()), s, b, beta=0, alpha=scale)
-        y.addmm_(x, weight.t())
-        ctx.save_for_backward(dropped, mask, weight, a, b, s, index_a, index_b, pool_a, pool_b)
-        ctx.scale, ctx.p = scale, p
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        dropped, mask, weight, a, b, s, index_a, index_b, pool_a, pool_b = ctx.saved_tensors
-        nothing = dy.new_empty(())
-        ds = torch.addmm(nothing, dy, b.t(), beta=0, alpha=ctx.scale)
-        grad_b = torch.addmm(nothing, s.t(), dy, beta=0, alpha=ctx.scale)
-        grad_a = ds.t() @ dropped
-        dx = ds @ a
-        if mask is not None:
-            dx = torch.ops.aten.native_dropout_backward(dx, mask, 1 / (1 - ctx.p))
-        dx.addmm_(dy, weight)
-        grads = [
-            torch.zeros_like(pool).index_add_(0, index.flatten(), grad.reshape(-1, pool.shape[1]).to(pool.dtype))
-            for pool, index, grad in ((pool_a, index_a, grad_a), (pool_b, index_b, grad_b))
-        ]
-        return dx, None, *grads, None, None, None, None
-
-
-def aten(d: Data):
-    pool = d.pool(d.case.r)
-    index_a, index_b = pool.index_a[0].long(), pool.index_b[0].long()
-    p = d.case.dropout if d.case.kind == "train" else 0.0
-    arguments = (d.weight, pool.a, pool.b, index_a, index_b, pool.config.scale, p)
-    return _step(d, lambda: ATen.apply(d.x, *arguments), pool.a, pool.b)
-
-
-def mos_reference(d: Data):
-    """``mos_ext.reference`` under plain autograd."""
-    pool = d.pool(d.case.r)
-    p = d.case.dropout if d.case.kind == "train" else 0.0
-    factors = (pool.a, pool.index_a[0], pool.b, pool.index_b[0], pool.config.scale)
-
-    def forward():
-        seed = draw_seed(d.device) if p else None
-        return reference.mos_linear(d.x, d.weight, None, *factors, p, seed)
-
-    return _step(d, forward, pool.a, pool.b)
-
-
-class _One(nn.Module):
-    def __init__(self, proj: nn.Module) -> None:
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
-def peft(d: Data, fp32: bool):
-    """PEFT's LoRA of equal rank with the same A and B: adapter in the base's dtype, or PEFT's default, float32."""
-    from peft import LoraConfig, get_peft_model
-
-    pool, c = d.pool(d.case.r), d.case
-    config = LoraConfig(r=c.r, lora_alpha=pool.config.alpha, lora_dropout=c.dropout, target_modules=["proj"])
-    model = get_peft_model(_One(d.linear()), config, autocast_adapter_dtype=fp32).to(d.device)
-    lora = model.base_model.model.proj
-    linear_a, linear_b = lora.lora_A["default"], lora.lora_B["default"]
-    for linear in (linear_a, linear_b):
-        linear.to(torch.float32 if fp32 else c.dtype)
-    a, b = linear_a.weight, linear_b.weight
-    with torch.no_grad():
-        a.copy_(reference.gather_concat(pool.a, pool.index_a[0]))
-        b.copy_(reference.gather_concat(pool.b, pool.index_b[0]).t())
-    model.train(c.kind == "train")
-
-    def forward():
-        if not fp32:
-            return model(d.x)
-        # As users train: without autocast the base's and the adapter's dtypes would not meet.
-        with torch.autocast(d.device, dtype=c.dtype):
-            return model(d.x)
-
-    return _step(d, forward, a, b)
-
-
-def rank_providers(sizes: Sizes) -> dict[str, Callable]:
-    return {f"mos r={r}": functools.partial(mos, r=r) for r in sizes.ranks}
-
-
-PROVIDERS: dict[str, Callable[[Data], Callable]] = {
-    "frozen": frozen,
-    "mos": mos,
-    "mos_layer": mos_layer,
-    "aten": aten,
-    "peft": functools.partial(peft, fp32=False),
-    "peft_fp32": functools.partial(peft, fp32=True),
-    "frozen_again": frozen,  # how far apart two measurements of the same thing are
-    "reference": mos_reference,  # last: a failed capture can spoil those behind it
-}
-
-
 def cases(sizes: Sizes) -> list[Case]:
     """The most important first: time may run out."""
 
     def case(kind, role, rows, shape, providers, dropout=0.0, dtype=torch.bfloat16):
-        fan_in, fan_out = sizes.shapes[shape]
-        return Case(kind, role, rows, shape, fan_in, fan_out, sizes.r, sizes.l, dropout, dtype, tuple(providers))
+        sides = sizes.shapes[shape]
+        return Case(kind, rows, *sides, sizes.r, sizes.l, dtype, tuple(providers), dropout, role, shape)
 
     shapes = range(len(sizes.shapes))
-    every = tuple(PROVIDERS)
-    out = [case("train", role, getattr(sizes, role), k, every) for role in ("long", "medium") for k in shapes]
+    every = tuple(p for p in PROVIDERS if p not in PEERS)
+    out = [case("full", role, getattr(sizes, role), k, every) for role in ("long", "medium") for k in shapes]
     decode = tuple(p for p in every if p != "mos_layer")
     out += [case("decode", "decode", rows, k, decode) for rows in sizes.decode for k in shapes]
-    out += [case("train", "long", sizes.long, k, ("frozen", *rank_providers(sizes))) for k in shapes]
+    out += [case("full", "long", sizes.long, k, ("frozen", *rank_providers(sizes))) for k in shapes]
     for role in ("long", "medium"):
-        out += [case("train", role, getattr(sizes, role), k, every, dropout=sizes.dropout) for k in shapes]
+        out += [case("full", role, getattr(sizes, role), k, every, dropout=sizes.dropout) for k in shapes]
     # PEFT has no say here: with float32 weights its two adapters are one, and autocast would make it bfloat16.
     tf32 = ("frozen", "mos", "mos_layer", "aten", "frozen_again", "reference")
-    out.append(case("train", "long", sizes.long, 0, tf32, dtype=torch.float32))
+    out.append(case("full", "long", sizes.long, 0, tf32, dtype=torch.float32))
     return out
-
-
-@contextlib.contextmanager
-def tf32_allowed(case: Case) -> Iterator[None]:
-    """float32 is measured with torch's TF32 switch on: that is what it is for."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or case.dtype == torch.float32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def exact_layer(d: Data, r: int, seed: Tensor | None) -> tuple[Tensor, ...]:
-    """y, and in training dx, dA, dB in float64, with the gradients of factors rather than pools."""
-    pool = d.pool(r)
-    a, b = (
-        reference.gather_concat(p.detach(), index[0]).double().requires_grad_()
-        for p, index in ((pool.a, pool.index_a), (pool.b, pool.index_b))
-    )
-    x, weight = d.x.detach().double().requires_grad_(), d.weight.double()
-    p = d.case.dropout if seed is not None else 0.0
-    y = x @ weight.t() + pool.config.scale * (reference.dropout(x, p, seed) @ a.t()) @ b
-    grads = torch.autograd.grad(y, (x, a, b), d.dy.double()) if d.case.kind == "train" else ()
-    return (y.detach(), *grads)
-
-
-def check_layer(d: Data, providers: Mapping[str, Callable[[], tuple]], device: str) -> dict[str, dict]:
-    """Errors of every provider's first step; those whose dropout masks are their own are not comparable."""
-    case = d.case
-    checked, plain = {}, {}
-    names = ("y", "dx", "grad_a", "grad_b") if case.kind == "train" else ("y",)
-
-    def results(name: str, r: int) -> list[Tensor]:
-        torch.manual_seed(1)
-        out = [t.detach() for t in providers[name]()]
-        if len(out) == 4 and not name.startswith("peft") and name != "mos_layer":
-            pool = d.pool(r)  # pool gradients, brought to what the oracle has: each shard here is used once
-            out[2] = reference.gather_concat(out[2], pool.index_a[0])
-            out[3] = reference.gather_concat(out[3], pool.index_b[0])
-        elif len(out) == 4 and name.startswith("peft"):
-            out[3] = out[3].t()
-        return out
-
-    dropping = case.dropout > 0.0 and case.kind == "train"
-    torch.manual_seed(1)
-    seed = draw_seed(device) if dropping else None
-    exact = exact_layer(d, case.r, seed)
-    if "reference" in providers:
-        plain[case.r] = results("reference", case.r)
-    for name in providers:
-        if name.startswith("frozen"):
-            y = nn.functional.linear(d.x.detach().double(), d.weight.double())
-            checked[name] = errors(results(name, case.r)[:1], None, (y,), ("y",), d.x.dtype)
-        elif "r=" in name:
-            r = int(name.partition("r=")[2])
-            truth = exact_layer(d, r, seed)
-            at_rank = replace_rank(d, r)
-            torch.manual_seed(1)
-            simple = [t.detach() for t in mos_reference(at_rank)()]
-            simple[2] = reference.gather_concat(simple[2], d.pool(r).index_a[0])
-            simple[3] = reference.gather_concat(simple[3], d.pool(r).index_b[0])
-            checked[name] = errors(results(name, r), simple, truth, names, d.x.dtype)
-        elif dropping and name not in ("mos", "mos_layer", "reference"):
-            checked[name] = {"error": None, "error_ok": True}
-        else:
-            ours = name in ("mos", "mos_layer") and case.r in plain
-            checked[name] = errors(results(name, case.r), plain[case.r] if ours else None, exact, names, d.x.dtype)
-    return checked
-
-
-def replace_rank(d: Data, r: int) -> Data:
-    """The same inputs for a case of another rank."""
-    other = object.__new__(Data)
-    other.__dict__.update(vars(d), case=replace(d.case, r=r))
-    return other
-
-
-def _builders(case: Case, sizes: Sizes) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Providers that can be built here, and why the others cannot."""
-    known = PROVIDERS | rank_providers(sizes)
-    missing = importable("peft") if any(p.startswith("peft") for p in case.providers) else None
-    absent = {p: missing for p in case.providers if missing and p.startswith("peft")}
-    return {p: known[p] for p in case.providers if p not in absent}, absent
 
 
 def layer(case: Case, sizes: Sizes, device: str) -> list[dict]:
     traffic = 2 * case.dtype.itemsize * (case.rows * (case.fan_in + case.fan_out) + case.fan_in * case.fan_out)
-    builders, absent = _builders(case, sizes)
     with tf32_allowed(case):
-        sets = [Data(case, device) for _ in range(input_sets(traffic / (1 if case.kind == "train" else 2), device))]
-        failed: dict[str, str] = {}
-        steps: dict[str, list[Callable]] = {}
-        for name, build in builders.items():
-            try:
-                steps[name] = [build(d) for d in sets]
-                steps[name][0]()
-                synchronize(device)
-            except Exception as error:  # one provider's trouble (a new PEFT, say) must not cost the others
-                steps.pop(name, None)
-                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                synchronize(device)
-        checked = check_layer(sets[0], {name: s[0] for name, s in steps.items()}, device)
+        sets = [Data(case, device) for _ in range(input_sets(traffic / (1 if case.kind == "full" else 2), device))]
+        ready = make_ready(case, sets, PROVIDERS | rank_providers(sizes))
+        checked = check_layer(sets[0], ready)
         release(device)
-        peaks = {name: peak_extra_bytes(s[0], device) for name, s in steps.items()}
-        timing: dict[str, Timing] = measure(steps, device, sizes)
+        peaks = {name: peak_extra_bytes(s[0], device) for name, s in ready.steps.items()}
+        timing = measure(ready.steps, device, sizes)
     rows = [
         {
             **case.row(),
@@ -745,8 +394,17 @@ def layer(case: Case, sizes: Sizes, device: str) -> list[dict]:
         }
         for name, t in timing.items()
     ]
-    rows += [{**case.row(), "provider": name, "failed": why} for name, why in failed.items()]
-    return rows + [{**case.row(), "provider": name, "absent": why} for name, why in absent.items()]
+    rows += [{**case.row(), "provider": name, "failed": why} for name, why in ready.failed.items()]
+    return rows + [{**case.row(), "provider": name, "absent": why} for name, why in ready.absent.items()]
+
+
+def peers(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """The less common competitors, each beside the frozen linear and MoS, in whatever time is left."""
+    for peer in sizes.peers:
+        sides = sizes.shapes[0]
+        providers = ("frozen", "mos", peer)
+        case = Case("full", sizes.medium, *sides, sizes.r, sizes.l, torch.bfloat16, providers, role="peers")
+        yield f"{case.name} {peer}", functools.partial(layer, case, sizes, device)
 
 
 def layers(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
@@ -758,30 +416,16 @@ def layers(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[d
 
 
 def count_launches(case: Case, sizes: Sizes, device: str) -> list[dict]:
-    builders, _ = _builders(case, sizes)
-    data, rows = Data(case, device), []
+    case = replace(case, providers=tuple(p for p in case.providers if p != "frozen_again"))
     with tf32_allowed(case):
-        for name, build in builders.items():
-            if name == "frozen_again":
-                continue
-            try:
-                step = build(data)
-                for _ in range(2):
-                    step()
-                names = launches(step, device)
-            except Exception as error:
-                rows.append({**case.row(), "what": "launches", "provider": name, "failed": str(error)[:300]})
-                continue
-            rows.append(
-                {
-                    **case.row(),
-                    "what": "launches",
-                    "provider": name,
-                    "launches": len(names),
-                    "kernels": dict(Counter(n[:80] for n in names)),
-                }
-            )
-    return rows
+        ready = make_ready(case, [Data(case, device)], PROVIDERS | rank_providers(sizes))
+        rows = []
+        for name, (step,) in ready.steps.items():
+            step()
+            names = launches(step, device)
+            rows.append({"provider": name, "launches": len(names), "kernels": dict(Counter(n[:80] for n in names))})
+    rows += [{"provider": name, "failed": why} for name, why in ready.failed.items()]
+    return [{**case.row(), "what": "launches", **row} for row in rows]
 
 
 def launch_counts(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
@@ -794,7 +438,13 @@ def launch_counts(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[],
 # ------------------------------------------------------------------------------------------------ running
 
 
-ITEMS = {"ceilings": ceilings, "layers": layers, "operators": operators, "launches": launch_counts}
+ITEMS = {
+    "ceilings": ceilings,
+    "layers": layers,
+    "operators": operators,
+    "launches": launch_counts,
+    "peers": peers,
+}
 
 
 def run(path: Path, device: str, sections: Sequence[str], seconds: float, resume: bool) -> dict:
@@ -819,7 +469,7 @@ def run(path: Path, device: str, sections: Sequence[str], seconds: float, resume
     if device == "cpu":
         torch.set_num_threads(1)
     # Capturing a graph collects garbage; what was imported need not be looked at each time.
-    if "layers" in sections or "launches" in sections:
+    if {"layers", "launches", "peers"} & set(sections):
         importable("peft")
     gc.collect()
     gc.freeze()
@@ -828,7 +478,7 @@ def run(path: Path, device: str, sections: Sequence[str], seconds: float, resume
             for name, measure_item in ITEMS[section](sizes, device):
                 if name in items and items[name]["status"] != "skipped":
                     continue
-                if time.perf_counter() > deadline:
+                if time.perf_counter() + NEEDS.get(section, 0.0) > deadline:
                     items[name] = {"section": section, "status": "skipped", "why": "no time left", "rows": []}
                     continue
                 items[name] = {"section": section, "status": "running", "rows": []}

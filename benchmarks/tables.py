@@ -65,7 +65,7 @@ def goals(result: dict) -> list[dict]:
         if len(low_high) == 2:
             low, high = low_high
             add(f"{high} / {low}", case, by[high]["us"] / by[low]["us"], RANKS[shape], None)
-        if row["dropout"] or row["dtype"] != "bfloat16" or "mos" not in by:
+        if row["role"] not in FROZEN or row["dropout"] or row["dtype"] != "bfloat16" or "mos" not in by:
             continue
         ours = by["mos"]["us"]
         if "frozen" in by:

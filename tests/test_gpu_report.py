@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_report, harness, kernels, tables  # noqa: E402
+from benchmarks import gpu_report, harness, kernels, providers, tables  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups")
 
@@ -95,7 +95,8 @@ def test_parts_fit_nine_minutes():
 @pytest.mark.parametrize("section", ["layers", "operators", "launches"])
 def test_benchmarks(section, tmp_path, monkeypatch):
     # PEFT takes seconds to import and is not ours to test here; the report itself runs it where it is installed.
-    monkeypatch.setattr(kernels, "importable", lambda name: "left out of this test")
+    for module in (kernels, providers):
+        monkeypatch.setattr(module, "importable", lambda name: "left out of this test")
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     result = kernels.run(tmp_path / "bench.json", "cpu", [section], 600.0, resume=False)
     assert tables.problems(result) == []
@@ -149,10 +150,10 @@ def test_a_crash_is_recorded_and_passed(tmp_path, monkeypatch):
 def test_errors_follow_the_rule():
     exact = torch.randn(64, 64, dtype=torch.float64)
     near = exact.to(torch.bfloat16)
-    assert kernels.errors((near,), (near,), (exact,), ("y",), near.dtype)["error_ok"]
-    assert not kernels.errors((near * 1.05,), (near,), (exact,), ("y",), near.dtype)["error_ok"]
+    assert providers.errors((near,), (near,), (exact,), ("y",), near.dtype)["error_ok"]
+    assert not providers.errors((near * 1.05,), (near,), (exact,), ("y",), near.dtype)["error_ok"]
     near[0, 0] = torch.nan
-    assert not kernels.errors((near,), None, (exact,), ("y",), near.dtype)["error_ok"]
+    assert not providers.errors((near,), None, (exact,), ("y",), near.dtype)["error_ok"]
 
 
 class Event:

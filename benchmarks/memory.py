@@ -1,0 +1,67 @@
+"""What does one full step hold at its peak? In a process of its own, for benchmarks/layer.py.
+
+Cases come as JSON on standard input, results go out as a line each. Of a CPU's peak the system's record is taken
+(VmHWM), which has what kernels and libraries allocate past torch; the caller sets malloc up so that freed blocks leave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from .harness import Step, release
+from .providers import Case, Data, make_ready, providers_of
+
+STEPS = 3
+
+
+def _resident(line: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    return 1024 * int(re.search(rf"^{line}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
+
+
+def peak_bytes(step: Step) -> int | None:
+    """The most that a step held beyond what was there before, results included; None where the system does not tell."""
+    found = []
+    step()
+    for _ in range(STEPS):
+        before = _resident("VmRSS")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the record starts anew, from what is resident now
+        except OSError:
+            return None
+        step()
+        found.append(max(0, _resident("VmHWM") - before))
+    return int(statistics.median(found))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--providers", type=Path)
+    known = providers_of(parser.parse_args().providers)
+    warnings.simplefilter("ignore")
+    if not Path("/proc/self/status").exists():
+        return 0
+    for asked in json.load(sys.stdin):
+        asked |= {"dtype": getattr(torch, asked["dtype"]), "providers": tuple(asked["providers"])}
+        case = Case(**asked)
+        data = Data(case, "cpu")
+        for name in case.providers:
+            ready = make_ready(Case(**(asked | {"providers": (name,)})), [data], known)
+            for steps in ready.steps.values():
+                release("cpu")
+                peak = peak_bytes(steps[0])
+                mib = None if peak is None else round(peak / 2**20, 2)
+                print(json.dumps({"case": case.name, "provider": name, "peak_mib": mib}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
