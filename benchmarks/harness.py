@@ -460,6 +460,20 @@ def saved_bytes(forward: Step, known: Sequence[torch.Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in apart)
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler announces itself on standard error, from C++ and at any log level."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def launches(step: Step, device: str) -> list[str]:
     """Names of what a step runs on the GPU (kernels, copies, fills), in order. On a CPU: of its operators."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -468,7 +482,7 @@ def launches(step: Step, device: str) -> list[str]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         kind = torch.autograd.DeviceType.CUDA
     synchronize(device)
-    with torch.profiler.profile(activities=activities) as profile:
+    with _silent(), torch.profiler.profile(activities=activities) as profile:
         step()
         synchronize(device)
     events = [e for e in profile.events() if e.device_type == kind and not getattr(e, "is_user_annotation", False)]

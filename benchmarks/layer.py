@@ -112,8 +112,7 @@ def provider_rows(case: Case, sizes: Sizes, known: Mapping, ceiling: Mapping[str
                 "status": "ok" if checked[name]["error_ok"] else "wrong",
                 **timing.row(),
                 **looked[name],
-                "error": error
-                and max((v for v in error.values()), key=lambda v: float("inf") if v == "not finite" else v),
+                "error": "not finite" if "not finite" in error else max(error, default=None),
                 "gflop_s": round(gflop_s, 2),
                 "gb_s": round(gb_s, 2),
                 "of_gemm": round(gflop_s / ceiling[case.dtype_name], 3),
@@ -194,17 +193,14 @@ def run(which: str, seconds: float, providers_file: Path | None = None) -> Itera
     peak = peaks(measured_in_memory(cases), providers_file, seconds / 5)
     for case in cases:
         if time.monotonic() > end:
-            yield case.name, [{"question": "layer", **_columns(case), "status": "skipped", "cause": "no time left"}]
-            continue
-        try:
-            rows = provider_rows(case, sizes, known, ceiling)
-        except Exception as error:  # memory may not do for one case
-            rows = [
-                {"question": "layer", **_columns(case), "status": "failed", "cause": f"{type(error).__name__}: {error}"}
-            ]
-        for row in rows:
-            row["peak_mib"] = peak.get((case.name, row.get("provider")))
-        yield f"{case.name}", rows
+            rows = [{"status": "skipped", "cause": "no time left"}]
+        else:
+            try:
+                rows = provider_rows(case, sizes, known, ceiling)
+            except Exception as error:  # one case may not fit into memory
+                rows = [{"status": "failed", "cause": f"{type(error).__name__}: {error}"}]
+        peak_of = {row.get("provider"): peak.get((case.name, row.get("provider"))) for row in rows}
+        yield case.name, [{**_columns(case), "peak_mib": peak_of[row.get("provider")], **row} for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> int:
