@@ -126,7 +126,7 @@ def provider_rows(case: Case, sizes: Sizes, known: Mapping, ceiling: Mapping[str
     return rows
 
 
-def _columns(case: Case) -> dict[str, object]:
+def columns(case: Case) -> dict[str, object]:
     row = case.row()
     return {"question": "layer", "mode": row["kind"], "T": row["rows"], **{k: v for k, v in row.items() if k in CASE}}
 
@@ -146,23 +146,12 @@ def peaks(cases: Iterable[Case], providers_file: Path | None, seconds: float) ->
     asked = json.dumps([{**vars(case), "dtype": case.dtype_name} for case in cases])
     # Blocks of 64 KiB and more are mapped, and unmapped when they are freed: what stays resident is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.memory",
-        *(["--providers", str(providers_file)] if providers_file else []),
-    ]
+    command = [sys.executable, "-m", "benchmarks.memory"]
+    if providers_file:
+        command += ["--providers", str(providers_file.resolve())]
+    options = {"cwd": ROOT, "env": environment, "input": asked, "timeout": seconds}
     try:
-        ran = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            input=asked,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         lines = ran.stdout.splitlines()
     except subprocess.TimeoutExpired as expired:
         lines = (expired.stdout or b"").decode().splitlines()
@@ -200,7 +189,7 @@ def run(which: str, seconds: float, providers_file: Path | None = None) -> Itera
             except Exception as error:  # one case may not fit into memory
                 rows = [{"status": "failed", "cause": f"{type(error).__name__}: {error}"}]
         peak_of = {row.get("provider"): peak.get((case.name, row.get("provider"))) for row in rows}
-        yield case.name, [{**_columns(case), "peak_mib": peak_of[row.get("provider")], **row} for row in rows]
+        yield case.name, [{**columns(case), "peak_mib": peak_of[row.get("provider")], **row} for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -111,6 +111,12 @@ class Data:
         base.weight = nn.Parameter(self.weight, requires_grad=False)
         return base
 
+    @functools.cached_property
+    def exact_base(self) -> tuple[Tensor, Tensor]:
+        """y and dx of the base alone in float64."""
+        weight = self.weight.double()
+        return self.x.detach().double() @ weight.t(), self.dy.double() @ weight
+
     def of_rank(self, r: int) -> Data:
         """The same inputs for a case of another rank."""
         other = object.__new__(Data)
@@ -449,12 +455,17 @@ RESULTS = {
 }
 
 
-def _exact(d: Data, product: Callable[[Tensor], Tensor], *factors: Tensor) -> tuple[Tensor, ...]:
+def _exact(d: Data, product: Callable[[Tensor], Tensor] | None, *factors: Tensor) -> tuple[Tensor, ...]:
     """What a step returns, in float64, for a layer that adds ``product(x)`` to the base's."""
-    x = d.x.detach().double().requires_grad_()
-    y = x @ d.weight.double().t() + product(x)
-    grads = torch.autograd.grad(y, (x, *factors), d.dy.double()) if d.case.kind in ("full", "backward") else ()
-    return grads if d.case.kind == "backward" else (y.detach(), *grads)
+    y, dx = d.exact_base
+    grads: tuple[Tensor, ...] = (dx,)
+    if product is not None:
+        x = d.x.detach().double().requires_grad_()
+        added = product(x)
+        y = y + added.detach()
+        added_dx, *of_factors = torch.autograd.grad(added, (x, *factors), d.dy.double())
+        grads = (dx + added_dx, *of_factors)
+    return {"full": (y, *grads), "backward": grads}.get(d.case.kind, (y,))
 
 
 def exact_layer(d: Data, r: int, seed: Tensor | None) -> tuple[Tensor, ...]:
@@ -500,7 +511,7 @@ def check_layer(d: Data, ready: Ready) -> dict[str, dict]:
             checked[name] = {"error": None, "error_ok": True}
         elif name.startswith("frozen") or built.delta:
             delta = built.delta().detach().double().t() if built.delta else None
-            exact = _exact(d, lambda x, delta=delta: x @ delta if delta is not None else 0.0)
+            exact = _exact(d, None if delta is None else lambda x, delta=delta: x @ delta)
             checked[name] = errors(got, None, exact, names[: len(exact)], d.x.dtype)
         else:
             ours = name.partition(" ")[0] in ("mos", "mos_layer")
