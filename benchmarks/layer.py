@@ -135,8 +135,7 @@ def _look_into(data: Data, built: Built, step) -> dict[str, object]:
     names = launches(step, "cpu")
     found = {"aten_calls": sum(name.startswith(("aten::", "mos_ext::")) for name in names)}
     if data.case.kind in ("full", "forward"):
-        known = [data.weight, *built.trained, *(p for pool in data.pools.values() for p in pool.parameters())]
-        found["saved_bytes"] = saved_bytes(built.forward, known)
+        found["saved_bytes"] = saved_bytes(built.forward, [data.weight, *built.state])
     found["gradient_bytes"] = sum(t.nbytes for t in built.trained)
     return found
 

@@ -60,7 +60,8 @@ def _growth(axis, points: dict[int, tuple[float, float]]) -> None:
     axis.plot(list(points), [1e3 * us for us, _ in points.values()], marker="o", label="frozen and MoS")
     axis.plot(list(points), [1e3 * own for _, own in points.values()], marker="o", label="MoS's share")
     axis.set_xscale("log", base=2)
-    axis.set_ylim(bottom=min(0.0, *(1.05e3 * own for _, own in points.values())))
+    low = min(0.0, *(own for _, own in points.values()))
+    axis.set_ylim(1.1e3 * low, 1.1e3 * max(us for us, _ in points.values()))
     axis.set_ylabel("ns per module and token")
     axis.legend(fontsize=7)
 

@@ -132,6 +132,7 @@ class Built:
         forward: y.
         trained: what the adapter's gradients are of.
         factors: turns these gradients into those of A and B, for comparison; None where there is no telling.
+        state: parameters and buffers, which are there whatever T is.
         delta: the provider's own (out, in) change of the weight, where it is not the case's A and B.
     """
 
@@ -139,6 +140,7 @@ class Built:
     trained: tuple[Tensor, ...] = ()
     factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     delta: Callable[[], Tensor] | None = None
+    state: tuple[Tensor, ...] = ()
 
 
 def step(d: Data, built: Built) -> Callable[[], tuple[Tensor, ...]]:
@@ -178,6 +180,10 @@ def frozen(d: Data) -> Built:
     return Built(lambda: nn.functional.linear(d.x, d.weight))
 
 
+def _state(*modules: nn.Module) -> tuple[Tensor, ...]:
+    return tuple(t for m in modules for t in (*m.parameters(), *m.buffers()))
+
+
 def _of_pools(pool: ShardPool) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Gradients of pools as those of factors: each shard of a layer is used once."""
     return lambda a, b: (
@@ -194,14 +200,15 @@ def mos(d: Data, r: int | None = None) -> Built:
     """The layer as users have it, with a pool of its own: two more launches than a layer that shares one."""
     pool = d.pool(r or d.case.r)
     layer = _mos_layer(d, pool)
-    return Built(lambda: layer(d.x), (pool.a, pool.b), _of_pools(pool))
+    return Built(lambda: layer(d.x), (pool.a, pool.b), _of_pools(pool), state=_state(layer))
 
 
 def mos_layer(d: Data) -> Built:
     """The layer without its pools' scatter_add, which runs once for all layers that share them."""
     pool = d.pool(d.case.r)
     layer = _mos_layer(d, pool)
-    return Built(lambda: layer(d.x), (pool.handle("a", 0), pool.handle("b", 0)), lambda a, b: (a, b))
+    handles = pool.handle("a", 0), pool.handle("b", 0)
+    return Built(lambda: layer(d.x), handles, lambda a, b: (a, b), state=_state(layer))
 
 
 class ATen(torch.autograd.Function):
@@ -242,7 +249,8 @@ def aten(d: Data) -> Built:
     index_a, index_b = pool.index_a[0].long(), pool.index_b[0].long()
     p = d.case.dropout if d.case.kind != "decode" else 0.0
     arguments = (d.weight, pool.a, pool.b, index_a, index_b, pool.config.scale, p)
-    return Built(lambda: ATen.apply(d.x, *arguments), (pool.a, pool.b), _of_pools(pool))
+    state = (*_state(pool), index_a, index_b)
+    return Built(lambda: ATen.apply(d.x, *arguments), (pool.a, pool.b), _of_pools(pool), state=state)
 
 
 def mos_reference(d: Data) -> Built:
@@ -255,7 +263,7 @@ def mos_reference(d: Data) -> Built:
         seed = draw_seed(d.device) if p else None
         return reference.mos_linear(d.x, d.weight, None, *factors, p, seed)
 
-    return Built(forward, (pool.a, pool.b), _of_pools(pool))
+    return Built(forward, (pool.a, pool.b), _of_pools(pool), state=_state(pool))
 
 
 # ------------------------------------------------------------------------------------------------ PEFT
@@ -303,11 +311,13 @@ def peft(d: Data, fp32: bool) -> Built:
         with torch.autocast(d.device, dtype=c.dtype):
             return model(d.x)
 
-    return Built(forward, (a, b), lambda grad_a, grad_b: (grad_a, grad_b.t()))
+    return Built(forward, (a, b), lambda grad_a, grad_b: (grad_a, grad_b.t()), state=_state(model))
 
 
-def _trained(model: nn.Module) -> tuple[Tensor, ...]:
-    return tuple(p for p in model.parameters() if p.requires_grad)
+def _with_delta(d: Data, model: nn.Module, layer: nn.Module) -> Built:
+    """Of a PEFT method with factors of its own."""
+    trained = tuple(p for p in model.parameters() if p.requires_grad)
+    return Built(lambda: model(d.x), trained, delta=lambda: layer.get_delta_weight("default"), state=_state(model))
 
 
 def vblora(d: Data) -> Built:
@@ -317,8 +327,7 @@ def vblora(d: Data) -> Built:
     c = d.case
     length = math.gcd(256, c.fan_in, c.fan_out)  # 256 must divide both; tiny shapes have less
     config = VBLoRAConfig(r=c.r, vector_length=length, vblora_dropout=c.dropout, target_modules=["proj"])
-    model, layer = _adapted(d, config)
-    return Built(lambda: model(d.x), _trained(model), delta=lambda: layer.get_delta_weight("default"))
+    return _with_delta(d, *_adapted(d, config))
 
 
 def unilora(d: Data) -> Built:
@@ -328,8 +337,7 @@ def unilora(d: Data) -> Built:
     c, pool = d.case, d.pool(d.case.r)
     length = pool.a.numel() + pool.b.numel()
     config = UniLoraConfig(r=c.r, theta_d_length=length, unilora_dropout=c.dropout, target_modules=["proj"])
-    model, layer = _adapted(d, config)
-    return Built(lambda: model(d.x), _trained(model), delta=lambda: layer.get_delta_weight("default"))
+    return _with_delta(d, *_adapted(d, config))
 
 
 def compiled(build: Callable[[Data], Built]) -> Callable[[Data], Built]:
