@@ -29,14 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     folder: Path = options.file
     seconds = options.seconds
     known = layer.providers_of(options.providers)
-    steps = len(layer.grid(options.grid, known)) + 1 + scaling.STEPS
+    steps = sum(options.only in c.name for c in layer.grid(options.grid, known)) + 1 + scaling.STEPS
     with (
         tqdm(total=steps, unit="case", dynamic_ncols=True) as bar,
         Rows(folder / "bench.csv", "", show=lambda line: bar.set_postfix_str(line[-60:])) as rows,
     ):
         questions = (
             scaling.run(options.grid, seconds * SCALING),
-            layer.run(options.grid, seconds * (1 - SCALING), options.providers),
+            layer.run(options.grid, seconds * (1 - SCALING), options.providers, options.only),
         )
         for question in questions:
             for name, found in question:

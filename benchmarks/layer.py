@@ -1,6 +1,6 @@
 """What does an adapted layer cost over its frozen linear?
 
-    python -m benchmarks.layer FILE.csv [--grid default|all|smoke] [--seconds N] [--providers file.py]
+    python -m benchmarks.layer FILE.csv [--grid default|all|smoke] [--seconds N] [--only TEXT] [--providers file.py]
 
 Time, peak memory, saved activations and calls of every provider, each a ratio to the frozen linear of the same run.
 README.md says what the columns mean; `python -m benchmarks` runs this and the others, with tables and plots.
@@ -167,12 +167,14 @@ def measured_in_memory(cases: Iterable[Case]) -> list[Case]:
     ]
 
 
-def run(which: str, seconds: float, providers_file: Path | None = None) -> Iterator[tuple[str, list[dict]]]:
+def run(
+    which: str, seconds: float, providers_file: Path | None = None, only: str = ""
+) -> Iterator[tuple[str, list[dict]]]:
     """(what was done, its rows), the most important first, in about ``seconds``."""
     end = time.monotonic() + seconds
     sizes = SMOKE if which == "smoke" else CPU
     known = providers_of(providers_file)
-    cases = grid(which, known)
+    cases = [case for case in grid(which, known) if only in case.name]
     ceiling = ceilings(sizes)
     yield (
         "ceilings",
@@ -194,7 +196,7 @@ def run(which: str, seconds: float, providers_file: Path | None = None) -> Itera
 def main(arguments: list[str] | None = None) -> int:
     options = command_line(__doc__, 240.0).parse_args(arguments)
     with Rows(options.file, "layer") as rows:
-        for name, found in run(options.grid, options.seconds, options.providers):
+        for name, found in run(options.grid, options.seconds, options.providers, options.only):
             rows.add(name, found)
     return rows.status
 

@@ -92,5 +92,6 @@ def command_line(doc: str, seconds: float) -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, help="the CSV to write")
     parser.add_argument("--grid", choices=("default", "all", "smoke"), default="default")
     parser.add_argument("--seconds", type=float, default=seconds, help="no measurement starts after them")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases of a layer whose name contains it")
     parser.add_argument("--providers", type=Path, help="a file of more providers, PROVIDERS = {name: build}")
     return parser

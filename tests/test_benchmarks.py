@@ -21,8 +21,6 @@ from benchmarks import compare, harness, layer, memory, providers, scaling, summ
 from benchmarks import rows as schema  # noqa: E402
 from benchmarks.plots import plot  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # other packages': PEFT's tuners at their first use
-
 CASE = providers.Case("full", 24, 32, 64, 4, 2, torch.bfloat16, ())
 NAMES = [p for p in providers.PROVIDERS if not p.endswith("_compiled")]
 
@@ -46,6 +44,7 @@ def test_every_provider_runs_and_is_right(kind, dtype):
     assert {n for n, count in compared.items() if count < results} <= {"frozen", "frozen_again", "vblora", "unilora"}
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
 def test_compiled_providers_run_and_are_right():
     case = replace(CASE, providers=("frozen", "mos_compiled", "peft_compiled"))
     data = providers.Data(case, "cpu")
