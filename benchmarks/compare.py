@@ -20,8 +20,8 @@ from .tables import table
 # Standard errors that a rise must exceed. Of 100 rows by chance alone one does once in about 300 runs (normal tail,
 # one-sided: 3e-5 per row), were the errors normal; medians of few samples are near enough.
 SIGMAS = 4.0
-# Less is nobody's regression, and two builds of one source differ by as much through their layout in memory.
-LEAST = 0.01
+# On top: two runs of one build differ by as much, by where their memory lies, which no sample of one run shows.
+LEAST = 0.02
 # From the 20 % to the 80 % quantile a normal distribution takes 1.683 standard deviations; the standard error of a
 # median is sqrt(pi / 2) of the mean's.
 SPREAD, MEDIAN = 1.683, math.sqrt(math.pi / 2)
@@ -89,7 +89,7 @@ def compare(old_file: Path, new_file: Path, provider: str = "mos") -> list[Pair]
         what = f"{row['question']} {row['mode']} {row['in']}->{row['out']} T={row['T']} {row['dtype']}"
         if row["question"] == "scaling":
             what += f" r={row['r']} l={row['l']} e={row['e']} L={row['layers']}"
-        pairs.append(Pair(what, row["ratio"], new[key]["ratio"], max(LEAST, SIGMAS * error)))
+        pairs.append(Pair(what, row["ratio"], new[key]["ratio"], LEAST + SIGMAS * error))
     if not pairs:
         raise ValueError(f"{old_file.name} and {new_file.name} have no row of {provider!r} in common")
     return sorted(pairs, key=lambda p: p.tolerance - p.rise)

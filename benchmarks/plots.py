@@ -7,10 +7,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .providers import PROVIDERS
 from .rows import read_rows
 from .summary import cells, growth
 
 LEFT_OUT = ("frozen_again",)
+# The same colour in every panel; "mos" is black.
+COLORS = dict(
+    zip([p for p in PROVIDERS if p not in ("frozen", "mos", "mos_layer", *LEFT_OUT)], range(10), strict=False)
+)
 
 
 def _panels(groups: dict, draw: Callable, file: Path, across: int = 2) -> None:
@@ -38,7 +43,9 @@ def _ratio(axis, group: dict[str, list[dict]]) -> None:
     for provider, rows in group.items():
         rows = sorted(rows, key=lambda r: r["T"])
         low_high = [[abs(r["ratio"] - r[q]) for r in rows] for q in ("ratio_q20", "ratio_q80")]
-        line = {"linewidth": 2.5, "color": "black"} if provider == "mos" else {"linewidth": 1.0}
+        line = {"linewidth": 1.0, "color": f"C{COLORS.get(provider, 9)}"}
+        if provider == "mos":
+            line = {"linewidth": 2.5, "color": "black"}
         axis.errorbar([r["T"] for r in rows], [r["ratio"] for r in rows], low_high, marker="o", label=provider, **line)
     axis.axhline(1.0, color="gray", linestyle=":")
     axis.set_xscale("log", base=2)
