@@ -90,7 +90,7 @@ def ceilings(sizes: Sizes) -> dict[str, float]:
     """What this machine can do now: GB/s of a copy, GFLOP/s of a product by dtype."""
     found = {"copy": copy_ceiling(sizes, "cpu", sizes.copy_bytes)["gb_s"]}
     for dtype in DTYPES:
-        found[str(dtype).removeprefix("torch.")] = 1e3 * gemm_ceiling(sizes, "cpu", dtype)["tflop_s"]
+        found[str(dtype).removeprefix("torch.")] = round(1e3 * gemm_ceiling(sizes, "cpu", dtype)["tflop_s"], 1)
     return found
 
 
@@ -194,7 +194,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = command_line(__doc__, 240.0).parse_args(arguments)
+    options = command_line(__doc__, 370.0).parse_args(arguments)
     with Rows(options.file, "layer") as rows:
         for name, found in run(options.grid, options.seconds, options.providers, options.only):
             rows.add(name, found)
