@@ -404,7 +404,7 @@ def peers(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[di
         sides = sizes.shapes[0]
         providers = ("frozen", "mos", peer)
         case = Case("full", sizes.medium, *sides, sizes.r, sizes.l, torch.bfloat16, providers, role="peers")
-        yield f"{case.name} {peer}", functools.partial(layer, case, sizes, device)
+        yield case.name, functools.partial(layer, case, sizes, device)
 
 
 def layers(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[dict]]]]:

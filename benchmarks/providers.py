@@ -60,8 +60,8 @@ class Case:
         dtype = "" if self.dtype == torch.bfloat16 else f" {self.dtype_name}"
         dropout = f" p={self.dropout}" if self.dropout else ""
         ranks = " ranks" if any("r=" in p for p in self.providers) else f" r={self.r}"
-        peers = " peers" if self.role == "peers" else ""
-        return f"{self.kind} T={self.rows} {self.fan_in}->{self.fan_out}{ranks}{dropout}{dtype}{peers}"
+        peer = f" {self.providers[-1]}" if self.role == "peers" else ""
+        return f"{self.kind} T={self.rows} {self.fan_in}->{self.fan_out}{ranks}{dropout}{dtype}{peer}"
 
     def row(self) -> dict[str, object]:
         left_out = ("fan_in", "fan_out", "dtype", "providers")

@@ -92,7 +92,7 @@ def test_parts_fit_nine_minutes():
     assert set(gpu_report.SHARES) == set(gpu_report.PARTS)
 
 
-@pytest.mark.parametrize("section", ["layers", "operators", "launches"])
+@pytest.mark.parametrize("section", ["layers", "operators", "launches", "peers"])
 def test_benchmarks(section, tmp_path, monkeypatch):
     # PEFT takes seconds to import and is not ours to test here; the report itself runs it where it is installed.
     for module in (kernels, providers):
