@@ -11,7 +11,7 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV  := build/cuda-torch/venv
 CXX_FILES   = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite lint format check-cuda check-cuda-torch cuda-resources mutants bench gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite lint format check-cuda check-cuda-torch cuda-resources mutants bench quality gpu-report native wheel clean
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
@@ -24,6 +24,7 @@ help:
 	@echo "make cuda-resources    check-cuda, and keep its table of registers and occupancy"
 	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
 	@echo "make bench       what MoS costs on this CPU, beside PEFT: CSV, tables and plots in build/bench (at most 8 minutes)"
+	@echo "make quality     the paper in miniature: MoS, its ablations, LoRA, VeRA, VB-LoRA; report in build/quality (at most 15 minutes)"
 	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
 	@echo "make wheel       sdist and wheel in dist/"
 	@echo "make clean       remove builds and caches (not $(VENV))"
@@ -88,6 +89,10 @@ mutants: $(READY)
 # OUT=dir puts the results elsewhere; ARGS="--grid all" measures everything. See benchmarks/README.md.
 bench: native
 	$(BIN)/python -m benchmarks $(or $(OUT),build/bench) $(ARGS)
+
+# Resumable: run again to go on. See benchmarks/quality/README.md.
+quality: native
+	$(BIN)/python -m benchmarks.quality $(or $(OUT),build/quality) $(ARGS)
 
 # With the interpreter that has a CUDA build of torch, not the virtual environment. See benchmarks/README.md.
 gpu-report:
