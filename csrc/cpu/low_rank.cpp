@@ -1,4 +1,8 @@
 // low_rank_pass: how a pass is cut into blocks, who owns which sum, and which instruction set runs.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -12,28 +16,47 @@ namespace mos::cpu {
 
 namespace {
 
-// A staged tile of 16 x 256 floats is 16 KiB: with a rank-16 factor tile (16 KiB) it fills a 32 KiB
-// L1.
-constexpr int64_t kRowTile = 16, kColTile = 256;
-// Tiles are padded to whole micro-tiles: 4 rows, two AVX-512 vectors of columns; the rank plays
-// either role.
-constexpr int64_t kRowMultiple = 4, kColMultiple = 32, kRankMultiple = 4;
+// Tiles of activations: 64 rows of 512 columns are 64 KiB in bf16, 128 KiB in fp32, and with the factor's tile and the
+// sums of its gradient (32 KiB each at rank 16) stay in an L2 cache of 512 KiB while all products of a pass use them.
+constexpr int64_t kRowTile = 64, kColTile = 512;
+// Columns whose dropout decisions are drawn at once.
+constexpr int64_t kMaskColumns = 128;
 // Rows of a block. A block that sums over rows (factor_grad) keeps rank * cols floats of its own, so it takes many, and
 // there are at most kMaxRowBlocks of them however long T is.
-constexpr int64_t kBlockRows = 128, kBlockRowsSummed = 1024, kMaxRowBlocks = 16;
+constexpr int64_t kBlockRows = 128, kBlockRowsSummed = 512, kMaxRowBlocks = 16;
 // At most this many blocks side by side when each needs its own (T, r) sums.
 constexpr int64_t kMaxSplits = 8;
-// Enough for two tasks a thread on 16 threads; a function of the shape alone, never of the threads there are.
-constexpr int64_t kWantedBlocks = 32;
-
-// Size of a staged tile, padding included.
-struct Tile {
-  int64_t rows, cols;
-};
+// Enough for 16 threads; a function of the shape alone, never of the threads there are.
+constexpr int64_t kWantedBlocks = 16;
 
 struct Block {
   int64_t t0, t1, c0, c1;
 };
+
+// A factor gathered, converted and laid out for the inner loops: all its columns, once per pass.
+struct PackedFactor {
+  void *by_column, *by_rank;
+};
+
+// The inner loops of one arithmetic on one instruction set. `word_bytes` is the size of a word and of a sum; a word
+// holds `group` elements.
+struct Kernels {
+  void (*pack_factor)(const Factor&, int64_t c0, int64_t cols, void* by_column, void* by_rank);
+  void (*run_block)(const LowRankPass&, const Block&, const PackedFactor&, void* projected, void* grad,
+                    int64_t grad_stride);
+  int64_t width;  // sums in a vector
+  int64_t group;
+  size_t word_bytes;
+};
+
+// Lane i of two interleaved rows of 32 elements is element order[i] of both: a0 b0 a1 b1 ...
+struct InterleaveOrder {
+  alignas(64) uint16_t low[32], high[32];
+  constexpr InterleaveOrder() : low(), high() {
+    for (int i = 0; i < 32; ++i) low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32), high[i] = low[i] + 16;
+  }
+};
+constexpr InterleaveOrder kInterleave;
 
 // Unsigned integers as wide as T.
 template <class T>
@@ -48,12 +71,6 @@ struct Bits<double> {
 };
 template <class T>
 using bits_t = typename Bits<T>::type;
-
-template <class T>
-struct Scratch {
-  T *in, *factor, *s, *projected, *out;
-  bits_t<T>* mask;
-};
 
 // 64-byte aligned memory, released at the end of the scope.
 class AlignedBuffer {
@@ -75,6 +92,10 @@ class AlignedBuffer {
 
 }  // namespace
 }  // namespace mos::cpu
+
+// Loops over accumulators: unrolled early, or GCC keeps the array of them in memory and stores every sum (half the
+// speed).
+#define MOS_UNROLL _Pragma("GCC unroll 16")
 
 #define MOS_ISA baseline
 #define MOS_VECTOR_BYTES 16
@@ -99,6 +120,13 @@ class AlignedBuffer {
 #endif
 #include "low_rank_tiles.h"
 #undef MOS_ISA
+#ifdef MOS_EXT_TEST_WIDE
+#define MOS_ISA avx2_pairs
+#define MOS_DOT 1
+#include "low_rank_tiles.h"
+#undef MOS_DOT
+#undef MOS_ISA
+#endif
 #undef MOS_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -112,6 +140,20 @@ class AlignedBuffer {
 #define MOS_VECTOR_BYTES 64
 #include "low_rank_tiles.h"
 #undef MOS_ISA
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,prefer-vector-width=512")
+#endif
+#define MOS_ISA avx512_bf16
+#define MOS_DOT 512
+#include "low_rank_tiles.h"
+#undef MOS_DOT
+#undef MOS_ISA
 #undef MOS_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -124,32 +166,34 @@ namespace mos::cpu {
 
 namespace {
 
-template <class T>
-using RunBlock = void (*)(const LowRankPass&, const Block&, const Scratch<T>&, T*, T*, int64_t);
-
 struct InstructionSet {
   const char* name;
-  RunBlock<float> f32;
-  RunBlock<double> f64;
+  const Kernels *f32, *f64, *bf16;
 
-  RunBlock<float> run(float) const { return f32; }
-  RunBlock<double> run(double) const { return f64; }
+  const Kernels& kernels(DType activations) const {
+    return *(activations == DType::f64 ? f64 : activations == DType::bf16 ? bf16 : f32);
+  }
 };
 
 constexpr InstructionSet kInstructionSets[] = {
 #ifdef MOS_HAS_X86
-    {"avx512", avx512::run_block_f32, avx512::run_block_f64},
-    {"avx2", avx2::run_block_f32, avx2::run_block_f64},
+    {"avx512_bf16", &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kDot},
+    {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::kFloat},
+#ifdef MOS_EXT_TEST_WIDE
+    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2_pairs::kDot},
+#else
+    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::kFloat},
 #endif
-    {"baseline", baseline::run_block_f32, baseline::run_block_f64},
+#endif
+    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::kFloat},
 };
 
 bool runs_here(const char* name) {
 #ifdef MOS_HAS_X86
-  if (!std::strcmp(name, "avx512")) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!std::strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(name, "avx512")) return avx512;
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return !std::strcmp(name, "baseline");
@@ -174,10 +218,10 @@ const InstructionSet& chosen() {
 }
 
 template <class T>
-void low_rank_pass_as(const LowRankPass& p, const ParallelFor& parallel) {
-  const RunBlock<T> run_block = chosen().run(T());
+void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const ParallelFor& parallel) {
   const int64_t total_rows = p.activations().rows, total_cols = p.factor.cols();
-  const int64_t rank = p.factor.rank, rank_padded = round_up(rank, kRankMultiple);
+  const int64_t rank = p.factor.rank, rank_padded = round_up(rank, kernels.width);
+  const int64_t groups = ceil_div(rank, kernels.group), tiles = ceil_div(total_cols, kColTile);
 
   // The grid depends on the shape alone, so the sums do too: bitwise equal runs, whatever the
   // number of threads.
@@ -185,53 +229,61 @@ void low_rank_pass_as(const LowRankPass& p, const ParallelFor& parallel) {
   const int64_t row_blocks = ceil_div(total_rows, block_rows);
   int64_t splits = ceil_div(kWantedBlocks, max64(1, row_blocks));
   if (p.projected) splits = min64(splits, kMaxSplits);
-  splits = max64(1, min64(splits, ceil_div(total_cols, kColTile)));
-  const int64_t block_cols = round_up(ceil_div(total_cols, splits), kColTile);
+  splits = max64(1, min64(splits, tiles));
+  const int64_t block_cols = ceil_div(tiles, splits) * kColTile;
   splits = total_cols ? ceil_div(total_cols, block_cols) : 0;
 
-  // Own sums of each block, added up in a fixed order below. One split sums in the result itself.
-  T* result = static_cast<T*>(p.projected);
-  const int64_t plane_size = total_rows * rank;
-  const bool own_planes = p.projected && splits != 1;
-  AlignedBuffer planes(own_planes ? static_cast<size_t>(splits * plane_size) * sizeof(T) : 0);
-  T* plane = own_planes ? planes.as<T>() : result;
-  const int64_t grad_stride = splits * block_cols, grad_size = rank_padded * grad_stride;
+  const size_t by_column = p.projected ? static_cast<size_t>(tiles * kColTile / kernels.group * rank_padded) : 0;
+  const size_t by_rank = p.out ? static_cast<size_t>(tiles * kColTile * groups) : 0;
+  AlignedBuffer words((by_column + by_rank) * kernels.word_bytes);
+  char* const packed = words.as<char>();
+  const PackedFactor factor{packed, packed + by_column * kernels.word_bytes};
+  if (row_blocks) {
+    parallel(tiles, [&](int64_t i) {
+      const size_t c0 = static_cast<size_t>(i * kColTile), bytes = kernels.word_bytes;
+      char* columns = static_cast<char*>(factor.by_column) + c0 / kernels.group * rank_padded * bytes;
+      char* ranks = static_cast<char*>(factor.by_rank) + c0 * groups * bytes;
+      kernels.pack_factor(p.factor, i * kColTile, min64(kColTile, total_cols - i * kColTile),
+                          by_column ? columns : nullptr, by_rank ? ranks : nullptr);
+    });
+  }
+
+  // Own sums of each block, added up in a fixed order below.
+  const int64_t plane_size = total_rows * rank_padded;
+  AlignedBuffer planes(p.projected ? static_cast<size_t>(splits * plane_size) * sizeof(T) : 0);
+  const int64_t grad_stride = splits * block_cols, grad_size = rank * grad_stride;
   AlignedBuffer grads(p.factor_grad ? static_cast<size_t>(row_blocks * grad_size) * sizeof(T) : 0);
+  T* result = static_cast<T*>(p.projected);
+  const T scale = static_cast<T>(p.scale * p.dropout.keep_scale());
 
   parallel(row_blocks * splits, [&](int64_t i) {
     const int64_t row_block = i / splits, split = i % splits;
     const Block block{row_block * block_rows, min64(total_rows, (row_block + 1) * block_rows), split * block_cols,
                       min64(total_cols, (split + 1) * block_cols)};
-    const int64_t tile = kRowTile * kColTile, factor_tile = rank_padded * kColTile, sums = kRowTile * rank_padded;
-    AlignedBuffer memory(static_cast<size_t>(3 * tile + factor_tile + 2 * sums) * sizeof(T));
-    T* base = memory.as<T>();
-    Scratch<T> scratch;
-    scratch.in = base;
-    scratch.out = scratch.in + tile;
-    scratch.factor = scratch.out + tile;
-    scratch.s = scratch.factor + factor_tile;
-    scratch.projected = scratch.s + sums;
-    scratch.mask = reinterpret_cast<bits_t<T>*>(scratch.projected + sums);
     T *projected = nullptr, *grad = nullptr;
     if (p.projected) {
-      projected = plane + split * plane_size + block.t0 * rank;
-      std::memset(projected, 0, static_cast<size_t>((block.t1 - block.t0) * rank) * sizeof(T));
+      projected = planes.as<T>() + split * plane_size + block.t0 * rank_padded;
+      std::memset(projected, 0, static_cast<size_t>((block.t1 - block.t0) * rank_padded) * sizeof(T));
     }
     if (p.factor_grad) {
       grad = grads.as<T>() + row_block * grad_size + block.c0;
-      for (int64_t j = 0; j < rank_padded; ++j) {
+      for (int64_t j = 0; j < rank; ++j) {
         std::memset(grad + j * grad_stride, 0, static_cast<size_t>(block_cols) * sizeof(T));
       }
     }
-    run_block(p, block, scratch, projected, grad, grad_stride);
+    kernels.run_block(p, block, factor, projected, grad, grad_stride);
   });
 
   if (p.projected) {
     parallel(row_blocks, [&](int64_t row_block) {
-      for (int64_t i = row_block * block_rows * rank; i < min64(total_rows, (row_block + 1) * block_rows) * rank; ++i) {
-        T sum = T(0);
-        for (int64_t split = 0; split < splits; ++split) sum += plane[split * plane_size + i];
-        result[i] = static_cast<T>(p.scale) * sum;
+      for (int64_t t = row_block * block_rows; t < min64(total_rows, (row_block + 1) * block_rows); ++t) {
+        for (int64_t j = 0; j < rank; ++j) {
+          T sum = T(0);
+          for (int64_t split = 0; split < splits; ++split) {
+            sum += planes.as<T>()[split * plane_size + t * rank_padded + j];
+          }
+          result[t * rank + j] = scale * sum;
+        }
       }
     });
   }
@@ -251,10 +303,12 @@ void low_rank_pass_as(const LowRankPass& p, const ParallelFor& parallel) {
 }  // namespace
 
 void low_rank_pass(const LowRankPass& pass, const ParallelFor& parallel) {
-  if (pass.activations().dtype == DType::f64) {
-    low_rank_pass_as<double>(pass, parallel);
+  const DType dtype = pass.activations().dtype;
+  const Kernels& kernels = chosen().kernels(dtype);
+  if (dtype == DType::f64) {
+    low_rank_pass_as<double>(pass, kernels, parallel);
   } else {
-    low_rank_pass_as<float>(pass, parallel);
+    low_rank_pass_as<float>(pass, kernels, parallel);
   }
 }
 

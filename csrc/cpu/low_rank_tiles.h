@@ -1,229 +1,498 @@
 // The inner loops of low_rank_pass, compiled once per instruction set: low_rank.cpp includes this
 // file repeatedly, each time with MOS_ISA (a namespace) and MOS_VECTOR_BYTES set and a `#pragma GCC
-// target` in force. Hence no include guard.
+// target` in force; MOS_DOT compiles the products of bf16 pairs in place of those of float and double, 512 with the
+// instructions of AVX512-BF16 and 1 without.
+// Hence no include guard.
 //
 // No function of another header may be *defined* here for the first time (std:: templates, say):
 // the linker keeps one copy of an inline function, and it could be the AVX-512 one on a machine
 // without it. Includes belong in low_rank.cpp.
 //
-// Everything works on staged tiles: fp32 (fp64 for fp64), 64-byte aligned, zero-padded to whole
-// micro-tiles. Staging converts bf16/fp16, applies dropout and gathers shards, once per element;
-// the micro-kernels then have no remainders.
+// Every product is one loop: a *word* is broadcast and multiplied with a vector of words. A word is one element, or two
+// neighbours along the summed dimension where the instruction set multiplies bf16 pairs. So both operands are laid out
+// with the summed dimension in groups of kGroup, nothing is ever summed across lanes, and remainders are zeros.
 
 namespace mos::cpu::MOS_ISA {
 
-template <class T>
+template <class W>
 struct Vec {
-  static constexpr int width = MOS_VECTOR_BYTES / sizeof(T);
-  typedef T type __attribute__((vector_size(MOS_VECTOR_BYTES)));
+  static constexpr int width = MOS_VECTOR_BYTES / sizeof(W);
+  typedef W type __attribute__((vector_size(MOS_VECTOR_BYTES)));
 
-  static inline type load(const T* p) { return *reinterpret_cast<const type*>(p); }
-  static inline void store(T* p, type v) { *reinterpret_cast<type*>(p) = v; }
-  // Lanes are added by halves: always the same order.
-  static inline T sum(type v) {
-    alignas(MOS_VECTOR_BYTES) T lane[width];
-    store(lane, v);
-    for (int half = width / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    }
-    return lane[0];
+  static inline type load(const void* p) {
+    type v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static inline void store(void* p, type v) { __builtin_memcpy(p, &v, sizeof(v)); }
+};
+
+using F = Vec<float>;
+using U = Vec<uint32_t>;
+
+// `width` elements of X as numbers of type T, and back: acc rounded to X.
+template <class X, class T>
+inline typename Vec<T>::type load_as(const X* p) {
+  if constexpr (sizeof(X) == sizeof(T)) return Vec<T>::load(p);
+  T lane[Vec<T>::width];
+  for (int i = 0; i < Vec<T>::width; ++i) lane[i] = static_cast<T>(p[i]);
+  return Vec<T>::load(lane);
+}
+
+template <class X, class T>
+inline void store_as(X* p, typename Vec<T>::type v) {
+  if constexpr (sizeof(X) == sizeof(T)) return Vec<T>::store(p, v);
+  T lane[Vec<T>::width];
+  Vec<T>::store(lane, v);
+  for (int i = 0; i < Vec<T>::width; ++i) p[i] = round_to<X>(lane[i]);
+}
+
+#ifdef MOS_DOT
+
+// Pairs of bf16, products summed in fp32: twice the multiply-adds of an instruction, and x is never widened.
+struct Arithmetic {
+  using Sum = float;
+  using Word = uint32_t;
+  using Element = bf16_t;  // of staged activations and of packed factors
+  static constexpr int kGroup = 2;
+  using Sums = F::type;
+
+#if MOS_DOT == 512
+  static inline Sums multiply_add(Word a, U::type b, Sums sum) {
+    return reinterpret_cast<Sums>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                   reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
+                                                   reinterpret_cast<__m512bh>(b)));
+  }
+  // The words of 2 * width columns of rows p and q.
+  static inline void interleave(const bf16_t* p, const bf16_t* q, U::type* words) {
+    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(q);
+    const __m512i low = _mm512_load_si512(kInterleave.low), high = _mm512_load_si512(kInterleave.high);
+    words[0] = reinterpret_cast<U::type>(_mm512_permutex2var_epi16(a, low, b));
+    words[1] = reinterpret_cast<U::type>(_mm512_permutex2var_epi16(a, high, b));
+  }
+  static inline void add_to(bf16_t* p, Sums v) {
+    typedef uint16_t Half __attribute__((vector_size(MOS_VECTOR_BYTES / 2)));
+    Half bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    set(p, reinterpret_cast<Sums>(__builtin_convertvector(bits, U::type) << 16) + v);
+  }
+  // To nearest even; subnormal results become zero, as in oneDNN's products.
+  static inline void set(bf16_t* p, Sums v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
+  }
+#else  // the same layouts where there is no such instruction: for tests
+  static inline Sums multiply_add(Word a, U::type b, Sums sum) {
+    const U::type low = b << 16, high = b & 0xFFFF0000u;
+    return sum + bit_cast<float>(a & 0xFFFF0000u) * reinterpret_cast<Sums>(high) +
+           bit_cast<float>(a << 16) * reinterpret_cast<Sums>(low);
+  }
+  static inline void interleave(const bf16_t* p, const bf16_t* q, U::type* words) {
+    Word lane[2 * U::width];
+    for (int i = 0; i < 2 * U::width; ++i) lane[i] = p[i].bits | static_cast<Word>(q[i].bits) << 16;
+    words[0] = U::load(lane), words[1] = U::load(lane + U::width);
+  }
+  static inline void add_to(bf16_t* p, Sums v) { set(p, load_as<bf16_t, float>(p) + v); }
+  static inline void set(bf16_t* p, Sums v) { store_as<bf16_t, float>(p, v); }
+#endif
+
+  static inline Word word(float first, float second) {
+    return bf16_t::round(first).bits | static_cast<Word>(bf16_t::round(second).bits) << 16;
   }
 };
 
-// c[i][j] += sum_k x[i][k] * f[j][k] for a 4 x 2 block; k runs along both rows. Eight accumulators
-// cover the latency of two FMA pipes (4-5 cycles x 2 per cycle); six loads feed eight FMAs, so the
-// pipes and not the loads are the limit.
+#else
+
 template <class T>
-inline void dot_micro(int64_t n, const T* x, int64_t x_stride, const T* f, int64_t f_stride, T* c, int64_t c_stride) {
-  using V = Vec<T>;
-  typename V::type acc[4][2] = {};
-  for (int64_t k = 0; k < n; k += V::width) {
-    const auto f0 = V::load(f + k), f1 = V::load(f + f_stride + k);
-    for (int i = 0; i < 4; ++i) {
-      const auto xi = V::load(x + i * x_stride + k);
-      acc[i][0] += xi * f0;
-      acc[i][1] += xi * f1;
+struct Arithmetic {
+  using Sum = T;
+  using Word = T;
+  using Element = T;
+  static constexpr int kGroup = 1;
+  using Sums = typename Vec<T>::type;
+
+  static inline Sums multiply_add(T a, Sums b, Sums sum) { return sum + a * b; }
+  static inline void interleave(const T* p, const T*, Sums* words) {
+    words[0] = Vec<T>::load(p), words[1] = Vec<T>::load(p + Vec<T>::width);
+  }
+  template <class X>
+  static inline void add_to(X* p, Sums v) {
+    store_as<X, T>(p, load_as<X, T>(p) + v);
+  }
+  template <class X>
+  static inline void set(X* p, Sums v) {
+    store_as<X, T>(p, v);
+  }
+  static inline T word(T first, T) { return first; }
+};
+
+#endif
+
+// ------------------------------------------------------------------------------------------------ products
+
+// Unaligned: rows of bf16 may start at any element.
+template <class W, class E>
+inline W word_at(const E* p) {
+  W w;
+  __builtin_memcpy(&w, p, sizeof(w));
+  return w;
+}
+
+// sums (rows, rank_padded) += x F^T for R rows of x and V vectors of ranks. Eight to sixteen accumulators cover the
+// latency of the multiply-adds (4 to 6 cycles, one or two a cycle); x is read as broadcasts.
+template <class A, int R, int V>
+inline void project(int64_t words, const typename A::Element* x, int64_t x_stride, const typename A::Word* f,
+                    int64_t f_stride, typename A::Sum* sums, int64_t sums_stride) {
+  using L = Vec<typename A::Word>;
+  typename A::Sums acc[R][V];
+  MOS_UNROLL
+  for (int i = 0; i < R; ++i) {
+    MOS_UNROLL
+    for (int v = 0; v < V; ++v) acc[i][v] = Vec<typename A::Sum>::load(sums + i * sums_stride + v * L::width);
+  }
+  for (int64_t k = 0; k < words; ++k) {
+    typename L::type b[V];
+    MOS_UNROLL
+    for (int v = 0; v < V; ++v) b[v] = L::load(f + k * f_stride + v * L::width);
+    MOS_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const auto a = word_at<typename A::Word>(x + i * x_stride + k * A::kGroup);
+      MOS_UNROLL
+      for (int v = 0; v < V; ++v) acc[i][v] = A::multiply_add(a, b[v], acc[i][v]);
     }
   }
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 2; ++j) c[i * c_stride + j] += V::sum(acc[i][j]);
+  MOS_UNROLL
+  for (int i = 0; i < R; ++i) {
+    MOS_UNROLL
+    for (int v = 0; v < V; ++v) Vec<typename A::Sum>::store(sums + i * sums_stride + v * L::width, acc[i][v]);
   }
 }
 
-// c[i][:] += sum_k a[i * a_row + k * a_k] * b[k][:] for 4 rows and 2 vectors of columns. The sum starts at zero and is
-// added once: over 1024 rows in tiles of 16 that halves the rounding error of adding every product to c.
-template <class T>
-inline void broadcast_micro(int64_t n, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, T* c,
-                            int64_t c_stride) {
-  using V = Vec<T>;
-  typename V::type acc[4][2] = {};
-  for (int64_t k = 0; k < n; ++k) {
-    const auto b0 = V::load(b + k * b_stride), b1 = V::load(b + k * b_stride + V::width);
-    for (int i = 0; i < 4; ++i) {
-      const T ai = a[i * a_row + k * a_k];
-      acc[i][0] += ai * b0;
-      acc[i][1] += ai * b1;
+// grad (R ranks, two vectors of columns) += s^T x over `rows` rows. The sum starts at zero and is added once, which
+// over many tiles rounds less than adding every product to grad.
+template <class A, int R>
+inline void outer(int64_t rows, const typename A::Word* s, int64_t s_stride, const typename A::Element* x,
+                  int64_t x_stride, typename A::Sum* grad, int64_t grad_stride) {
+  using S = Vec<typename A::Sum>;
+  typename A::Sums acc[R][2] = {};
+  typename Vec<typename A::Word>::type b[2];
+  alignas(MOS_VECTOR_BYTES) static const typename A::Element zeros[2 * S::width] = {};
+  for (int64_t t = 0; t < rows; t += A::kGroup, s += s_stride) {
+    const auto* row = x + t * x_stride;
+    A::interleave(row, t + A::kGroup <= rows ? row + x_stride : zeros, b);
+    MOS_UNROLL
+    for (int i = 0; i < R; ++i) {
+      MOS_UNROLL
+      for (int v = 0; v < 2; ++v) acc[i][v] = A::multiply_add(s[i], b[v], acc[i][v]);
     }
   }
-  for (int i = 0; i < 4; ++i) {
-    V::store(c + i * c_stride, V::load(c + i * c_stride) + acc[i][0]);
-    V::store(c + i * c_stride + V::width, V::load(c + i * c_stride + V::width) + acc[i][1]);
+  MOS_UNROLL
+  for (int i = 0; i < R; ++i) {
+    MOS_UNROLL
+    for (int v = 0; v < 2; ++v) {
+      auto* g = grad + i * grad_stride + v * S::width;
+      S::store(g, S::load(g) + acc[i][v]);
+    }
   }
 }
 
-// dst (tile) = m[t0 .. t0 + rows, c0 .. c0 + cols] converted, zero beyond.
-template <class X, class T>
-void stage_matrix(const Matrix& m, int64_t t0, int64_t rows, int64_t c0, int64_t cols, T* dst, const Tile& tile) {
-  for (int64_t t = 0; t < tile.rows; ++t) {
-    T* row = dst + t * tile.cols;
-    int64_t c = 0;
-    if (t < rows) {
-      const X* src = static_cast<const X*>(m.data) + (t0 + t) * m.row_stride + c0;
-      for (; c < cols; ++c) row[c] = static_cast<T>(src[c]);
+// out (R rows, two vectors of columns) (+)= mask * (s F), rounded once.
+template <class A, int R, class X>
+inline void expand(int64_t words, const typename A::Word* s, int64_t s_stride, const typename A::Word* panel, X* out,
+                   int64_t out_stride, const uint16_t* mask, int64_t mask_stride, bool accumulate) {
+  using L = Vec<typename A::Word>;
+  typename A::Sums acc[R][2] = {};
+  for (int64_t k = 0; k < words; ++k) {
+    const auto b0 = L::load(panel + 2 * k * L::width), b1 = L::load(panel + (2 * k + 1) * L::width);
+    MOS_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const auto a = s[i * s_stride + k];
+      acc[i][0] = A::multiply_add(a, b0, acc[i][0]);
+      acc[i][1] = A::multiply_add(a, b1, acc[i][1]);
     }
-    for (; c < tile.cols; ++c) row[c] = T(0);
+  }
+  MOS_UNROLL
+  for (int i = 0; i < R; ++i) {
+    MOS_UNROLL
+    for (int v = 0; v < 2; ++v) {
+      if (mask) {
+        using B = bits_t<typename A::Sum>;
+        typename A::Sum lane[L::width];
+        Vec<typename A::Sum>::store(lane, acc[i][v]);
+        const uint16_t* m = mask + i * mask_stride + v * L::width;
+        for (int k = 0; k < L::width; ++k) {
+          lane[k] = bit_cast<typename A::Sum>(bit_cast<B>(lane[k]) & static_cast<B>(static_cast<int16_t>(m[k])));
+        }
+        acc[i][v] = Vec<typename A::Sum>::load(lane);
+      }
+      X* p = out + i * out_stride + v * L::width;
+      if (accumulate) {
+        A::add_to(p, acc[i][v]);
+      } else {
+        A::set(p, acc[i][v]);
+      }
+    }
   }
 }
 
-// dst (tile) = columns c0 .. c0 + cols of the factor, zero beyond: the gather.
+// f(Count<8>), then 4, 2, 1: `n` cut into pieces whose size the compiler knows. f gets the size and the start.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <class Function>
+inline void in_pieces(int64_t n, const Function& f) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) f(Count<8>(), i);
+  if (i + 4 <= n) f(Count<4>(), i), i += 4;
+  if (i + 2 <= n) f(Count<2>(), i), i += 2;
+  if (i < n) f(Count<1>(), i);
+}
+
+// ------------------------------------------------------------------------------------------------ operands
+
+// dst (rank, stride) = columns c0 .. c0 + cols of the factor, zero beyond: the gather.
 template <class P, class T>
-void stage_factor(const Factor& f, int64_t c0, int64_t cols, T* dst, const Tile& tile) {
+void stage_factor(const Factor& f, int64_t c0, int64_t cols, T* dst, int64_t stride) {
   const P* pool = static_cast<const P*>(f.pool);
-  for (int64_t j = 0; j < tile.rows; ++j) {
-    T* row = dst + j * tile.cols;
+  for (int64_t j = 0; j < f.rank; ++j) {
+    T* row = dst + j * stride;
     int64_t c = 0;
-    if (j < f.rank) {
-      const int32_t* shard = f.index + j * f.shards_per_vector + c0 / f.shard_size;
-      for (int64_t offset = c0 % f.shard_size; c < cols; ++shard, offset = 0) {
-        const int64_t run = min64(cols - c, f.shard_size - offset);
-        const P* src = pool + *shard * f.pool_stride + offset;
-        for (int64_t k = 0; k < run; ++k) row[c + k] = static_cast<T>(src[k]);
-        c += run;
-      }
+    const int32_t* shard = f.index + j * f.shards_per_vector + c0 / f.shard_size;
+    for (int64_t offset = c0 % f.shard_size; c < cols; ++shard, offset = 0) {
+      const int64_t run = min64(cols - c, f.shard_size - offset);
+      const P* src = pool + *shard * f.pool_stride + offset;
+      for (int64_t k = 0; k < run; ++k) row[c + k] = static_cast<T>(src[k]);
+      c += run;
     }
-    for (; c < tile.cols; ++c) row[c] = T(0);
+    for (; c < stride; ++c) row[c] = T(0);
   }
 }
 
-// mask (tile) = all ones where kept, 0 where dropped. Tiles start at a multiple of kDropoutGroup columns.
-template <class U>
-void stage_mask(const Dropout& d, int64_t t0, int64_t c0, U* mask, const Tile& tile) {
-  for (int64_t t = 0; t < tile.rows; ++t) {
-    for (int64_t c = 0; c < tile.cols; c += kDropoutGroup) {
-      const PhiloxBlock block =
-          philox(d.seed, static_cast<uint32_t>((c0 + c) / kDropoutGroup), static_cast<uint64_t>(t0 + t));
-      for (int i = 0; i < kDropoutGroup; ++i) {
-        mask[t * tile.cols + c + i] = dropout_bits(block, i) >= d.threshold ? ~U(0) : U(0);
+// kColTile columns of the factor from c0 on, packed as `project` wants them, (columns / kGroup, rank_padded) words, and
+// as `expand` does, panels of two vectors of columns, (rank / kGroup, 2 * width) words each; either may be null.
+template <class A>
+void pack_factor_as(const Factor& f, int64_t c0, int64_t cols, void* by_column, void* by_rank) {
+  using T = typename A::Sum;
+  using W = typename A::Word;
+  constexpr int64_t stride = kColTile + 16, panel = 2 * Vec<W>::width;  // off the power of two: columns are read too
+  const int64_t rank_padded = round_up(f.rank, Vec<T>::width), groups = ceil_div(f.rank, A::kGroup);
+  AlignedBuffer memory(static_cast<size_t>((f.rank + 1) * stride) * sizeof(T));
+  T* rows = memory.as<T>();
+  dispatch_dtype(f.dtype, [&](auto tag) { stage_factor<typename decltype(tag)::type>(f, c0, cols, rows, stride); });
+  T* beyond = rows + f.rank * stride;
+  for (int64_t c = 0; c < stride; ++c) beyond[c] = T(0);
+  if (W* dst = static_cast<W*>(by_column)) {
+    for (int64_t c = 0; c < round_up(cols, A::kGroup); c += A::kGroup, dst += rank_padded) {
+      for (int64_t j = 0; j < f.rank; ++j) dst[j] = A::word(rows[j * stride + c], rows[j * stride + c + A::kGroup - 1]);
+      for (int64_t j = f.rank; j < rank_padded; ++j) dst[j] = W(0);
+    }
+  }
+  if (W* dst = static_cast<W*>(by_rank)) {
+    for (int64_t c = 0; c < cols; c += panel) {
+      for (int64_t j = 0; j < groups; ++j, dst += panel) {
+        const T* first = rows + j * A::kGroup * stride + c;
+        const T* second = j * A::kGroup + 1 < f.rank ? first + stride : beyond + c;
+        for (int64_t i = 0; i < panel; ++i) dst[i] = A::word(first[i], second[i]);
       }
     }
   }
 }
 
-// x = keep * x where kept, 0 where dropped. By bits: a dropped element is zero whatever it was, and inf * 0 would be
-// NaN.
-template <class T, class U>
-void apply_mask(const U* mask, T keep, const Tile& tile, T* x) {
-  for (int64_t i = 0; i < tile.rows * tile.cols; ++i) x[i] = keep * bit_cast<T>(bit_cast<U>(x[i]) & mask[i]);
-}
-
-template <class X, class T>
-void store_tile(const T* src, const Tile& tile, int64_t rows, int64_t cols, const Matrix& m, int64_t t0, int64_t c0,
-                bool accumulate) {
+// mask (rows, stride) = all ones where kept, 0 where dropped; c0 is a multiple of kDropoutGroup, stride of
+// kMaskColumns. Sixteen Philox blocks at once, their four words in loops that the compiler turns into vectors.
+inline void stage_mask(const Dropout& d, int64_t t0, int64_t rows, int64_t c0, int64_t stride, uint16_t* mask) {
+  constexpr int kBlocks = kMaskColumns / kDropoutGroup;
+  const uint16_t last_dropped = static_cast<uint16_t>(d.threshold - 1);
   for (int64_t t = 0; t < rows; ++t) {
-    const T* row = src + t * tile.cols;
-    X* dst = static_cast<X*>(m.data) + (t0 + t) * m.row_stride + c0;
-    if (accumulate) {
-      for (int64_t c = 0; c < cols; ++c) dst[c] = round_to<X>(static_cast<T>(dst[c]) + row[c]);
-    } else {
-      for (int64_t c = 0; c < cols; ++c) dst[c] = round_to<X>(row[c]);
+    const uint64_t row = static_cast<uint64_t>(t0 + t);
+    for (int64_t c = 0; c < stride; c += kMaskColumns) {
+      uint32_t w0[kBlocks], w1[kBlocks], w2[kBlocks], w3[kBlocks];
+      for (int i = 0; i < kBlocks; ++i) {
+        w0[i] = static_cast<uint32_t>((c0 + c) / kDropoutGroup) + i;
+        w1[i] = static_cast<uint32_t>(row), w2[i] = static_cast<uint32_t>(row >> 32), w3[i] = 0;
+      }
+      uint32_t k0 = static_cast<uint32_t>(d.seed), k1 = static_cast<uint32_t>(d.seed >> 32);
+      for (int round = 0; round < kPhiloxRounds; ++round) {
+        for (int i = 0; i < kBlocks; ++i) philox_round(k0, k1, w0[i], w1[i], w2[i], w3[i]);
+        k0 += kPhiloxWeyl0, k1 += kPhiloxWeyl1;
+      }
+      uint32_t words[4 * kBlocks];
+      for (int i = 0; i < kBlocks; ++i) {
+        words[4 * i] = w0[i], words[4 * i + 1] = w1[i], words[4 * i + 2] = w2[i], words[4 * i + 3] = w3[i];
+      }
+      uint16_t bits[kMaskColumns];
+      for (int i = 0; i < kMaskColumns; ++i) bits[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      for (int i = 0; i < kMaskColumns; ++i) {
+        mask[t * stride + c + i] = static_cast<uint16_t>(bits[i] > last_dropped ? 0xFFFF : 0);
+      }
     }
   }
 }
 
-// The block (rows [t0, t1), columns [c0, c1)) of a pass. `projected` (t1 - t0, rank) and `grad` (rank_padded,
-// grad_stride, pointing at column c0) are this block's own sums, zeroed by the caller; either may be null.
-template <class T>
-void run_block(const LowRankPass& p, const Block& b, const Scratch<T>& scratch, T* projected, T* grad,
-               int64_t grad_stride) {
-  const int64_t rank = p.factor.rank, rank_padded = round_up(rank, kRankMultiple);
-  const DType dtype = p.activations().dtype;
+// dst (rows, stride) = elements converted, dropped ones zero (by bits: inf * 0 would be NaN), zero beyond cols.
+template <class E, class X>
+void stage_rows(const X* src, int64_t src_stride, int64_t rows, int64_t cols, const uint16_t* mask, E* dst,
+                int64_t stride) {
+  for (int64_t t = 0; t < rows; ++t, src += src_stride, dst += stride) {
+    if constexpr (sizeof(E) == 2) {
+      __builtin_memcpy(dst, src, static_cast<size_t>(cols) * sizeof(E));
+    } else {
+      for (int64_t c = 0; c < cols; ++c) dst[c] = static_cast<E>(src[c]);
+    }
+    for (int64_t c = cols; c < stride; ++c) dst[c] = E{};
+    if (!mask) continue;
+    if constexpr (sizeof(E) == 2) {
+      for (int64_t c = 0; c < cols; ++c) dst[c].bits &= mask[c];
+    } else {
+      using B = bits_t<E>;
+      for (int64_t c = 0; c < cols; ++c) {
+        dst[c] = bit_cast<E>(bit_cast<B>(dst[c]) & static_cast<B>(static_cast<int16_t>(mask[c])));
+      }
+    }
+    mask += stride;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ one block
+
+// Rows [t0, t1), columns [c0, c1) of a pass over activations of type X. `projected` (t1 - t0, rank_padded) and `grad`
+// (rank, grad_stride), pointing at column c0, are this block's own sums, zeroed by the caller; either may be null.
+// c0 is a multiple of kColTile.
+template <class A, class X>
+void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& packed, void* projected_sums,
+                    void* grad_sums, int64_t grad_stride) {
+  using T = typename A::Sum;
+  using W = typename A::Word;
+  using E = typename A::Element;
+  constexpr int64_t panel = 2 * Vec<W>::width;
+  constexpr bool same_type = sizeof(X) == sizeof(E);
+  const int64_t rank = p.factor.rank, rank_padded = round_up(rank, Vec<T>::width), groups = ceil_div(rank, A::kGroup);
+  const int64_t stride = round_up(min64(kColTile, b.c1 - b.c0), kMaskColumns);
   const bool dropout = p.dropout.active();
-  const T keep = static_cast<T>(p.dropout.keep_scale());
+  const T scale = static_cast<T>(p.scale * p.dropout.keep_scale());
+  T *projected = static_cast<T*>(projected_sums), *grad = static_cast<T*>(grad_sums);
+
+  const int64_t tile = kRowTile * stride;
+  AlignedBuffer memory(static_cast<size_t>(tile) * (sizeof(E) + sizeof(X) + sizeof(uint16_t)) +
+                       static_cast<size_t>(2 * kRowTile * round_up(rank_padded, 16)) * sizeof(W));
+  E* staged_in = memory.as<E>();
+  W* s_by_row = reinterpret_cast<W*>(staged_in + tile);
+  W* s_by_pair = s_by_row + kRowTile * round_up(rank_padded, 16);
+  X* staged_out = reinterpret_cast<X*>(s_by_pair + kRowTile * round_up(rank_padded, 16));
+  uint16_t* mask = reinterpret_cast<uint16_t*>(staged_out + tile);
 
   for (int64_t c0 = b.c0; c0 < b.c1; c0 += kColTile) {
-    // Whole micro-tiles only: a narrow matrix must not pay for kColTile columns, nor a single row
-    // for kRowTile.
-    const int64_t cols = min64(kColTile, b.c1 - c0), cols_padded = round_up(cols, kColMultiple);
-    if (projected || p.out) {
-      dispatch_dtype(p.factor.dtype, [&](auto tag) {
-        stage_factor<typename decltype(tag)::type>(p.factor, c0, cols, scratch.factor, Tile{rank_padded, cols_padded});
-      });
-    }
+    const int64_t cols = min64(kColTile, b.c1 - c0);
+    const W* by_column = static_cast<const W*>(packed.by_column) + c0 / A::kGroup * rank_padded;
+    const W* by_rank = static_cast<const W*>(packed.by_rank) + c0 * groups;
+    const bool whole = cols % panel == 0;  // else the last vector would reach beyond the row
     for (int64_t t0 = b.t0; t0 < b.t1; t0 += kRowTile) {
       const int64_t rows = min64(kRowTile, b.t1 - t0);
-      const Tile tile{round_up(rows, kRowMultiple), cols_padded};
-      if (dropout) stage_mask(p.dropout, t0, c0, scratch.mask, tile);
+      if (dropout) stage_mask(p.dropout, t0, rows, c0, stride, mask);
+      const E* in = nullptr;
+      int64_t in_stride = 0;
       if (p.in) {
-        dispatch_dtype(dtype, [&](auto tag) {
-          stage_matrix<typename decltype(tag)::type>(*p.in, t0, rows, c0, cols, scratch.in, tile);
-        });
-        if (dropout) apply_mask(scratch.mask, keep, tile, scratch.in);
-      }
-      if (p.s) {
-        const T* s = static_cast<const T*>(p.s) + t0 * rank;
-        const T scale = static_cast<T>(p.scale);
-        for (int64_t t = 0; t < tile.rows; ++t) {
-          for (int64_t j = 0; j < rank_padded; ++j) {
-            scratch.s[t * rank_padded + j] = t < rows && j < rank ? scale * s[t * rank + j] : T(0);
-          }
+        const X* src = static_cast<const X*>(p.in->data) + t0 * p.in->row_stride + c0;
+        if (same_type && whole && !dropout) {
+          in = reinterpret_cast<const E*>(src), in_stride = p.in->row_stride;
+        } else {
+          stage_rows(src, p.in->row_stride, rows, cols, dropout ? mask : nullptr, staged_in, stride);
+          in = staged_in, in_stride = stride;
         }
       }
       if (projected) {
-        for (int64_t i = 0; i < tile.rows * rank_padded; ++i) scratch.projected[i] = T(0);
-        for (int64_t t = 0; t < tile.rows; t += 4) {
-          for (int64_t j = 0; j < rank_padded; j += 2) {
-            dot_micro<T>(tile.cols, scratch.in + t * tile.cols, tile.cols, scratch.factor + j * tile.cols, tile.cols,
-                         scratch.projected + t * rank_padded + j, rank_padded);
-          }
-        }
-        T* sums = projected + (t0 - b.t0) * rank;
-        for (int64_t t = 0; t < rows; ++t) {
-          for (int64_t j = 0; j < rank; ++j) sums[t * rank + j] += scratch.projected[t * rank_padded + j];
+        const int64_t words = ceil_div(cols, A::kGroup);
+        for (int64_t j = 0; j < rank_padded; j += Vec<T>::width) {
+          in_pieces(rows, [&](auto count, int64_t t) {
+            project<A, decltype(count)::value, 1>(words, in + t * in_stride, in_stride, by_column + j, rank_padded,
+                                                  projected + (t0 - b.t0 + t) * rank_padded + j, rank_padded);
+          });
         }
       }
+      const T* s = p.s ? static_cast<const T*>(p.s) + t0 * rank : nullptr;
       if (grad) {
-        for (int64_t c = 0; c < tile.cols; c += 2 * Vec<T>::width) {
-          for (int64_t j = 0; j < rank_padded; j += 4) {
-            broadcast_micro<T>(tile.rows, scratch.s + j, 1, rank_padded, scratch.in + c, tile.cols,
-                               grad + j * grad_stride + (c0 - b.c0) + c, grad_stride);
+        for (int64_t t = 0; t < rows; t += A::kGroup) {
+          const T* row = s + t * rank;
+          W* dst = s_by_pair + t / A::kGroup * rank_padded;
+          if (t + 1 < rows) {
+            for (int64_t j = 0; j < rank; ++j) dst[j] = A::word(scale * row[j], scale * row[j + rank]);
+          } else {
+            for (int64_t j = 0; j < rank; ++j) dst[j] = A::word(scale * row[j], T(0));
           }
+        }
+        for (int64_t c = 0; c < cols; c += panel) {
+          in_pieces(rank, [&](auto count, int64_t j) {
+            outer<A, decltype(count)::value>(rows, s_by_pair + j, rank_padded, in + c, in_stride,
+                                             grad + j * grad_stride + (c0 - b.c0) + c, grad_stride);
+          });
         }
       }
       if (p.out) {
-        for (int64_t i = 0; i < tile.rows * tile.cols; ++i) scratch.out[i] = T(0);
-        for (int64_t c = 0; c < tile.cols; c += 2 * Vec<T>::width) {
-          for (int64_t t = 0; t < tile.rows; t += 4) {
-            broadcast_micro<T>(rank, scratch.s + t * rank_padded, rank_padded, 1, scratch.factor + c, tile.cols,
-                               scratch.out + t * tile.cols + c, tile.cols);
+        for (int64_t t = 0; t < rows; ++t) {
+          for (int64_t j = 0; j < groups; ++j) {
+            const int64_t i = t * rank + j * A::kGroup;
+            s_by_row[t * groups + j] = A::word(scale * s[i], j * A::kGroup + 1 < rank ? scale * s[i + 1] : T(0));
           }
         }
-        if (dropout) apply_mask(scratch.mask, keep, tile, scratch.out);
-        dispatch_dtype(dtype, [&](auto tag) {
-          store_tile<typename decltype(tag)::type>(scratch.out, tile, rows, cols, *p.out, t0, c0, p.accumulate);
-        });
+        X* target = static_cast<X*>(p.out->data) + t0 * p.out->row_stride + c0;
+        X* out = whole ? target : staged_out;
+        const int64_t out_stride = whole ? p.out->row_stride : stride;
+        if (!whole && p.accumulate) {
+          for (int64_t t = 0; t < rows; ++t) {
+            __builtin_memcpy(out + t * stride, target + t * p.out->row_stride, static_cast<size_t>(cols) * sizeof(X));
+          }
+        }
+        for (int64_t c = 0; c < cols; c += panel) {
+          in_pieces(rows, [&](auto count, int64_t t) {
+            expand<A, decltype(count)::value>(groups, s_by_row + t * groups, groups, by_rank + c * groups,
+                                              out + t * out_stride + c, out_stride,
+                                              dropout ? mask + t * stride + c : nullptr, stride, p.accumulate);
+          });
+        }
+        if (!whole) {
+          for (int64_t t = 0; t < rows; ++t) {
+            __builtin_memcpy(target + t * p.out->row_stride, out + t * stride, static_cast<size_t>(cols) * sizeof(X));
+          }
+        }
       }
     }
   }
 }
 
-inline void run_block_f32(const LowRankPass& p, const Block& b, const Scratch<float>& scratch, float* projected,
-                          float* grad, int64_t grad_stride) {
-  run_block<float>(p, b, scratch, projected, grad, grad_stride);
-}
+#ifdef MOS_DOT
 
-inline void run_block_f64(const LowRankPass& p, const Block& b, const Scratch<double>& scratch, double* projected,
-                          double* grad, int64_t grad_stride) {
-  run_block<double>(p, b, scratch, projected, grad, grad_stride);
+inline void pack_factor(const Factor& f, int64_t c0, int64_t cols, void* by_column, void* by_rank) {
+  pack_factor_as<Arithmetic>(f, c0, cols, by_column, by_rank);
 }
+inline void run_block(const LowRankPass& p, const Block& b, const PackedFactor& packed, void* projected, void* grad,
+                      int64_t grad_stride) {
+  run_block_over<Arithmetic, bf16_t>(p, b, packed, projected, grad, grad_stride);
+}
+constexpr Kernels kDot = {pack_factor, run_block, Vec<float>::width, Arithmetic::kGroup, sizeof(float)};
+
+#else
+
+template <class T>
+void pack_factor(const Factor& f, int64_t c0, int64_t cols, void* by_column, void* by_rank) {
+  pack_factor_as<Arithmetic<T> >(f, c0, cols, by_column, by_rank);
+}
+inline void run_block_float(const LowRankPass& p, const Block& b, const PackedFactor& packed, void* projected,
+                            void* grad, int64_t grad_stride) {
+  dispatch_dtype(p.activations().dtype, [&](auto tag) {
+    using X = typename decltype(tag)::type;
+    if constexpr (sizeof(X) <= sizeof(float)) {
+      run_block_over<Arithmetic<float>, X>(p, b, packed, projected, grad, grad_stride);
+    }
+  });
+}
+inline void run_block_double(const LowRankPass& p, const Block& b, const PackedFactor& packed, void* projected,
+                             void* grad, int64_t grad_stride) {
+  run_block_over<Arithmetic<double>, double>(p, b, packed, projected, grad, grad_stride);
+}
+constexpr Kernels kFloat = {pack_factor<float>, run_block_float, Vec<float>::width, 1, sizeof(float)};
+constexpr Kernels kDouble = {pack_factor<double>, run_block_double, Vec<double>::width, 1, sizeof(double)};
+
+#endif
 
 }  // namespace mos::cpu::MOS_ISA
