@@ -11,14 +11,27 @@ from .settings import Settings
 
 # Of each family the rate with the lowest validation loss in tuning.csv (--tune; a seed that no result uses). A family
 # is what shares the scale alpha / r of its product, to which the best rate of Adam is tied.
-RATES: dict[str, float] = {}
+RATES: dict[str, float] = {
+    "lora-r2": 0.01,
+    "lora-r4": 0.01,
+    "lora-r16": 0.01,
+    "pure": 0.01,
+    "subset": 0.01,
+    "mos-all": 0.02,
+    "mos-r2": 0.01,
+    "mos-r4": 0.01,
+    "mos-r8": 0.01,
+    "mos-r12": 0.02,
+    "vera": 0.1,
+    "vblora": 0.03,
+}
 # What --tune tries; a grid goes on until its best is inside it.
 _GRID = (3e-3, 1e-2, 2e-2, 3e-2)
 GRIDS = {
     **dict.fromkeys(("lora-r2", "lora-r4", "lora-r16"), _GRID),
     **dict.fromkeys(("mos-r8", "pure", "subset", "mos-all", "mos-r2", "mos-r4", "mos-r12"), _GRID),
-    "vera": (1e-2, 3e-2, 1e-1),
-    "vblora": (3e-3, 1e-2, 3e-2),
+    "vera": (1e-2, 3e-2, 1e-1, 2e-1, 3e-1),
+    "vblora": (3e-3, 1e-2, 3e-2, 6e-2, 1e-1),
 }
 
 

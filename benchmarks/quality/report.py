@@ -20,6 +20,9 @@ from .settings import Settings
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
+DRAWS = "rank r and draw"  # the question that is asked in pairs
+
+
 @dataclass(frozen=True)
 class Claim:
     """Of the paper: ``better`` beats ``worse``. ``numbers`` are its averages over benchmarks, higher is better."""
@@ -90,10 +93,10 @@ class Results:
         ceiling = self.losses[self.ceiling]
         return [(self.base - v) / (self.base - ceiling[k]) for k, v in self.losses[name].items() if k in ceiling]
 
-    def difference(self, name: str, reference: str) -> Difference:
-        """Positive where ``name`` is worse."""
+    def difference(self, name: str, reference: str, seeds: int | None = None) -> Difference:
+        """Positive where ``name`` is worse. Of the seeds that both have, or of the first ``seeds`` of them."""
         a, b = self.losses[name], self.losses[reference]
-        values = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+        values = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())[:seeds]]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return Difference(statistics.fmean(values), error, len(values))
 
@@ -189,11 +192,11 @@ def plot_losses(results: Results, file: Path) -> None:
         )
     others = [n for n in results.of_group("main") if n not in (*curves["LoRA"], *curves["MoS"])]
     for i, name in enumerate(others):
-        # Side by side: at one budget all stand on one spot.
+        # Side by side: at one budget all stand on one spot. C7 is LoRA's grey.
         x = results.trainable[name] * 1.035 ** (i - len(others) - 1)
         mean, error = statistics.fmean(results.values(name)), spread(results.values(name))
         label = results.methods[name].label
-        axis.errorbar([x], [mean], [error], fmt="s", color=f"C{i}", capsize=3, markersize=4, label=label)
+        axis.errorbar([x], [mean], [error], fmt="s", color=f"C{i + (i >= 7)}", capsize=3, markersize=4, label=label)
     axis.set_xscale("log")
     ticks = sorted({results.trainable[n] for names in curves.values() for n in names if n in results.trainable})
     axis.set_xticks(ticks, [f"{t:,}" for t in ticks], minor=False)
@@ -224,7 +227,7 @@ def _panels(results: Results) -> dict[str, list[tuple[str, str]]]:
         f"private ranks p (e={s.p_equivalent_rank}, r={s.r}, l={s.l})": [
             (str(p), n) for p, n in ordered("p", "private_rank")
         ],
-        "rank and draw": routing,
+        DRAWS: routing,
     }
 
 
@@ -235,10 +238,14 @@ def plot_sweeps(results: Results, file: Path) -> None:
     for axis, (title, points) in zip(axes.flat, _panels(results).items(), strict=True):
         labels, names = [p[0] for p in points], [p[1] for p in points]
         values = [results.values(n, seeds) for n in names]
-        for line in zip(*values, strict=True):  # a seed: the same batches at every point
-            axis.plot(labels, line, color="tab:gray", linewidth=0.8, alpha=0.7)
+        paired = title == DRAWS  # points of different ranks are not joined
+        joined = [slice(k, k + 2) for k in range(0, len(names), 2)] if paired else [slice(None)]
+        for part in joined:
+            for line in zip(*values[part], strict=True):  # a seed: the same batches at every point
+                axis.plot(labels[part], line, color="tab:gray", linewidth=0.8, alpha=0.7)
         means, errors = [statistics.fmean(v) for v in values], [spread(v) for v in values]
-        axis.errorbar(labels, means, errors, fmt="o-", color="black", capsize=3, label="MoS, mean and deviation")
+        style = "o" if paired else "o-"
+        axis.errorbar(labels, means, errors, fmt=style, color="black", capsize=3, label="MoS, mean and deviation")
         lora = f"lora-r{results.settings.p_equivalent_rank}" if title.startswith("private") else results.lora
         level = statistics.fmean(results.values(lora, seeds))
         axis.axhline(level, color="tab:red", linestyle=":", label=f"{results.methods[lora].label}, the same budget")
@@ -313,7 +320,7 @@ def _sweep_tables(results: Results) -> list[str]:
     lines = []
     s = results.settings
     for title, points in _panels(results).items():
-        routing = title == "rank and draw"
+        routing = title == DRAWS
         names = [name for _, name in points]
         if routing:
             random = {results.methods[n].options["r"]: n for n in names if "balanced" not in n}
@@ -327,13 +334,15 @@ def _sweep_tables(results: Results) -> list[str]:
         for label, name in points:
             values = results.values(name, s.sweep_seeds)
             text = f"{statistics.fmean(values):.4f} ± {spread(values):.4f}"
-            difference = "" if reference[name] == name else str(results.difference(name, reference[name]))
+            difference = (
+                "" if reference[name] == name else str(results.difference(name, reference[name], s.sweep_seeds))
+            )
             lines.append(f"| {label.replace(chr(10), ', ')} | {results.rates[name]:g} | {text} | {difference} |")
         if title.startswith("private"):
             lora = f"lora-r{s.p_equivalent_rank}"
             values = results.values(lora, s.sweep_seeds)
             text = f"{statistics.fmean(values):.4f} ± {spread(values):.4f}"
-            cells = f"{results.rates[lora]:g} | {text} | {results.difference(lora, middle)}"
+            cells = f"{results.rates[lora]:g} | {text} | {results.difference(lora, middle, s.sweep_seeds)}"
             lines.append(f"| {results.methods[lora].label} | {cells} |")
         lines.append("")
     return lines
@@ -364,7 +373,7 @@ def conclusions(results: Results) -> list[str]:
     for title, points in list(_panels(results).items())[:3]:
         ranked = sorted(points, key=lambda p: statistics.fmean(results.values(p[1], s.sweep_seeds)))
         (first, a), (last, b) = ranked[0], ranked[-1]
-        difference = results.difference(b, a)
+        difference = results.difference(b, a, s.sweep_seeds)
         lines.append(
             f"* {title}: lowest at {first}, highest at {last}, apart by {difference} "
             f"({'clear' if difference.clear else 'not clear'}; the extremes of a sweep are chosen after the fact)."
@@ -375,7 +384,7 @@ def conclusions(results: Results) -> list[str]:
             for n in results.of_group("routing")
             if results.methods[n].options["r"] == r
         }
-        difference = results.difference(pair["balanced"], pair["random"])
+        difference = results.difference(pair["balanced"], pair["random"], s.sweep_seeds)
         word = ("better" if difference.mean < 0 else "worse") if difference.clear else "not shown to differ"
         lines.append(f"* Balanced draw at r={r}: {difference} against the paper's, {word}.")
     return lines
@@ -423,7 +432,8 @@ def write_report(s: Settings, rows: Sequence[dict], out: Path, command: str) -> 
         "",
         *_claims_table(results),
         "",
-        f'"Not shown": the difference is within its 95 % interval. Of {len(claims(s))} such tests one may be wrong.',
+        f'"Not shown": the difference is within its 95 % interval. Were none of the {len(claims(s))} claims true, '
+        f"{0.05 * len(claims(s)):.2g} of them would look clear, one way or the other, by chance.",
         "",
         f"## Sweeps ({s.sweep_seeds} seeds)",
         "",
