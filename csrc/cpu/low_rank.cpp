@@ -19,6 +19,8 @@ namespace {
 // Tiles of activations: 64 rows of 512 columns are 64 KiB in bf16, 128 KiB in fp32, and with the factor's tile and the
 // sums of its gradient (32 KiB each at rank 16) stay in an L2 cache of 512 KiB while all products of a pass use them.
 constexpr int64_t kRowTile = 64, kColTile = 512;
+// Two of the widest vectors of floats: what the inner loops take at once is this or a divisor of it.
+constexpr int64_t kPanelMultiple = 32;
 // Columns whose dropout decisions are drawn at once.
 constexpr int64_t kMaskColumns = 128;
 // Rows of a block. A block that sums over rows (factor_grad) keeps rank * cols floats of its own, so it takes many, and
@@ -251,8 +253,12 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
   // Own sums of each block, added up in a fixed order below.
   const int64_t plane_size = total_rows * rank_padded;
   AlignedBuffer planes(p.projected ? static_cast<size_t>(splits * plane_size) * sizeof(T) : 0);
-  const int64_t grad_stride = splits * block_cols, grad_size = rank * grad_stride;
-  AlignedBuffer grads(p.factor_grad ? static_cast<size_t>(row_blocks * grad_size) * sizeof(T) : 0);
+  // The one block of few rows sums in the result itself, where its vectors fit the columns.
+  T* factor_grad = static_cast<T*>(p.factor_grad);
+  const bool own_grads = factor_grad && (row_blocks != 1 || total_cols % kPanelMultiple != 0);
+  const int64_t grad_stride = own_grads ? splits * block_cols : total_cols, grad_size = rank * grad_stride;
+  AlignedBuffer grad_planes(own_grads ? static_cast<size_t>(row_blocks * grad_size) * sizeof(T) : 0);
+  T* const grads = own_grads ? grad_planes.as<T>() : factor_grad;
   T* result = static_cast<T*>(p.projected);
   const T scale = static_cast<T>(p.scale * p.dropout.keep_scale());
 
@@ -266,10 +272,9 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
       std::memset(projected, 0, static_cast<size_t>((block.t1 - block.t0) * rank_padded) * sizeof(T));
     }
     if (p.factor_grad) {
-      grad = grads.as<T>() + row_block * grad_size + block.c0;
-      for (int64_t j = 0; j < rank; ++j) {
-        std::memset(grad + j * grad_stride, 0, static_cast<size_t>(block_cols) * sizeof(T));
-      }
+      grad = grads + row_block * grad_size + block.c0;
+      const int64_t cols = min64(block_cols, grad_stride - block.c0);
+      for (int64_t j = 0; j < rank; ++j) std::memset(grad + j * grad_stride, 0, static_cast<size_t>(cols) * sizeof(T));
     }
     kernels.run_block(p, block, factor, projected, grad, grad_stride);
   });
@@ -287,13 +292,12 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
       }
     });
   }
-  if (p.factor_grad) {
-    T* out = static_cast<T*>(p.factor_grad);
+  if (own_grads) {
     parallel(rank, [&](int64_t j) {
-      T* row = out + j * total_cols;
+      T* row = factor_grad + j * total_cols;
       std::memset(row, 0, static_cast<size_t>(total_cols) * sizeof(T));
       for (int64_t row_block = 0; row_block < row_blocks; ++row_block) {
-        const T* part = grads.as<T>() + row_block * grad_size + j * grad_stride;
+        const T* part = grads + row_block * grad_size + j * grad_stride;
         for (int64_t c = 0; c < total_cols; ++c) row[c] += part[c];
       }
     });

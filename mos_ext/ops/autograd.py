@@ -93,9 +93,11 @@ def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @wraps(backward)
     def once(ctx, *grads):
+        if not torch.is_grad_enabled():  # create_graph=True enables them
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # create_graph=True enables them
+        if torch.compiler.is_compiling():
             return results
         depends = [None if r is None else r.detach().requires_grad_() for r in results]
         return torch._C._functions.DelayedError(_SECOND_ORDER.encode(), len(depends))(*depends)
