@@ -144,11 +144,15 @@ def _processor() -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
 def environment() -> dict[str, object]:
     """Commit, date, hardware and versions; goes into every result."""
     record: dict[str, object] = {
         **commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "date": now(),
         "python": platform.python_version(),
         # Not platform.platform(): kernel names say where a machine stands, not how fast it is.
         "platform": f"{platform.system()} {platform.machine()}",

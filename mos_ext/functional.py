@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops as _ops  # noqa: F401  (defines torch.ops.mos_ext)
 from .ops.autograd import MoSAccumulate as _MoSAccumulate
 from .ops.autograd import MoSLinear as _MoSLinear
-from .ops.autograd import MoSLinearTransformed, autocast, mos_linear_forward, tf32, transforms_active, watched
+from .ops.autograd import MoSLinearTransformed, apply, autocast, mos_linear_forward, tf32, transforms_active, unseen
 from .ops.checks import (
     check_activation,
     check_branch,
@@ -166,8 +166,8 @@ def accumulate(
     check_tensor("the output of the base layer", y)
     check_branch(x, y, pool_a, pool_b, index_a, index_b)
     factors = (pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout)
-    traced = torch.compiler.is_compiling() or transforms_active() or watched()  # they must see no mutation
-    if in_place and not traced and y.dtype == x.dtype and y.is_contiguous() and not y._is_view():
+    # (Tracers, transforms and dispatch modes must see no mutation.)
+    if in_place and unseen() and y.dtype == x.dtype and y.is_contiguous() and not y._is_view():
         flat, seed = x.reshape(-1, x.shape[-1]), _seed(x, dropout, seed)
         if torch.is_grad_enabled():
             return _MoSAccumulate.apply(y, flat, *factors, seed)
@@ -187,13 +187,15 @@ def _seed(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
 
 def _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout, seed) -> Tensor:
     """Base and branch, or without a weight the branch, as a matrix (T, out); differentiable where anything is."""
-    seed = _seed(x, dropout, seed)
-    flat = x.reshape(-1, x.shape[-1])
+    if dropout > 0.0:
+        seed = _seed(x, dropout, seed)
+    flat, hidden = x.reshape(-1, x.shape[-1]), unseen()
     differentiable = (flat, weight, bias, pool_a, pool_b, handle_a, handle_b)
-    if transforms_active():
-        y, _ = MoSLinearTransformed.apply(*differentiable, index_a, index_b, scale, dropout, seed)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        y = _MoSLinear.apply(*differentiable, index_a, index_b, scale, dropout, seed)
-    else:
-        y, _ = mos_linear_forward(flat, weight, bias, pool_a, pool_b, index_a, index_b, scale, dropout, seed)
-    return y
+    rest = (index_a, index_b, scale, dropout, seed)
+    if not hidden and transforms_active():
+        return MoSLinearTransformed.apply(*differentiable, *rest)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        if hidden and handle_a is not None:
+            return apply(_MoSLinear, *differentiable, *rest, True)
+        return _MoSLinear.apply(*differentiable, *rest, hidden)
+    return mos_linear_forward(flat, weight, bias, pool_a, pool_b, *rest, hidden)[0]

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .config import MoSConfig
 from .functional import accumulate, fused
-from .ops.autograd import autocast, transforms_active, watched
+from .ops.autograd import autocast, transforms_active, unseen
 from .ops.checks import check_integer, why_not_native
 from .planner import device_of, features_of, is_conv1d, why_opaque
 from .pools import ShardPool
@@ -183,13 +183,14 @@ def _why_slow(x: Tensor, todo: Sequence[tuple[dict[str, Any], float, ShardPool]]
     """What keeps a call from native kernels, from writing in place or from one gradient per pool and step; or None."""
     if (cause := _why_not_native("low_rank", x.device.type)) is not None:
         return cause
-    if transforms_active():
-        return "torch.func transforms or forward-mode differentiation are active"
-    if watched():
+    if not unseen():
+        if transforms_active():
+            return "torch.func transforms or forward-mode differentiation are active"
         return "a TorchDispatchMode is active (selective checkpointing, say): no result is written to twice"
     if torch.is_grad_enabled():
         for operands, _, pool in todo:
-            if any(operands[f"handle_{side}"] is None and getattr(pool, side).requires_grad for side in "ab"):
+            without = [side for side in "ab" if operands[f"handle_{side}"] is None]
+            if without and any(getattr(pool, side).requires_grad for side in without):
                 return "pools were replaced by other tensors (functional_call, FSDP1): a dense gradient per layer"
     return None
 

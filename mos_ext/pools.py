@@ -33,9 +33,10 @@ class _Side(NamedTuple):
     pool: Tensor
     table: Tensor
     stream: int
-    tables: list[Tensor]  # of each layer
+    tables: tuple[Tensor, ...]  # of each layer
     handles: tuple[Tensor, ...]
     stash: Stash
+    requires_grad: bool
 
 
 class ShardPool(nn.Module):
@@ -109,7 +110,7 @@ class ShardPool(nn.Module):
             self.register_buffer(side, torch.empty(table.shape, dtype=torch.int32, device=self.a.device))
         self.reset_parameters()
         self._sides: dict[str, _Side] = {}
-        self._renew_handles()
+        self._renew()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -218,13 +219,14 @@ class ShardPool(nn.Module):
         if not (torch.is_grad_enabled() and pool.requires_grad) or not isinstance(pool, nn.Parameter):
             return None
         made = self._sides[side]
-        stale = made.pool is not pool or made.table is not index or not made.handles[layer].requires_grad
+        stale = made.pool is not pool or made.table is not index or not made.requires_grad
         if pool.is_cuda and not torch.compiler.is_compiling():
             stale = stale or made.stream != _stream(pool)
         if stale:
             if torch.compiler.is_compiling():
                 return None
-            made = self._renew(side)
+            self._renew()
+            made = self._sides[side]
         return made.handles[layer] if ddp is None else made.stash.open(ddp.find_unused_parameters)[layer]
 
     def _reduced_by(self) -> DistributedDataParallel | None:
@@ -236,39 +238,41 @@ class ShardPool(nn.Module):
             active = DistributedDataParallel._active_ddp_module
             if active is not None and active is not ddp:
                 self._ddp = weakref.ref(active)
-                for made in self._sides.values():
-                    run_last(made.handles, True)
+                run_last(self._sides["a"].handles, True)
             return None
         # With a static graph DDP itself counts how often a gradient is delivered.
         return None if ddp is None or ddp.static_graph else ddp
 
-    def _renew(self, side: str) -> _Side:
-        """Handles for the parameter as it is now. Threads find the old ones, or the new."""
-        pool, index = getattr(self, side), getattr(self, f"index_{side}")
-        tables = [self._table(index, k) for k in range(self.num_layers)]
-        stash = Stash(pool, tables)
+    def _renew(self) -> None:
+        """Handles for the parameters as they are now. Threads find the old ones, or the new.
+
+        Called ahead of the first forward pass too, so that tracers find them.
+        """
+        # (Tensors that took a parameter's place, as in functional_call, get their gradients without handles.)
+        pools = [pool if isinstance(pool, nn.Parameter) else pool.detach() for pool in (self.a, self.b)]
+        indices = self.index_a, self.index_b
+        tables = [tuple(self._table(index, k) for k in range(self.num_layers)) for index in indices]
+        stashes = [Stash(*of) for of in zip(pools, tables, strict=True)]
         with torch.enable_grad():
-            handles = factor_handles(pool, tables, stash)
-        run_last(handles, self._ddp is not None)
-        for handle in handles:
+            handles = factor_handles(pools, tables, stashes)
+        run_last(handles[0], self._ddp is not None)
+        for handle in (*handles[0], *handles[1]):
             # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a
             # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no
             # storage of its own.
             handle.grad = handle.detach()
-        made = _Side(pool, index, _stream(pool), tables, handles, stash)
-        self._sides = {**self._sides, side: made}
-        return made
-
-    def _renew_handles(self) -> None:
-        """Both sides, ahead of the first forward pass, so that tracers find them."""
-        for side in "ab":
-            self._renew(side)
+        self._sides = {
+            side: _Side(pool, index, _stream(pool), of_layers, standing_in, stash, pool.requires_grad)
+            for side, pool, index, of_layers, standing_in, stash in zip(
+                "ab", pools, indices, tables, handles, stashes, strict=True
+            )
+        }
 
     def _apply(self, fn, recurse=True):
         # .to(), .half(), ... may keep the Parameter and swap its data: handles of another device or dtype would refuse
         # gradients.
         super()._apply(fn, recurse)
-        self._renew_handles()
+        self._renew()
         return self
 
     def __getstate__(self) -> dict:
@@ -278,7 +282,7 @@ class ShardPool(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._sides = {}
-        self._renew_handles()
+        self._renew()
 
     def extra_repr(self) -> str:
         c = self.config

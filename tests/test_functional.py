@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.autograd import forward_ad
 
-from mos_ext import reference
+from mos_ext import MoSConfig, MoSLinear, reference
 from mos_ext.functional import gather_concat, mos_linear
 from mos_ext.ops import autograd
 from mos_ext.testing import assert_error_ratio, check_case, random_case
@@ -201,6 +202,23 @@ def test_under_torch_func(device):
     want = torch.autograd.grad(loss(*leaves), leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_tensor_that_outlived_a_transform_still_has_its_gradient(device):
+    layer = MoSLinear(8, 8, config=MoSConfig(r=4, equivalent_rank=4), device=device)
+    nn.init.normal_(layer.pool.b)
+    weight = layer.weight.detach().clone().requires_grad_()
+    kept = []
+    for shape in ((3, 8), (2, 3, 8)):
+        x = torch.randn(shape, device=device, requires_grad=True)
+        torch.func.grad(lambda *t: (kept.extend(t), t[0].sum() + t[1].sum())[1], argnums=(0, 1))(x, weight)
+        leaked_weight, leaked = kept.pop(), kept.pop()
+        (got,) = torch.autograd.grad(layer(leaked).sum(), x)
+        torch.testing.assert_close(got, torch.autograd.grad(layer(x).sum(), x)[0])
+        pool = layer.pool
+        y = mos_linear(x, leaked_weight, None, pool.a, pool.table("a", 0), pool.b, pool.table("b", 0), 1.0)
+        (got,) = torch.autograd.grad(y.sum(), weight)
+        torch.testing.assert_close(got, x.detach().reshape(-1, 8).sum(0).expand(8, 8))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own

@@ -203,6 +203,23 @@ def test_frozen_pools():
     assert [p.grad is not None for p in model.mos_pools.parameters()] == [False, True, False, False]
 
 
+@pytest.mark.parametrize("sides", ["a", "b", "ab"])
+def test_pools_that_were_frozen_when_they_moved(sides):
+    model, x = adapted(), torch.randn(5, 24, dtype=torch.float64)
+    want = gradients(model, lambda: model(x).sum())
+    for pool in model.mos_pools.pools:
+        for side in sides:
+            getattr(pool, side).requires_grad_(False)
+    model.to(torch.float32).to(torch.float64)  # handles are made anew
+    model(x.clone().requires_grad_()).sum().backward()
+    model.mos_pools.requires_grad_(True)
+    for p in model.parameters():
+        p.grad = None
+    got = gradients(model, lambda: model(x).sum())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # a float32 rounding of weights and pools in between
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "half and back", "state_dict", "assign"])
 def test_copies_and_moves(how):
     """After any of these the copy trains its own pools, and the original keeps training its own."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..harness import read_json, scrub, write_json
+from ..harness import now, read_json, scrub, write_json
 from ..rows import where
 from .data import blocks, example
 from .methods import Method, parameter_groups, put_on
@@ -194,7 +194,7 @@ def _start_worker(base_file: Path) -> None:
 
 
 def _work(s: Settings, job: Job) -> dict:
-    return scrub(run_job(s, job, _base) | _where)
+    return scrub(run_job(s, job, _base) | _where | {"date": now()})
 
 
 def finished(s: Settings, jobs: Sequence[Job], folder: Path, base: dict) -> dict[str, dict]:

@@ -1,6 +1,7 @@
 // The one bridge from torch::stable tensors to the kernels' views. Only ops.cpp files include it.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,6 +37,19 @@ inline DType dtype_of(const Tensor& t) {
 // The dtype that sums of t are kept and returned in.
 inline ScalarType accumulate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// An uninitialised matrix on the device of `like`. torch::stable::new_empty looks an operator up by name at every call,
+// which costs a small layer more than its products do.
+inline Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {cols > 1 ? cols : 1, 1};
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device_type;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, code, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 // Without a trip through the dispatcher where there is nothing to do.

@@ -30,9 +30,7 @@ void scatter_shards(const std::vector<FactorGradient>& modules, const Matrix& po
   using T = accumulate_t<G>;
   T* out = static_cast<T*>(pool_grad.data);
   const int64_t shard_size = pool_grad.cols;
-  for (int64_t m = first; m < last; ++m) {
-    std::memset(out + m * pool_grad.row_stride, 0, static_cast<size_t>(shard_size) * sizeof(T));
-  }
+  std::vector<bool> written(static_cast<size_t>(last - first));
   for (const FactorGradient& module : modules) {
     const int64_t l = module.shards_per_vector, entries = module.grad.rows * l;
     for (int64_t q = 0; q < entries; ++q) {
@@ -41,7 +39,17 @@ void scatter_shards(const std::vector<FactorGradient>& modules, const Matrix& po
       const G* segment =
           static_cast<const G*>(module.grad.data) + (q / l) * module.grad.row_stride + (q % l) * shard_size;
       T* row = out + m * pool_grad.row_stride;
-      for (int64_t c = 0; c < shard_size; ++c) row[c] += static_cast<T>(segment[c]);
+      if (written[static_cast<size_t>(m - first)]) {
+        for (int64_t c = 0; c < shard_size; ++c) row[c] += static_cast<T>(segment[c]);
+      } else {
+        for (int64_t c = 0; c < shard_size; ++c) row[c] = static_cast<T>(segment[c]);
+        written[static_cast<size_t>(m - first)] = true;
+      }
+    }
+  }
+  for (int64_t m = first; m < last; ++m) {
+    if (!written[static_cast<size_t>(m - first)]) {
+      std::memset(out + m * pool_grad.row_stride, 0, static_cast<size_t>(shard_size) * sizeof(T));
     }
   }
 }
@@ -69,8 +77,10 @@ void gather_concat(const Factor& factor, const Matrix& out, const ParallelFor& p
 }
 
 void scatter_add(const std::vector<FactorGradient>& modules, const Matrix& pool_grad, const ParallelFor& parallel) {
-  // 64 tasks balance well up to 32 threads; more would only scan the tables more often.
-  const int64_t chunk = max64(1, ceil_div(pool_grad.rows, 64));
+  // 64 tasks balance well up to 32 threads; more would only scan the tables more often, as would tasks of less than
+  // 8192 elements, 2 us.
+  const int64_t tasks = max64(1, min64(64, pool_grad.rows * pool_grad.cols / 8192));
+  const int64_t chunk = max64(1, ceil_div(pool_grad.rows, tasks));
   const DType dtype = modules.empty() ? pool_grad.dtype : modules[0].grad.dtype;
   parallel(ceil_div(pool_grad.rows, chunk), [&](int64_t i) {
     dispatch_dtype(dtype, [&](auto tag) {

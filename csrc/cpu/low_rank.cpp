@@ -240,15 +240,14 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
   AlignedBuffer words((by_column + by_rank) * kernels.word_bytes);
   char* const packed = words.as<char>();
   const PackedFactor factor{packed, packed + by_column * kernels.word_bytes};
-  if (row_blocks) {
-    parallel(tiles, [&](int64_t i) {
-      const size_t c0 = static_cast<size_t>(i * kColTile), bytes = kernels.word_bytes;
-      char* columns = static_cast<char*>(factor.by_column) + c0 / kernels.group * rank_padded * bytes;
-      char* ranks = static_cast<char*>(factor.by_rank) + c0 * groups * bytes;
-      kernels.pack_factor(p.factor, i * kColTile, min64(kColTile, total_cols - i * kColTile),
-                          by_column ? columns : nullptr, by_rank ? ranks : nullptr);
-    });
-  }
+  const auto pack = [&](int64_t i) {
+    const size_t c0 = static_cast<size_t>(i * kColTile), bytes = kernels.word_bytes;
+    char* columns = static_cast<char*>(factor.by_column) + c0 / kernels.group * rank_padded * bytes;
+    char* ranks = static_cast<char*>(factor.by_rank) + c0 * groups * bytes;
+    kernels.pack_factor(p.factor, i * kColTile, min64(kColTile, total_cols - i * kColTile),
+                        by_column ? columns : nullptr, by_rank ? ranks : nullptr);
+  };
+  if (row_blocks > 1) parallel(tiles, pack);  // else each block packs its own columns, one meeting of threads less
 
   // Own sums of each block, added up in a fixed order below.
   const int64_t plane_size = total_rows * rank_padded;
@@ -271,11 +270,8 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
       projected = planes.as<T>() + split * plane_size + block.t0 * rank_padded;
       std::memset(projected, 0, static_cast<size_t>((block.t1 - block.t0) * rank_padded) * sizeof(T));
     }
-    if (p.factor_grad) {
-      grad = grads + row_block * grad_size + block.c0;
-      const int64_t cols = min64(block_cols, grad_stride - block.c0);
-      for (int64_t j = 0; j < rank; ++j) std::memset(grad + j * grad_stride, 0, static_cast<size_t>(cols) * sizeof(T));
-    }
+    if (p.factor_grad) grad = grads + row_block * grad_size + block.c0;
+    for (int64_t c0 = block.c0; row_blocks == 1 && c0 < block.c1; c0 += kColTile) pack(c0 / kColTile);
     kernels.run_block(p, block, factor, projected, grad, grad_stride);
   });
 

@@ -96,9 +96,8 @@ struct Arithmetic {
   static inline void set(bf16_t* p, Sums v) { store_as<bf16_t, float>(p, v); }
 #endif
 
-  static inline Word word(float first, float second) {
-    return bf16_t::round(first).bits | static_cast<Word>(bf16_t::round(second).bits) << 16;
-  }
+  static inline Word join(bf16_t first, bf16_t second) { return first.bits | static_cast<Word>(second.bits) << 16; }
+  static inline Word word(float first, float second) { return join(bf16_t::round(first), bf16_t::round(second)); }
 };
 
 #else
@@ -123,6 +122,7 @@ struct Arithmetic {
   static inline void set(X* p, Sums v) {
     store_as<X, T>(p, v);
   }
+  static inline T join(T first, T) { return first; }
   static inline T word(T first, T) { return first; }
 };
 
@@ -168,11 +168,11 @@ inline void project(int64_t words, const typename A::Element* x, int64_t x_strid
   }
 }
 
-// grad (R ranks, two vectors of columns) += s^T x over `rows` rows. The sum starts at zero and is added once, which
+// grad (R ranks, two vectors of columns) (+)= s^T x over `rows` rows. The sum starts at zero and is added once, which
 // over many tiles rounds less than adding every product to grad.
 template <class A, int R>
 inline void outer(int64_t rows, const typename A::Word* s, int64_t s_stride, const typename A::Element* x,
-                  int64_t x_stride, typename A::Sum* grad, int64_t grad_stride) {
+                  int64_t x_stride, typename A::Sum* grad, int64_t grad_stride, bool accumulate) {
   using S = Vec<typename A::Sum>;
   typename A::Sums acc[R][2] = {};
   typename Vec<typename A::Word>::type b[2];
@@ -191,7 +191,7 @@ inline void outer(int64_t rows, const typename A::Word* s, int64_t s_stride, con
     MOS_UNROLL
     for (int v = 0; v < 2; ++v) {
       auto* g = grad + i * grad_stride + v * S::width;
-      S::store(g, S::load(g) + acc[i][v]);
+      S::store(g, accumulate ? S::load(g) + acc[i][v] : acc[i][v]);
     }
   }
 }
@@ -251,21 +251,30 @@ inline void in_pieces(int64_t n, const Function& f) {
 
 // ------------------------------------------------------------------------------------------------ operands
 
-// dst (rank, stride) = columns c0 .. c0 + cols of the factor, zero beyond: the gather.
-template <class P, class T>
-void stage_factor(const Factor& f, int64_t c0, int64_t cols, T* dst, int64_t stride) {
+// dst (rank, stride) = columns c0 .. c0 + cols of the factor as elements E, zero beyond: the gather.
+template <class P, class T, class E>
+void stage_factor(const Factor& f, int64_t c0, int64_t cols, E* dst, int64_t stride) {
   const P* pool = static_cast<const P*>(f.pool);
+  const auto start = [&](int64_t j) {
+    return pool + f.index[j * f.shards_per_vector + c0 / f.shard_size] * f.pool_stride + c0 % f.shard_size;
+  };
   for (int64_t j = 0; j < f.rank; ++j) {
-    T* row = dst + j * stride;
+    // Shards lie anywhere, mostly not in a cache: the next row's is on its way while this one is converted.
+    if (j + 1 < f.rank) {
+      const char* next = reinterpret_cast<const char*>(start(j + 1));
+      const int64_t bytes = min64(cols, f.shard_size - c0 % f.shard_size) * static_cast<int64_t>(sizeof(P));
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(next + b);
+    }
+    E* row = dst + j * stride;
     int64_t c = 0;
     const int32_t* shard = f.index + j * f.shards_per_vector + c0 / f.shard_size;
     for (int64_t offset = c0 % f.shard_size; c < cols; ++shard, offset = 0) {
       const int64_t run = min64(cols - c, f.shard_size - offset);
       const P* src = pool + *shard * f.pool_stride + offset;
-      for (int64_t k = 0; k < run; ++k) row[c + k] = static_cast<T>(src[k]);
+      for (int64_t k = 0; k < run; ++k) row[c + k] = round_to<E>(static_cast<T>(src[k]));
       c += run;
     }
-    for (; c < stride; ++c) row[c] = T(0);
+    for (; c < stride; ++c) row[c] = E{};
   }
 }
 
@@ -273,27 +282,29 @@ void stage_factor(const Factor& f, int64_t c0, int64_t cols, T* dst, int64_t str
 // as `expand` does, panels of two vectors of columns, (rank / kGroup, 2 * width) words each; either may be null.
 template <class A>
 void pack_factor_as(const Factor& f, int64_t c0, int64_t cols, void* by_column, void* by_rank) {
-  using T = typename A::Sum;
   using W = typename A::Word;
-  constexpr int64_t stride = kColTile + 16, panel = 2 * Vec<W>::width;  // off the power of two: columns are read too
-  const int64_t rank_padded = round_up(f.rank, Vec<T>::width), groups = ceil_div(f.rank, A::kGroup);
-  AlignedBuffer memory(static_cast<size_t>((f.rank + 1) * stride) * sizeof(T));
-  T* rows = memory.as<T>();
-  dispatch_dtype(f.dtype, [&](auto tag) { stage_factor<typename decltype(tag)::type>(f, c0, cols, rows, stride); });
-  T* beyond = rows + f.rank * stride;
-  for (int64_t c = 0; c < stride; ++c) beyond[c] = T(0);
+  using E = typename A::Element;
+  constexpr int64_t stride = kColTile + 32, panel = 2 * Vec<W>::width;  // off the power of two: columns are read too
+  const int64_t rank_padded = round_up(f.rank, Vec<W>::width), groups = ceil_div(f.rank, A::kGroup);
+  AlignedBuffer memory(static_cast<size_t>((f.rank + 1) * stride) * sizeof(E));
+  E* rows = memory.as<E>();
+  dispatch_dtype(f.dtype, [&](auto tag) {
+    stage_factor<typename decltype(tag)::type, typename A::Sum>(f, c0, cols, rows, stride);
+  });
+  E* beyond = rows + f.rank * stride;
+  for (int64_t c = 0; c < stride; ++c) beyond[c] = E{};
   if (W* dst = static_cast<W*>(by_column)) {
     for (int64_t c = 0; c < round_up(cols, A::kGroup); c += A::kGroup, dst += rank_padded) {
-      for (int64_t j = 0; j < f.rank; ++j) dst[j] = A::word(rows[j * stride + c], rows[j * stride + c + A::kGroup - 1]);
+      for (int64_t j = 0; j < f.rank; ++j) dst[j] = word_at<W>(rows + j * stride + c);
       for (int64_t j = f.rank; j < rank_padded; ++j) dst[j] = W(0);
     }
   }
   if (W* dst = static_cast<W*>(by_rank)) {
     for (int64_t c = 0; c < cols; c += panel) {
       for (int64_t j = 0; j < groups; ++j, dst += panel) {
-        const T* first = rows + j * A::kGroup * stride + c;
-        const T* second = j * A::kGroup + 1 < f.rank ? first + stride : beyond + c;
-        for (int64_t i = 0; i < panel; ++i) dst[i] = A::word(first[i], second[i]);
+        const E* first = rows + j * A::kGroup * stride + c;
+        const E* second = j * A::kGroup + 1 < f.rank ? first + stride : beyond + c;
+        for (int64_t i = 0; i < panel; ++i) dst[i] = A::join(first[i], second[i]);
       }
     }
   }
@@ -356,8 +367,8 @@ void stage_rows(const X* src, int64_t src_stride, int64_t rows, int64_t cols, co
 
 // ------------------------------------------------------------------------------------------------ one block
 
-// Rows [t0, t1), columns [c0, c1) of a pass over activations of type X. `projected` (t1 - t0, rank_padded) and `grad`
-// (rank, grad_stride), pointing at column c0, are this block's own sums, zeroed by the caller; either may be null.
+// Rows [t0, t1), columns [c0, c1) of a pass over activations of type X. `projected` (t1 - t0, rank_padded), zeroed by
+// the caller, and `grad` (rank, grad_stride), pointing at column c0, are this block's own sums; either may be null.
 // c0 is a multiple of kColTile.
 template <class A, class X>
 void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& packed, void* projected_sums,
@@ -424,7 +435,7 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
         for (int64_t c = 0; c < cols; c += panel) {
           in_pieces(rank, [&](auto count, int64_t j) {
             outer<A, decltype(count)::value>(rows, s_by_pair + j, rank_padded, in + c, in_stride,
-                                             grad + j * grad_stride + (c0 - b.c0) + c, grad_stride);
+                                             grad + j * grad_stride + (c0 - b.c0) + c, grad_stride, t0 > b.t0);
           });
         }
       }

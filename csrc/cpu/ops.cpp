@@ -38,7 +38,7 @@ void check_cols(const Tensor& x, const Factor& factor) {
 
 Tensor gather_concat_op(const Tensor& pool, const Tensor& index) {
   const FactorArgument factor(pool, index);
-  Tensor out = torch::stable::new_empty(pool, {factor.view.rank, factor.view.cols()});
+  Tensor out = new_matrix(pool, factor.view.rank, factor.view.cols(), pool.scalar_type());
   gather_concat(factor.view, output_matrix_of(out), torch_parallel);
   return out;
 }
@@ -55,7 +55,7 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
     STD_TORCH_CHECK(first_bad_index(table.index, table.grad.rows * table.shards_per_vector, num_shards) < 0,
                     "index must be in [0, ", num_shards, ")");
   }
-  Tensor out = torch::stable::new_empty(grads[0], {num_shards, shard_size}, accumulate_type(grads[0]));
+  Tensor out = new_matrix(grads[0], num_shards, shard_size, accumulate_type(grads[0]));
   scatter_add(modules, output_matrix_of(out), torch_parallel);
   return out;
 }
@@ -68,7 +68,7 @@ Tensor shrink_op(const Tensor& x, const Tensor& pool, const Tensor& index, doubl
   const Tensor x_c = rows_contiguous(x);
   LowRankPass pass{factor.view, dropout_of(dropout, seed)};
   check_cols(x, pass.factor);
-  Tensor s = torch::stable::new_empty(x, {x.size(0), pass.factor.rank}, accumulate_type(x));
+  Tensor s = new_matrix(x, x.size(0), pass.factor.rank, accumulate_type(x));
   const Matrix in = matrix_of(x_c);
   pass.in = &in;
   pass.projected = s.mutable_data_ptr();
@@ -90,7 +90,7 @@ void expand_into(const Tensor& y, const Tensor& s, const Tensor& pool, const Ten
 }
 
 Tensor expand_op(const Tensor& s, const Tensor& pool, const Tensor& index, double scale, ScalarType dtype, bool) {
-  Tensor y = torch::stable::new_empty(s, {s.size(0), index.size(1) * pool.size(1)}, dtype);
+  Tensor y = new_matrix(s, s.size(0), index.size(1) * pool.size(1), dtype);
   expand_into(y, s, pool, index, scale, /*accumulate=*/false);
   return y;
 }
@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s,
   LowRankPass pass{factor.view, {}, scale};
   check_cols(dy, pass.factor);
   const Tensor s_c = sums_contiguous(s, dy, pass.factor.rank);
-  Tensor ds = torch::stable::new_empty(s, {s.size(0), s.size(1)});
-  Tensor grad = torch::stable::new_empty(s, {pass.factor.rank, pass.factor.cols()});
+  Tensor ds = new_matrix(s, s.size(0), s.size(1), s.scalar_type());
+  Tensor grad = new_matrix(s, pass.factor.rank, pass.factor.cols(), s.scalar_type());
   const Matrix in = matrix_of(dy_c);
   pass.in = &in;
   pass.s = s_c.const_data_ptr();
@@ -123,7 +123,7 @@ Tensor shrink_backward_into(const Tensor& dx, const Tensor& ds, const Tensor& x,
   STD_TORCH_CHECK(dx.size(0) == x.size(0) && dx.size(1) == x.size(1) && dx.scalar_type() == x.scalar_type(),
                   "dx must have the shape and dtype of x");
   const Tensor ds_c = sums_contiguous(ds, x, pass.factor.rank);
-  Tensor grad = torch::stable::new_empty(ds, {pass.factor.rank, pass.factor.cols()});
+  Tensor grad = new_matrix(ds, pass.factor.rank, pass.factor.cols(), ds.scalar_type());
   const Matrix in = matrix_of(x_c);
   pass.in = &in;
   pass.s = ds_c.const_data_ptr();
@@ -138,7 +138,7 @@ Tensor shrink_backward_into(const Tensor& dx, const Tensor& ds, const Tensor& x,
 std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x, const Tensor& pool,
                                               const Tensor& index, double dropout, const std::optional<Tensor>& seed,
                                               bool) {
-  Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
   Tensor grad = shrink_backward_into(dx, ds, x, pool, index, dropout, seed, /*accumulate=*/false);
   return {dx, grad};
 }
@@ -157,7 +157,7 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const Tensor& x, const Te
 std::tuple<Tensor, Tensor> low_rank_op(const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
                                        const Tensor& pool_b, const Tensor& index_b, const std::optional<Tensor>& bias,
                                        double scale, double dropout, const std::optional<Tensor>& seed, bool) {
-  Tensor y = torch::stable::new_empty(x, {x.size(0), index_b.size(1) * pool_b.size(1)});
+  Tensor y = new_matrix(x, x.size(0), index_b.size(1) * pool_b.size(1), x.scalar_type());
   if (bias.has_value()) torch::stable::copy_(y, *bias);  // every row
   Tensor s = low_rank_into(y, bias.has_value(), x, pool_a, index_a, pool_b, index_b, scale, dropout, seed);
   return {y, s};

@@ -76,11 +76,13 @@ struct PlanesTensor {
   Planes view;
 
   PlanesTensor(const Tensor& like, int64_t count, int64_t rows, int64_t cols)
-      : tensor(torch::stable::new_empty(like, {count * rows, cols}, accumulate_type(like))),
+      : tensor(new_matrix(like, count * rows, cols, accumulate_type(like))),
         view{tensor.mutable_data_ptr(), count, rows, cols} {}
 
   // Where the sum goes: a matrix of its own, unless there is nothing to add.
-  Tensor result() const { return view.count == 1 ? tensor : torch::stable::new_empty(tensor, {view.rows, view.cols}); }
+  Tensor result() const {
+    return view.count == 1 ? tensor : new_matrix(tensor, view.rows, view.cols, tensor.scalar_type());
+  }
 
   ConstPlanes read() const { return {view.data, view.count, view.rows, view.cols}; }
 };
@@ -138,7 +140,7 @@ PlanesTensor shrink_backward_into_planes(const Tensor& x, const ConstPlanes& ds,
 Tensor gather_concat_op(const Tensor& pool, const Tensor& index) {
   const Launcher to(pool);
   const FactorArgument factor(pool, index, to.device);
-  Tensor out = torch::stable::new_empty(pool, {factor.view.rank, factor.view.cols()});
+  Tensor out = new_matrix(pool, factor.view.rank, factor.view.cols(), pool.scalar_type());
   check_launch(launch_gather_concat(factor.view, output_matrix_of(out), to.stream));
   return out;
 }
@@ -155,7 +157,7 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
     check_device(indices[k], to.device, "indices");
     modules.push_back(factor_gradient_of(grads[k], indices[k], shard_size, grads[0].scalar_type()));
   }
-  Tensor out = torch::stable::new_empty(grads[0], {num_shards, shard_size}, accumulate_type(grads[0]));
+  Tensor out = new_matrix(grads[0], num_shards, shard_size, accumulate_type(grads[0]));
   check_launch(launch_scatter_add(modules.data(), static_cast<int>(modules.size()), output_matrix_of(out), to.stream));
   return out;
 }
@@ -172,7 +174,7 @@ Tensor shrink_op(const Tensor& x, const Tensor& pool, const Tensor& index, doubl
 Tensor expand_op(const Tensor& s, const Tensor& pool, const Tensor& index, double scale, ScalarType dtype, bool tf32) {
   const Launcher to(s);
   const FactorArgument factor(pool, index, to.device);
-  Tensor y = torch::stable::new_empty(s, {s.size(0), factor.view.cols()}, dtype);
+  Tensor y = new_matrix(s, s.size(0), factor.view.cols(), dtype);
   factor.check(y);
   const Tensor s_c = sums_on(to, s, y, factor.view.rank);
   check_launch(launch_expand(one_plane(s_c), factor.view, scale, output_matrix_of(y), {}, float32_of(tf32), to.stream));
@@ -196,7 +198,7 @@ std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x,
   const FactorArgument factor(pool, index, to.device);
   factor.check(x);
   const Tensor x_c = rows_contiguous(x), ds_c = sums_on(to, ds, x, factor.view.rank);
-  Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
   const PlanesTensor grad =
       shrink_backward_into_planes(x_c, one_plane(ds_c), factor.view, dropout_of(p, seed, to.device), dx,
                                   /*accumulate=*/false, float32_of(tf32), to);
@@ -245,7 +247,7 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tenso
 std::tuple<Tensor, Tensor> low_rank_op(const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
                                        const Tensor& pool_b, const Tensor& index_b, const std::optional<Tensor>& bias,
                                        double scale, double p, const std::optional<Tensor>& seed, bool tf32) {
-  Tensor y = torch::stable::new_empty(x, {x.size(0), index_b.size(1) * pool_b.size(1)});
+  Tensor y = new_matrix(x, x.size(0), index_b.size(1) * pool_b.size(1), x.scalar_type());
   Tensor s = low_rank_into(y, /*accumulate=*/false, bias, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32);
   return {y, s};
 }
@@ -298,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_backward_op(const Tensor& dy, const 
                                                         const Tensor& pool_a, const Tensor& index_a,
                                                         const Tensor& pool_b, const Tensor& index_b, double scale,
                                                         double p, const std::optional<Tensor>& seed, bool tf32) {
-  Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
   auto [grad_a, grad_b] = low_rank_backward_into(dx, /*accumulate=*/false, dy, s, x, pool_a, index_a, pool_b, index_b,
                                                  scale, p, seed, tf32);
   return {dx, grad_a, grad_b};

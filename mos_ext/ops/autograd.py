@@ -173,13 +173,27 @@ def watched() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
-def below_autograd():
-    """Operators called inside skip autograd's kernels, which for ours are Python and cost a small layer dearly.
+def unseen() -> bool:
+    """Whether nobody looks into what is called: no tracer, no transform, no dispatch mode.
 
-    Only for code that is a derivative formula, or needs none. Tracers and transforms must see plain calls.
+    One check for all of them, because checks are a good part of what a small layer costs.
     """
-    plain = torch.compiler.is_compiling() or transforms_active()
-    return contextlib.nullcontext() if plain else torch._C._AutoDispatchBelowAutograd()
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def below_autograd(hidden: bool):
+    """Where ``hidden``, operators called inside skip autograd's kernels, which for ours are Python and cost a small
+    layer dearly.
+
+    Only for code that is a derivative formula, or needs none. ``hidden`` is :func:`unseen`: whoever looks must see
+    plain calls.
+    """
+    return torch._C._AutoDispatchBelowAutograd() if hidden else contextlib.nullcontext()
 
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps what was set when it was compiled
@@ -203,16 +217,18 @@ def _low_rank_first(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-def mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed) -> tuple[Tensor, Tensor]:
+def mos_linear_forward(
+    x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed, hidden: bool
+) -> tuple[Tensor, Tensor]:
     """y (T, out) and what backward needs of the forward pass, S (T, r). Without a weight, y is the branch alone."""
     factors = (pool_a, index_a, pool_b, index_b)
-    if weight is not None and watched():
-        # Pure operators, by the names that checkpointing policies know: addmm, not linear.
-        delta, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32(x))
-        return torch.nn.functional.linear(x, weight, bias) + delta, s
-    with below_autograd():
+    with below_autograd(hidden):
         if weight is None:
             y, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32(x))
+        elif not hidden and watched():
+            # Pure operators, by the names that checkpointing policies know: addmm, not linear.
+            delta, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32(x))
+            y = torch.nn.functional.linear(x, weight, bias) + delta
         elif _low_rank_first(x):
             y, s = ops.low_rank(x, *factors, bias, scale, p, seed, tf32=tf32(x))
             y.addmm_(x, weight.t())
@@ -222,11 +238,12 @@ def mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale,
     return y, s
 
 
-def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in the order (x, weight, bias, pool_a, pool_b, handle_a, handle_b)."""
+def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, weight, bias, pool_a, pool_b, handle_a, handle_b), None for those that ``needs`` does not ask
+    for."""
     need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
     arguments = (dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed)
-    with below_autograd():
+    with below_autograd(unseen()):
         if need_x and weight is not None and not _low_rank_first(x):
             dx = dy @ weight
             factor_a, factor_b = ops.low_rank_backward_(dx, *arguments)
@@ -234,42 +251,41 @@ def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index
             dx, factor_a, factor_b = ops.low_rank_backward(*arguments, tf32=tf32(x))
             if need_x and weight is not None:
                 dx.addmm_(dy, weight)
-        grads = []
-        if need_x:
-            grads.append(dx)
-        if need_weight:
-            grads.append(dy.T @ x)
-        if need_bias:
-            grads.append(dy.sum(0))
-        if need_pool_a:
-            grads.append(ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype))
-        if need_pool_b:
-            grads.append(ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype))
-        if need_handle_a:
-            grads.append(factor_a)
-        if need_handle_b:
-            grads.append(factor_b)
-    return grads
+        return (
+            dx if need_x else None,
+            dy.T @ x if need_weight else None,
+            dy.sum(0) if need_bias else None,
+            ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype) if need_pool_a else None,
+            ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype) if need_pool_b else None,
+            factor_a if need_handle_a else None,
+            factor_b if need_handle_b else None,
+        )
 
 
-def _in_place_of_inputs(ctx, grads) -> tuple[Tensor | None, ...]:
-    """Gradients at the positions of forward's inputs, None where none is needed."""
-    remaining = iter(grads)
-    return tuple(next(remaining) if need else None for need in ctx.needs_input_grad)
+_NO_MORE = (None,) * 5  # gradients of index_a, index_b, scale, p, seed
+
+
+def apply(function: type[torch.autograd.Function], *arguments) -> Tensor:
+    """``function.apply`` where :func:`unseen`, without its Python, which takes longer than all checks of a layer.
+
+    That looks for tensors that outlived a torch.func transform: arguments must be a layer's own, or results of
+    operators, which revive such tensors.
+    """
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 class MoSLinear(torch.autograd.Function):
     """y = x W^T + bias + scale * (dropout(x) A^T) B^T on matrices; see ``functional.mos_linear`` for the arguments.
 
     Gradients of A and B go to ``handle_a`` and ``handle_b`` where given, else densely to the pools. Without a weight, y
-    is the branch alone.
+    is the branch alone. ``hidden`` is :func:`unseen`.
     """
 
     # forward takes ctx itself: with a separate setup_context torch inspects the signature anew at every call. This and
     # below_autograd took forward + backward of a 64 x 64 layer from 618 to 444 us (torch 2.13, one core of an EPYC).
     @staticmethod
-    def forward(ctx, x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed):
-        y, s = mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed)
+    def forward(ctx, x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed, hidden):
+        y, s = mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed, hidden)
         ctx.scale, ctx.p = scale, p
         ctx.save_for_backward(x, weight, s, pool_a, pool_b, index_a, index_b, seed)
         return y
@@ -277,8 +293,7 @@ class MoSLinear(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        grads = _gradients(ctx.needs_input_grad[:7], ctx.scale, ctx.p, dy, *ctx.saved_tensors)
-        return _in_place_of_inputs(ctx, grads)
+        return *_gradients(ctx.needs_input_grad[:7], ctx.scale, ctx.p, dy, *ctx.saved_tensors), *_NO_MORE, None
 
 
 class MoSAccumulate(torch.autograd.Function):
@@ -289,7 +304,7 @@ class MoSAccumulate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed):
-        with below_autograd():
+        with below_autograd(unseen()):
             flat = y.view(-1, y.shape[-1])
             s = ops.low_rank_(flat, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32=tf32(x))
             torch.autograd.graph.increment_version(y)  # what a base saved after all must not pass for unchanged
@@ -304,8 +319,8 @@ class MoSAccumulate(torch.autograd.Function):
         x, s, *rest = ctx.saved_tensors
         need_y, need_x, *need_others = ctx.needs_input_grad[:6]
         needs = (need_x, False, False, *need_others)
-        grads = _gradients(needs, ctx.scale, ctx.p, dy.reshape(-1, dy.shape[-1]), x, None, s, *rest)
-        return _in_place_of_inputs(ctx, ([dy] if need_y else []) + grads)
+        dx, _, _, *others = _gradients(needs, ctx.scale, ctx.p, dy.reshape(-1, dy.shape[-1]), x, None, s, *rest)
+        return dy if need_y else None, dx, *others, *_NO_MORE
 
 
 class MoSLinearTransformed(torch.autograd.Function):
@@ -313,7 +328,7 @@ class MoSLinearTransformed(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, p, seed):
-        return mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed)
+        return mos_linear_forward(x, weight, bias, pool_a, pool_b, index_a, index_b, scale, p, seed, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -325,15 +340,17 @@ class MoSLinearTransformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _ds):
         needs = ctx.needs_input_grad[:7]
-        return _in_place_of_inputs(ctx, _FirstDerivative.apply(needs, ctx.scale, ctx.p, dy, *ctx.saved_tensors))
+        grads = iter(_FirstDerivative.apply(needs, ctx.scale, ctx.p, dy, *ctx.saved_tensors))
+        return *(next(grads) if need else None for need in needs), *_NO_MORE
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """``_gradients`` as a node without a derivative: torch.func always asks for one, and mostly does not use it."""
+    """Those of ``_gradients`` that are needed, as a node without a derivative: torch.func always asks for one, and
+    mostly does not use it."""
 
     @staticmethod
     def forward(*arguments):
-        return tuple(_gradients(*arguments))
+        return tuple(grad for grad in _gradients(*arguments) if grad is not None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

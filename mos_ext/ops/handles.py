@@ -2,11 +2,12 @@
 
 A dense pool gradient per layer would cost L times the pool in memory traffic every step. Instead each layer
 differentiates with respect to a *handle*: a (r, d) tensor without storage that stands for its factor. Its gradient is
-the factor's, r * d elements. All handles of a pool leave one autograd node, which runs once per backward pass, after
-the last layer, and sums all factor gradients into the pool with one ordered ``scatter_add``. A handle holds no values
-and its node saves none, so one set serves every step for as long as the parameter and its tables live: there is nothing
-in it that could become stale. Layers called twice, not at all, or alone, gradient accumulation and both kinds of
-checkpointing are autograd's ordinary business. What is not, is DDP around reentrant checkpointing: :class:`Stash`.
+the factor's, r * d elements. All handles of a pair of pools leave one autograd node, which runs once per backward pass,
+after the last layer, and sums all factor gradients into each pool with one ordered ``scatter_add``. A handle holds no
+values and its node saves none, so one set serves every step for as long as the parameters and their tables live: there
+is nothing in it that could become stale. Layers called twice, not at all, or alone, gradient accumulation and both
+kinds of checkpointing are autograd's ordinary business. What is not, is DDP around reentrant checkpointing:
+:class:`Stash`.
 """
 
 from __future__ import annotations
@@ -18,41 +19,54 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .autograd import below_autograd, first_order, ops
+from .autograd import below_autograd, first_order, ops, unseen
 
 
 class _FactorHandles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pool: Tensor, stash: Stash | None, *indices: Tensor):
+    def forward(ctx, indices: Sequence[Sequence[Tensor]], stashes: Sequence[Stash | None], *pools: Tensor):
         ctx.set_materialize_grads(False)
-        ctx.stash = stash
         # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run in
         # every step.
-        ctx.indices, ctx.num_shards, ctx.dtype = indices, pool.shape[0], pool.dtype
-        origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
-        return tuple(origin.expand(i.shape[0], i.shape[1] * pool.shape[1]) for i in indices)
+        ctx.pools = [(*of, p.shape[0], p.dtype) for *of, p in zip(indices, stashes, pools, strict=True)]
+        handles = []
+        for tables, pool in zip(indices, pools, strict=True):
+            origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
+            handles += [origin.expand(i.shape[0], i.shape[1] * pool.shape[1]) for i in tables]
+        return tuple(handles)
 
     @staticmethod
     @first_order
     def backward(ctx, *grads):
-        nothing = (None,) * (1 + len(ctx.indices))
-        used = [(grad, index) for grad, index in zip(grads, ctx.indices, strict=True) if grad is not None]
-        if not used:
-            return None, *nothing
-        with below_autograd():
-            pool_grad = ops.scatter_add([g for g, _ in used], [i for _, i in used], ctx.num_shards)
-        if ctx.stash is not None and (stashed := ctx.stash.take()) is not None:
-            pool_grad += stashed
-        return pool_grad.to(ctx.dtype), *nothing
+        pool_grads, of_layers = [], iter(grads)
+        with below_autograd(unseen()):
+            for indices, stash, num_shards, dtype in ctx.pools:
+                used, tables = [], []
+                for index in indices:
+                    if (grad := next(of_layers)) is not None:
+                        used.append(grad)
+                        tables.append(index)
+                pool_grad = None
+                if used:
+                    pool_grad = ops.scatter_add(used, tables, num_shards)
+                    if stash is not None and (stashed := stash.take()) is not None:
+                        pool_grad += stashed
+                    pool_grad = pool_grad.to(dtype)
+                pool_grads.append(pool_grad)
+        return None, None, *pool_grads
 
 
-def factor_handles(pool: Tensor, indices: Sequence[Tensor], stash: Stash | None = None) -> tuple[Tensor, ...]:
-    """One handle per layer: a storage-free (r, d) stand-in for its factor whose gradient flows to ``pool``."""
-    return _FactorHandles.apply(pool, stash, *indices)
+def factor_handles(
+    pools: Sequence[Tensor], indices: Sequence[Sequence[Tensor]], stashes: Sequence[Stash | None] | None = None
+) -> list[tuple[Tensor, ...]]:
+    """For each pool, one handle per layer: a storage-free (r, d) stand-in for its factor, whose gradient flows to the
+    pool. ``indices`` are the layers' tables, of each pool."""
+    handles = iter(_FactorHandles.apply(indices, stashes or [None] * len(pools), *pools))
+    return [tuple(next(handles) for _ in tables) for tables in indices]
 
 
 def run_last(handles: Sequence[Tensor], last: bool) -> None:
-    """Whether the pool's node waits until nothing else is left to run in a backward pass, or runs once it can.
+    """Whether the pools' node waits until nothing else is left to run in a backward pass, or runs once it can.
 
     At once is better: DDP can reduce the gradient while backward goes on, and FSDP2 reduces those of a unit when the
     gradient of the unit's input is there, whatever is still to come. (Autograd runs the youngest of the nodes that are
@@ -84,7 +98,7 @@ class Stash:
         with torch.enable_grad():
             origin = torch.zeros((), dtype=reference.accumulate_dtype(self.pool.dtype), device=self.pool.device)
             proxy = origin.expand(self.pool.shape).requires_grad_()
-            self.handles = _FactorHandles.apply(proxy, None, *self.indices)
+            (self.handles,) = factor_handles([proxy], [self.indices])
         return proxy
 
     def open(self, find_unused_parameters: bool) -> tuple[Tensor, ...]:
