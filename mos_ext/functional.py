@@ -24,6 +24,9 @@ from .ops.checks import (
 
 ops = torch.ops.mos_ext
 
+# Of tensors that outlived a torch.func transform; their gradients would be lost.
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
 __all__ = ["gather_concat", "mos_linear"]  # the rest is for layers, which have checked their tables
 
 
@@ -118,6 +121,9 @@ def mos_linear(
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+    if not torch.compiler.is_compiling():
+        weight, pool_a, pool_b = _unwrap_if_dead(weight), _unwrap_if_dead(pool_a), _unwrap_if_dead(pool_b)
+        bias = None if bias is None else _unwrap_if_dead(bias)
     x, weight, bias = autocast(x, weight, bias)
     return fused(x, weight, bias, pool_a, pool_b, index_a, index_b, float(scale), dropout=dropout, seed=seed)
 
@@ -189,13 +195,14 @@ def _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index
     """Base and branch, or without a weight the branch, as a matrix (T, out); differentiable where anything is."""
     if dropout > 0.0:
         seed = _seed(x, dropout, seed)
-    flat, hidden = x.reshape(-1, x.shape[-1]), unseen()
+    hidden = unseen()
+    flat = _unwrap_if_dead(x) if hidden and x.dim() == 2 else x.reshape(-1, x.shape[-1])
     differentiable = (flat, weight, bias, pool_a, pool_b, handle_a, handle_b)
     rest = (index_a, index_b, scale, dropout, seed)
     if not hidden and transforms_active():
         return MoSLinearTransformed.apply(*differentiable, *rest)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        if hidden and handle_a is not None:
+        if hidden:
             return apply(_MoSLinear, *differentiable, *rest, True)
         return _MoSLinear.apply(*differentiable, *rest, hidden)
     return mos_linear_forward(flat, weight, bias, pool_a, pool_b, *rest, hidden)[0]

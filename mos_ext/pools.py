@@ -177,7 +177,9 @@ class ShardPool(nn.Module):
         # (Slicing costs an eager layer 3 us; a traced one would take each slice for an input of its graph.)
         known = made.table is index and not torch.compiler.is_compiling()
         table = made.tables[layer] if known else self._table(index, layer)
-        handle = self._handle(side, pool, index, layer, ddp)
+        # The only layer of a pool gives it its gradient itself, unless DDP must get it once, of several passes.
+        shared = self.num_layers > 1 or ddp is not None
+        handle = self._handle(side, pool, index, layer, ddp) if shared else None
         # Where a handle takes the gradient, the pool only gives its values.
         return (pool, None, table) if handle is None else (pool.detach(), handle, table)
 

@@ -144,12 +144,8 @@ template <class A, int R, int V>
 inline void project(int64_t words, const typename A::Element* x, int64_t x_stride, const typename A::Word* f,
                     int64_t f_stride, typename A::Sum* sums, int64_t sums_stride) {
   using L = Vec<typename A::Word>;
-  typename A::Sums acc[R][V];
-  MOS_UNROLL
-  for (int i = 0; i < R; ++i) {
-    MOS_UNROLL
-    for (int v = 0; v < V; ++v) acc[i][v] = Vec<typename A::Sum>::load(sums + i * sums_stride + v * L::width);
-  }
+  using S = Vec<typename A::Sum>;
+  typename A::Sums acc[R][V] = {};
   for (int64_t k = 0; k < words; ++k) {
     typename L::type b[V];
     MOS_UNROLL
@@ -164,7 +160,10 @@ inline void project(int64_t words, const typename A::Element* x, int64_t x_strid
   MOS_UNROLL
   for (int i = 0; i < R; ++i) {
     MOS_UNROLL
-    for (int v = 0; v < V; ++v) Vec<typename A::Sum>::store(sums + i * sums_stride + v * L::width, acc[i][v]);
+    for (int v = 0; v < V; ++v) {
+      auto* sum = sums + i * sums_stride + v * L::width;
+      S::store(sum, S::load(sum) + acc[i][v]);
+    }
   }
 }
 

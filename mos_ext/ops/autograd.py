@@ -145,6 +145,8 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
     Not for pools, which keep theirs.
     """
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return x, *others
     device_type = x.device.type
     # Named first because torch 2.11 cannot trace is_autocast_available.
     available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
@@ -251,12 +253,16 @@ def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index
             dx, factor_a, factor_b = ops.low_rank_backward(*arguments, tf32=tf32(x))
             if need_x and weight is not None:
                 dx.addmm_(dy, weight)
+        if need_pool_a:  # the factors one by one, so that not all four are there at once
+            factor_a = ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype)
+        if need_pool_b:
+            factor_b = ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype)
         return (
             dx if need_x else None,
             dy.T @ x if need_weight else None,
             dy.sum(0) if need_bias else None,
-            ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype) if need_pool_a else None,
-            ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype) if need_pool_b else None,
+            factor_a if need_pool_a else None,
+            factor_b if need_pool_b else None,
             factor_a if need_handle_a else None,
             factor_b if need_handle_b else None,
         )

@@ -72,21 +72,23 @@ def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, pool_a: Ten
         raise ValueError(
             f"x must have {weight.shape[1]} features in its last dimension, got the shape {tuple(x.shape)}"
         )
+    device, dtype = x.device, x.dtype  # each look costs
     for name, base in (("weight", weight), ("bias", bias)):
         if base is None:
             continue
-        if base.device != x.device:
-            raise ValueError(f"x must be on the device of the {name}, {base.device}, got {x.device}")
-        if base.dtype != x.dtype:
-            raise TypeError(f"x must have the dtype of the {name}, {base.dtype}, got {x.dtype}")
+        if base.device != device:
+            raise ValueError(f"x must be on the device of the {name}, {base.device}, got {device}")
+        if base.dtype != dtype:
+            raise TypeError(f"x must have the dtype of the {name}, {base.dtype}, got {dtype}")
     _check_pools(x, pool_a, pool_b)
 
 
 def _check_pools(x: Tensor, pool_a: Tensor, pool_b: Tensor) -> None:
+    device, dtypes = x.device, (torch.float32, x.dtype)
     for pool in (pool_a, pool_b):
-        if pool.device != x.device:
-            raise ValueError(f"x must be on the device of the pool, {pool.device}, got {x.device}")
-        if pool.dtype not in (torch.float32, x.dtype):
+        if pool.device != device:
+            raise ValueError(f"x must be on the device of the pool, {pool.device}, got {device}")
+        if pool.dtype not in dtypes:
             raise TypeError(f"pool (pool_dtype) must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
 
 
