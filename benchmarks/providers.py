@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
+from mos_ext.functional import fused
 from mos_ext.testing import ERROR_RATIO, error_floor, relative_error
 
 from .harness import Sizes, Step, importable, normal, synchronize
@@ -204,11 +205,13 @@ def mos(d: Data, r: int | None = None) -> Built:
 
 
 def mos_layer(d: Data) -> Built:
-    """The layer without its pools' scatter_add, which runs once for all layers that share them."""
+    """One layer of many, without their pools' scatter_add, which runs once for all of them."""
     pool = d.pool(d.case.r)
-    layer = _mos_layer(d, pool)
     handles = pool.handle("a", 0), pool.handle("b", 0)
-    return Built(lambda: layer(d.x), handles, lambda a, b: (a, b), state=_state(layer))
+    operands = {"pool_a": pool.a.detach(), "pool_b": pool.b.detach(), "handle_a": handles[0], "handle_b": handles[1]}
+    operands = pool.operands(0) | operands | {"dropout": 0.0 if d.case.kind == "decode" else d.case.dropout}
+    forward = functools.partial(fused, d.x, d.weight, None, **operands)
+    return Built(forward, handles, lambda a, b: (a, b), state=_state(_mos_layer(d, pool)))
 
 
 class ATen(torch.autograd.Function):
