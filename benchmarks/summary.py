@@ -86,6 +86,29 @@ def goals(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
     return out
 
 
+EXCERPT = {  # provider -> heading
+    "mos": "MoS",
+    "peft": "PEFT LoRA, adapter in the base's dtype",
+    "peft_fp32": "PEFT LoRA, default",
+    "vblora": "PEFT VB-LoRA",
+    "aten": "MoS in plain ATen",
+}
+
+
+def excerpt(rows: list[dict]) -> str:
+    """The table of README: full steps of square layers, goals and peers."""
+    lines = []
+    for (mode, t, fan_in, fan_out, dtype, *_), by in cells(rows).items():
+        if mode == "full" and fan_in == fan_out and "vblora" in by:
+            goal = GOALS.get((dtype, fan_in, t))
+            ratios = {p: f"{by[p]['ratio']:.3f}" if p in by else None for p in EXCERPT}
+            ratios["mos"] = f"**{ratios['mos']}**"
+            if dtype == "float32":  # where the two are one
+                ratios["peft_fp32"] = ratios["peft"]
+            lines.append((f"{dtype} {fan_in} x {fan_out}, T={t}", goal, *ratios.values()))
+    return table(("", "goal", *EXCERPT.values()), lines)
+
+
 def _number(value: float | None, digits: int = 3) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
