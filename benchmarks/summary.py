@@ -100,13 +100,15 @@ def excerpt(rows: list[dict]) -> str:
     lines = []
     for (mode, t, fan_in, fan_out, dtype, *_), by in cells(rows).items():
         if mode == "full" and fan_in == fan_out and "vblora" in by:
-            goal = GOALS.get((dtype, fan_in, t))
+            goal = _number(GOALS.get((dtype, fan_in, t)))
             ratios = {p: f"{by[p]['ratio']:.3f}" if p in by else None for p in EXCERPT}
             ratios["mos"] = f"**{ratios['mos']}**"
             if dtype == "float32":  # where the two are one
                 ratios["peft_fp32"] = ratios["peft"]
-            lines.append((f"{dtype} {fan_in} x {fan_out}, T={t}", goal, *ratios.values()))
-    return table(("", "goal", *EXCERPT.values()), lines)
+            mos, *peers = ratios.values()
+            lines.append((f"{dtype} {fan_in} x {fan_out}, T={t}", mos, goal, *peers))
+    mos, *names = EXCERPT.values()
+    return table(("", mos, "goal", *names), lines)
 
 
 def _number(value: float | None, digits: int = 3) -> str | None:

@@ -21,6 +21,7 @@ from benchmarks import compare, harness, layer, memory, providers, scaling, summ
 from benchmarks import rows as schema  # noqa: E402
 from benchmarks.plots import plot  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results"
 CASE = providers.Case("full", 24, 32, 64, 4, 2, torch.bfloat16, ())
 NAMES = [p for p in providers.PROVIDERS if not p.endswith("_compiled")]
 
@@ -339,3 +340,16 @@ def test_standard_error_of_a_median():
         errors.append(compare.relative_error(row, None))
     spread = math.sqrt(sum((m - 1) ** 2 for m in medians) / len(medians))
     assert 0.85 < sum(errors) / len(errors) / spread < 1.25
+
+
+def test_readme_has_the_numbers_of_the_committed_runs():
+    readme, rows = (ROOT / "README.md").read_text(), schema.read_rows(RESULTS / "cpu" / "bench.csv")
+    assert (RESULTS / "cpu" / "bench.md").read_text() == summary.summary(rows)
+    assert summary.excerpt(rows) in readme
+    goals = summary.goals(rows)
+    assert f"{sum(met for *_, met in goals)} of the {len(goals)} goals there are met" in readme
+    learnt = readme.partition("## What it learns")[2].partition("\n## ")[0]
+    quoted = [line for line in learnt.splitlines() if line.startswith("| ") and "±" in line]
+    report = (RESULTS / "quality" / "report.md").read_text().splitlines()
+    assert len(quoted) >= 4
+    assert not set(quoted) - set(report)
