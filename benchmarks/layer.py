@@ -175,6 +175,8 @@ def run(
     sizes = SMOKE if which == "smoke" else CPU
     known = providers_of(providers_file)
     cases = [case for case in grid(which, known) if only in case.name]
+    if not cases:
+        raise SystemExit(f"--only must be part of a case's name, as 'full T=256 1024->1024' is, got {only!r}")
     ceiling = ceilings(sizes)
     yield (
         "ceilings",

@@ -178,7 +178,8 @@ def draw_seed(device: str) -> Tensor:
 
 
 def frozen(d: Data) -> Built:
-    return Built(lambda: nn.functional.linear(d.x, d.weight))
+    linear = d.linear()
+    return Built(lambda: linear(d.x))
 
 
 def _state(*modules: nn.Module) -> tuple[Tensor, ...]:
@@ -282,7 +283,7 @@ class _One(nn.Module):
 
 
 def _adapted(d: Data, config, **options) -> tuple[nn.Module, nn.Module]:
-    """PEFT's model of one linear, and the layer that took its place."""
+    """PEFT's model of one linear, and the layer that took its place: what is timed, for a model is wrapped once."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
@@ -310,9 +311,9 @@ def peft(d: Data, fp32: bool) -> Built:
     def forward():
         # As users train: on a GPU under autocast; on a CPU PEFT converts x itself.
         if not fp32 or d.device == "cpu":
-            return model(d.x)
+            return lora(d.x)
         with torch.autocast(d.device, dtype=c.dtype):
-            return model(d.x)
+            return lora(d.x)
 
     return Built(forward, (a, b), lambda grad_a, grad_b: (grad_a, grad_b.t()), state=_state(model))
 
@@ -320,7 +321,7 @@ def peft(d: Data, fp32: bool) -> Built:
 def _with_delta(d: Data, model: nn.Module, layer: nn.Module) -> Built:
     """Of a PEFT method with factors of its own."""
     trained = tuple(p for p in model.parameters() if p.requires_grad)
-    return Built(lambda: model(d.x), trained, delta=lambda: layer.get_delta_weight("default"), state=_state(model))
+    return Built(lambda: layer(d.x), trained, delta=lambda: layer.get_delta_weight("default"), state=_state(model))
 
 
 def vblora(d: Data) -> Built:

@@ -90,8 +90,9 @@ EXCERPT = {  # provider -> heading
     "mos": "MoS",
     "peft": "PEFT LoRA, adapter in the base's dtype",
     "peft_fp32": "PEFT LoRA, default",
-    "vblora": "PEFT VB-LoRA",
+    "vblora": "PEFT VB-LoRA, default",
     "aten": "MoS in plain ATen",
+    "frozen_again": "noise: the frozen linear again",
 }
 
 
@@ -102,7 +103,6 @@ def excerpt(rows: list[dict]) -> str:
         if mode == "full" and fan_in == fan_out and "vblora" in by:
             goal = _number(GOALS.get((dtype, fan_in, t)))
             ratios = {p: f"{by[p]['ratio']:.3f}" if p in by else None for p in EXCERPT}
-            ratios["mos"] = f"**{ratios['mos']}**"
             if dtype == "float32":  # where the two are one
                 ratios["peft_fp32"] = ratios["peft"]
             mos, *peers = ratios.values()

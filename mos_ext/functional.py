@@ -121,9 +121,6 @@ def mos_linear(
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
-    if not torch.compiler.is_compiling():
-        weight, pool_a, pool_b = _unwrap_if_dead(weight), _unwrap_if_dead(pool_a), _unwrap_if_dead(pool_b)
-        bias = None if bias is None else _unwrap_if_dead(bias)
     x, weight, bias = autocast(x, weight, bias)
     return fused(x, weight, bias, pool_a, pool_b, index_a, index_b, float(scale), dropout=dropout, seed=seed)
 
@@ -196,7 +193,11 @@ def _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index
     if dropout > 0.0:
         seed = _seed(x, dropout, seed)
     hidden = unseen()
-    flat = _unwrap_if_dead(x) if hidden and x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if hidden:  # what `apply` asks for
+        x, pool_a, pool_b = _unwrap_if_dead(x), _unwrap_if_dead(pool_a), _unwrap_if_dead(pool_b)
+        weight = None if weight is None else _unwrap_if_dead(weight)
+        bias = None if bias is None else _unwrap_if_dead(bias)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     differentiable = (flat, weight, bias, pool_a, pool_b, handle_a, handle_b)
     rest = (index_a, index_b, scale, dropout, seed)
     if not hidden and transforms_active():

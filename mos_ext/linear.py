@@ -189,7 +189,7 @@ def _why_slow(x: Tensor, todo: Sequence[tuple[dict[str, Any], float, ShardPool]]
         return "a TorchDispatchMode is active (selective checkpointing, say): no result is written to twice"
     if torch.is_grad_enabled():
         for operands, _, pool in todo:
-            if pool.num_layers == 1:
+            if not pool.uses_handles:
                 continue
             without = [side for side in "ab" if operands[f"handle_{side}"] is None]
             if without and any(getattr(pool, side).requires_grad for side in without):

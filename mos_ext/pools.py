@@ -109,6 +109,8 @@ class ShardPool(nn.Module):
                 check_index(side, torch.from_numpy(table), n)
             self.register_buffer(side, torch.empty(table.shape, dtype=torch.int32, device=self.a.device))
         self.reset_parameters()
+        # The only layer of a pool gives it its gradient itself. Not under DDP, which must get one from all passes.
+        self.uses_handles = num_layers > 1
         self._sides: dict[str, _Side] = {}
         self._renew()
 
@@ -177,9 +179,7 @@ class ShardPool(nn.Module):
         # (Slicing costs an eager layer 3 us; a traced one would take each slice for an input of its graph.)
         known = made.table is index and not torch.compiler.is_compiling()
         table = made.tables[layer] if known else self._table(index, layer)
-        # The only layer of a pool gives it its gradient itself, unless DDP must get it once, of several passes.
-        shared = self.num_layers > 1 or ddp is not None
-        handle = self._handle(side, pool, index, layer, ddp) if shared else None
+        handle = self._handle(side, pool, index, layer, ddp) if self.uses_handles else None
         # Where a handle takes the gradient, the pool only gives its values.
         return (pool, None, table) if handle is None else (pool.detach(), handle, table)
 
@@ -239,7 +239,7 @@ class ShardPool(nn.Module):
         if torch._C._current_graph_task_id() == -1:
             active = DistributedDataParallel._active_ddp_module
             if active is not None and active is not ddp:
-                self._ddp = weakref.ref(active)
+                self._ddp, self.uses_handles = weakref.ref(active), True
                 run_last(self._sides["a"].handles, True)
             return None
         # With a static graph DDP itself counts how often a gradient is delivered.

@@ -43,12 +43,17 @@ class Model(nn.Module):
         return x
 
 
-def build(way="adapt", dtype=torch.float64, **kwargs):
-    """An adapted model in float64, so that the only differences are of sums in another order."""
-    model = Model(stack(LAYERS, WIDTH, dtype))
+def build(way="adapt", dtype=torch.float64, tied=False, **kwargs):
+    """An adapted model in float64, so that the only differences are of sums in another order.
+
+    ``tied``: one block, called again and again.
+    """
+    model = Model(stack(1 if tied else LAYERS, WIDTH, dtype))
     config = {**RANKS, "pool_dtype": str(dtype).removeprefix("torch."), **kwargs}
     if way == "adapt":
-        return randomize(mos_ext.adapt(model, mos_ext.MoSConfig(**config)))
+        model = randomize(mos_ext.adapt(model, mos_ext.MoSConfig(**config)))
+        model.layers = nn.ModuleList(list(model.layers) * (LAYERS if tied else 1))
+        return model
     torch.manual_seed(1)
     return peft.get_peft_model(model, mos_peft.MoSConfig(**config, target_modules=["up", "down"], init_weights=False))
 

@@ -54,6 +54,11 @@ def test_unused_layers_and_clipping(ranks, wrapper):
     agree(ranks, wrapper=wrapper, blocks="n-on", clip=0.01)
 
 
+@pytest.mark.parametrize("blocks", ["nnnn", "oooo", "rrrr", "rn--", "nr--", "nrnr", "rnrn"])
+def test_the_only_layer_of_a_pool_called_again(ranks, blocks):
+    agree(ranks, wrapper="ddp", blocks=blocks, tied=True, r=2, clip=0.1)
+
+
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("blocks", ["nnnn", "rrrr"])
 def test_pools_that_were_frozen_before(ranks, wrapper, blocks):

@@ -221,6 +221,31 @@ def test_a_tensor_that_outlived_a_transform_still_has_its_gradient(device):
         torch.testing.assert_close(got, x.detach().reshape(-1, 8).sum(0).expand(8, 8))
 
 
+def test_parameters_that_outlived_a_transform_still_have_their_gradients(device):
+    layer, x = MoSLinear(8, 8, config=MoSConfig(r=4, equivalent_rank=4), device=device), torch.randn(3, 8).to(device)
+    nn.init.normal_(layer.pool.b)
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    kept = {}
+    torch.func.grad(lambda p: (kept.update(p), torch.func.functional_call(layer, p, (x,)).sum())[1])(leaves)
+    torch.func.functional_call(layer, kept, (x,)).sum().backward()
+    layer(x).sum().backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(leaves[name].grad, p.grad, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_inside_of_autocast_is_that_outside(dtype, device):
+    layer = MoSLinear(16, 8, config=MoSConfig(r=4, equivalent_rank=4), device=device, dtype=dtype)
+    nn.init.normal_(layer.pool.b)
+    x = torch.randn(3, 16).to(device, dtype).requires_grad_()
+    wanted = (x, *layer.parameters())
+    want = torch.autograd.grad(layer(x).square().sum(), wanted)
+    loss = layer(x).square().sum()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        got = torch.autograd.grad(loss, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
 def test_second_derivatives_and_forward_mode_are_errors(device):
     """Loud, in every way to ask for them; never a silently missing term."""

@@ -43,7 +43,6 @@ def claims(s: Settings) -> tuple[Claim, ...]:
         Claim("privatization helps", "mos", "mos-public", "+1.09 (19.99M)"),
         Claim("pair dissociation helps", "mos", "mos-paired", "+1.09 (19.99M)"),
         Claim("vector sharding helps", "mos", "mos-whole", "+0.41 (19.99M)"),
-        Claim("VeRA is worse than LoRA", lora, "vera", "34.98 (5.00M) > 34.00 (1.42M)"),
         Claim("MoS does not reach LoRA of 8 times the budget", ceiling, "mos", "36.97 (39.98M) > 36.39 (5.00M)"),
     )
 

@@ -243,6 +243,11 @@ def mos_linear_forward(
 def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, bias, pool_a, pool_b, handle_a, handle_b), None for those that ``needs`` does not ask
     for."""
+    eager = not torch.compiler.is_compiling()
+    if eager and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(dy.device.type):
+        # Backward was called inside of it: it is not meant for these products.
+        with torch.autocast(dy.device.type, enabled=False):
+            return _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed)
     need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
     arguments = (dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed)
     with below_autograd(unseen()):
@@ -274,8 +279,7 @@ _NO_MORE = (None,) * 5  # gradients of index_a, index_b, scale, p, seed
 def apply(function: type[torch.autograd.Function], *arguments) -> Tensor:
     """``function.apply`` where :func:`unseen`, without its Python, which takes longer than all checks of a layer.
 
-    That looks for tensors that outlived a torch.func transform: arguments must be a layer's own, or results of
-    operators, which revive such tensors.
+    That looks for tensors that outlived a torch.func transform, which the caller must have unwrapped.
     """
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
