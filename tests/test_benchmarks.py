@@ -342,6 +342,11 @@ def test_standard_error_of_a_median():
     assert 0.85 < sum(errors) / len(errors) / spread < 1.25
 
 
+def test_no_case_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="--only must be part of a case's name.*got 'zzz'"):
+        layer.main([str(tmp_path / "rows.csv"), "--grid", "smoke", "--only", "zzz"])
+
+
 def test_readme_has_the_numbers_of_the_committed_runs():
     readme, rows = (ROOT / "README.md").read_text(), schema.read_rows(RESULTS / "cpu" / "bench.csv")
     assert (RESULTS / "cpu" / "bench.md").read_text() == summary.summary(rows)
