@@ -103,7 +103,7 @@ class Data:
             pool = ShardPool(config, c.fan_in, c.fan_out, c.layers, device=self.device)
             with torch.no_grad():
                 # U(-1/sqrt(in), ...) is A's own start; B such that the product is as large as the base's.
-                pool.b.copy_(normal(*pool.b.shape, dtype=torch.float32, device=self.device, std=r**-0.5))
+                pool.shards_b.copy_(normal(*pool.shards_b.shape, dtype=torch.float32, device=self.device, std=r**-0.5))
             self.pools[r] = pool
         return self.pools[r]
 
@@ -202,15 +202,15 @@ def mos(d: Data, r: int | None = None) -> Built:
     """The layer as users have it, with a pool of its own: two more launches than a layer that shares one."""
     pool = d.pool(r or d.case.r)
     layer = _mos_layer(d, pool)
-    return Built(lambda: layer(d.x), (pool.a, pool.b), _of_pools(pool), state=_state(layer))
+    return Built(lambda: layer(d.x), (pool.shards_a, pool.shards_b), _of_pools(pool), state=_state(layer))
 
 
 def mos_layer(d: Data) -> Built:
     """One layer of many, without their pools' scatter_add, which runs once for all of them."""
     pool = d.pool(d.case.r)
     handles = pool.handle("a", 0), pool.handle("b", 0)
-    operands = {"pool_a": pool.a.detach(), "pool_b": pool.b.detach(), "handle_a": handles[0], "handle_b": handles[1]}
-    operands = pool.operands(0) | operands | {"dropout": 0.0 if d.case.kind == "decode" else d.case.dropout}
+    operands = {"pool_a": pool.shards_a.detach(), "pool_b": pool.shards_b.detach(), "handle_a": handles[0], "handle_b": handles[1]}
+    operands = pool(0) | operands | {"dropout": 0.0 if d.case.kind == "decode" else d.case.dropout}
     forward = functools.partial(fused, d.x, d.weight, None, **operands)
     return Built(forward, handles, lambda a, b: (a, b), state=_state(_mos_layer(d, pool)))
 
@@ -252,22 +252,22 @@ def aten(d: Data) -> Built:
     pool = d.pool(d.case.r)
     index_a, index_b = pool.index_a[0].long(), pool.index_b[0].long()
     p = d.case.dropout if d.case.kind != "decode" else 0.0
-    arguments = (d.weight, pool.a, pool.b, index_a, index_b, pool.config.scale, p)
+    arguments = (d.weight, pool.shards_a, pool.shards_b, index_a, index_b, pool.config.scale, p)
     state = (*_state(pool), index_a, index_b)
-    return Built(lambda: ATen.apply(d.x, *arguments), (pool.a, pool.b), _of_pools(pool), state=state)
+    return Built(lambda: ATen.apply(d.x, *arguments), (pool.shards_a, pool.shards_b), _of_pools(pool), state=state)
 
 
 def mos_reference(d: Data) -> Built:
     """``mos_ext.reference`` under plain autograd."""
     pool = d.pool(d.case.r)
     p = d.case.dropout if d.case.kind != "decode" else 0.0
-    factors = (pool.a, pool.index_a[0], pool.b, pool.index_b[0], pool.config.scale)
+    factors = (pool.shards_a, pool.index_a[0], pool.shards_b, pool.index_b[0], pool.config.scale)
 
     def forward():
         seed = draw_seed(d.device) if p else None
         return reference.mos_linear(d.x, d.weight, None, *factors, p, seed)
 
-    return Built(forward, (pool.a, pool.b), _of_pools(pool), state=_state(pool))
+    return Built(forward, (pool.shards_a, pool.shards_b), _of_pools(pool), state=_state(pool))
 
 
 # ------------------------------------------------------------------------------------------------ PEFT
@@ -305,8 +305,8 @@ def peft(d: Data, fp32: bool) -> Built:
         linear.to(torch.float32 if fp32 else c.dtype)
     a, b = linear_a.weight, linear_b.weight
     with torch.no_grad():
-        a.copy_(reference.gather_concat(pool.a, pool.index_a[0]))
-        b.copy_(reference.gather_concat(pool.b, pool.index_b[0]).t())
+        a.copy_(reference.gather_concat(pool.shards_a, pool.index_a[0]))
+        b.copy_(reference.gather_concat(pool.shards_b, pool.index_b[0]).t())
 
     def forward():
         # As users train: on a GPU under autocast; on a CPU PEFT converts x itself.
@@ -339,7 +339,7 @@ def unilora(d: Data) -> Built:
     from peft import UniLoraConfig
 
     c, pool = d.case, d.pool(d.case.r)
-    length = pool.a.numel() + pool.b.numel()
+    length = pool.shards_a.numel() + pool.shards_b.numel()
     config = UniLoraConfig(r=c.r, theta_d_length=length, unilora_dropout=c.dropout, target_modules=["proj"])
     return _with_delta(d, *_adapted(d, config))
 
@@ -485,7 +485,7 @@ def exact_layer(d: Data, r: int, seed: Tensor | None) -> tuple[Tensor, ...]:
     pool = d.pool(r)
     a, b = (
         reference.gather_concat(p.detach(), index[0]).double().requires_grad_()
-        for p, index in ((pool.a, pool.index_a), (pool.b, pool.index_b))
+        for p, index in ((pool.shards_a, pool.index_a), (pool.shards_b, pool.index_b))
     )
     p = d.case.dropout if seed is not None else 0.0
     return _exact(d, lambda x: pool.config.scale * (reference.dropout(x, p, seed) @ a.t()) @ b, a, b)

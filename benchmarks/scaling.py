@@ -68,7 +68,7 @@ def chain(data: Data) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Steps through ``layers`` linears, one after the other: frozen, and with MoS on all of them from one pool."""
     case, pool = data.case, data.pool(data.case.r)
     with torch.no_grad():
-        pool.b.mul_(0.1)  # or activations double from layer to layer
+        pool.shards_b.mul_(0.1)  # or activations double from layer to layer
     # A weight for each, so that caches hold as little of them as in a model.
     linears = [data.linear()]
     for _ in range(case.layers - 1):
@@ -86,7 +86,7 @@ def chain(data: Data) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
 
         return step
 
-    steps = {"frozen": full(linears, ()), "mos": full(layers, (pool.a, pool.b))}
+    steps = {"frozen": full(linears, ()), "mos": full(layers, (pool.shards_a, pool.shards_b))}
     exact = data.x.detach().double()
     for k in range(case.layers):
         a, b = (f.detach().double() for f in pool.factors(k))

@@ -13,6 +13,7 @@ from .linear import AdaptedLayer, MoSLinear
 from .planner import LinearType, device_of, plan, type_keys, unwrap
 from .pools import ShardPool
 from .ranks import same_on_every_rank
+from .routing import IndexTables
 
 POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
 
@@ -37,6 +38,11 @@ class Adapter(nn.Module):
     @property
     def pools(self) -> list[ShardPool]:
         return [pool for pool in self.children() if isinstance(pool, ShardPool)]
+
+    @property
+    def tables(self) -> dict[str, IndexTables]:
+        """Stream -> index tables, of every linear type."""
+        return {pool.stream: pool.tables for pool in self.pools}
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -258,7 +264,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     """
     adapter = adapter_of(model)
     types = tuple(
-        TypeReport(t.name, len(t.modules), pool.a.shape[0], pool.a.numel() + pool.b.numel())
+        TypeReport(t.name, len(t.modules), pool.shards_a.shape[0], pool.shards_a.numel() + pool.shards_b.numel())
         for t, pool in zip(adapter.linear_types, adapter.pools, strict=True)
     )
     config = adapter.config

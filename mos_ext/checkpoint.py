@@ -1,8 +1,8 @@
 """Adapters on disk: MoS checkpoints of a few megabytes, and exact exports to standard LoRA.
 
 A checkpoint is a directory as PEFT writes it, and the same for both: ``adapter_config.json`` with ``peft_type`` MOS,
-and ``adapter_model.safetensors`` with each pool once and the index tables in the smallest integer type, so that no
-file depends on a generator. What :func:`save_adapter` writes has more in the header of the safetensors file: the
+and ``adapter_model.safetensors`` with each pool once. Index tables follow from the configuration, which holds their
+digest; a file carries those that do not, in the smallest integer type. ``docs/format.md`` is the format. What :func:`save_adapter` writes has more in the header of the safetensors file: the
 configuration again, so that a directory whose two files do not belong together, after an interrupted save say, is
 refused; and the modules of every linear type.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,18 @@ from .linear import AdaptedLayer
 from .ops.checks import check_integer
 from .planner import LinearType, device_of, group_modules, select_modules, type_keys, type_name, unwrap
 from .pools import ShardPool
-from .routing import IndexTables, check_ranks, check_tables
+from .routing import IndexTables, check_ranks, check_tables, draw_tables, streams, table_digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HEADER_KEY = "mos_ext"  # of the safetensors file
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-TENSORS = ("a", "b", "index_a", "index_b")  # of a ShardPool
+POOLS, TABLES = ("shards_a", "shards_b"), ("index_a", "index_b")  # what a file holds of a ShardPool; tables rarely
 # What PEFT's configuration has beside MoSConfig's fields, with the values that load_adapter can do with.
 _PEFT_DEFAULTS: dict[str, Any] = {"modules_to_save": None, "bias": "none"}
 _PEFT_FIELDS = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "fan_in_fan_out", "init_weights", *_PEFT_DEFAULTS),
+    *("inference_mode", "fan_in_fan_out", "init_weights", "table_digest", *_PEFT_DEFAULTS),
 )
 
 
@@ -86,6 +86,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     config = {
         **_peft_config("MOS", model),
         **adapter.config.to_dict(),
+        "table_digest": table_digest(adapter.tables),
         **_PEFT_DEFAULTS,
         "fan_in_fan_out": any(layer.fan_in_fan_out for _, layer in mos_layers(model)),
         "init_weights": True,
@@ -104,12 +105,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     names = [t.name for t in adapter.linear_types]
     for name, key, pool in zip(names, type_keys(names), adapter.pools, strict=True):
         _check_in_memory(name, pool)
-        smallest = smallest_integer(pool.a.shape[0] - 1)
-        for tensor in TENSORS:
-            is_table = tensor.startswith("index")
-            value = getattr(pool, tensor) if is_table else pool.values(tensor).detach()
-            target = smallest if is_table else dtype or value.dtype
-            tensors[_tensor_name(key, tensor)] = value.to("cpu", target)
+        for side in POOLS:
+            value = pool.values(side[-1]).detach()
+            tensors[_tensor_name(key, side)] = value.to("cpu", dtype or value.dtype)
+        for side, table in tables_to_keep(pool).items():
+            tensors[_tensor_name(key, side)] = table
     _check_finite(tensors)
     if _writes(adapter):
         _save(path, tensors, config, {_HEADER_KEY: json.dumps(header, sort_keys=True)})
@@ -139,7 +139,7 @@ def _check_dtype(dtype: object) -> None:
 
 
 def _check_in_memory(name: str, pool: ShardPool) -> None:
-    if pool.a.device.type == "meta":
+    if pool.shards_a.device.type == "meta":
         raise ValueError(f"model must have its values in memory, got {name} on the meta device")
 
 
@@ -149,9 +149,14 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} must be finite in {tensor.dtype}, got inf or NaN")
 
 
-def smallest_integer(largest: int) -> torch.dtype:
-    """The smallest torch integer type that holds 0 .. largest."""
-    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+def tables_to_keep(pool: ShardPool) -> dict[str, Tensor]:
+    """Those of a pool's tables that do not follow from its configuration, in the smallest integer type."""
+    if pool.tables.drawn:
+        return {}
+    largest = pool.shards_a.shape[0] - 1
+    smallest = torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+    tables = (pool.tables.a, pool.tables.b)
+    return {side: torch.from_numpy(table).to(smallest) for side, table in zip(TABLES, tables, strict=True)}
 
 
 def _name_or_path(model: nn.Module) -> str | None:
@@ -229,16 +234,17 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     types = _check_model(model, config, types, folder)
     keys = type_keys([type_name(*key) for key in types])
     linear_types = [
-        _stored_type(key, t, modules, config, tensors, folder)
-        for key, (t, modules) in zip(keys, types.items(), strict=True)
+        _stored_type(key, t, stream, modules, config, tensors, folder)
+        for key, stream, (t, modules) in zip(keys, streams(list(types)), types.items(), strict=True)
     ]
     _check_pools(keys, linear_types, config, tensors, folder)
+    check_digest(stored.get("table_digest"), {t.stream: t.tables for t in linear_types})
 
     install(model, config, linear_types)
     with torch.no_grad():
         for key, pool in zip(keys, adapter_of(model).pools, strict=True):
-            pool.a.copy_(tensors[_tensor_name(key, "a")])
-            pool.b.copy_(tensors[_tensor_name(key, "b")])
+            for side in POOLS:
+                getattr(pool, side).copy_(tensors[_tensor_name(key, side)])
     return base_model
 
 
@@ -336,43 +342,73 @@ def _check_model(model: nn.Module, config: MoSConfig, types: _Types | None, fold
 def _stored_type(
     type_key: str,
     key: tuple[str, int, int],
+    stream: str,
     modules: tuple[str, ...],
     config: MoSConfig,
     tensors: dict[str, Tensor],
     folder: Path,
 ) -> LinearType:
-    """A linear type with the tables of the file, which must fit the configuration."""
+    """A linear type with the tables of the file, which must fit the configuration, or else the configuration's."""
     name = type_name(*key)
     ranks = tuple(config.rank_of(module) for module in modules)
     for module, r in zip(modules, ranks, strict=True):
         check_ranks(config, key[1], key[2], len(modules), r=r, module=module, linear_type=name)
-    tables = []
-    for side in ("index_a", "index_b"):
-        table = tensors.get(_tensor_name(type_key, side))
+    scales = tuple(config.scale_of(module) for module in modules)
+    stored = {side: tensors.get(_tensor_name(type_key, side)) for side in TABLES}
+    try:
+        tables = read_tables(stored, config, ranks) or draw_tables(config, stream, ranks)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / WEIGHTS}, {name}: {error}") from None
+    return LinearType(*key, stream, modules, ranks, scales, tables)
+
+
+def read_tables(stored: Mapping[str, Tensor | None], config: MoSConfig, ranks: Sequence[int]) -> IndexTables | None:
+    """The tables that a file carries for a linear type, of any integer type; None when it carries none.
+
+    Raises:
+        ValueError: there is one of two, or they could not be tables of this configuration.
+    """
+    if all(table is None for table in stored.values()):
+        return None
+    found = []
+    for side, table in stored.items():
         if table is None or table.dtype not in INTEGERS:
             got = "none" if table is None else table.dtype
-            raise ValueError(f"{folder / WEIGHTS} must hold an integer tensor {side} of {name}, got {got}")
-        tables.append(table.numpy())
-    try:
-        check_tables(config, IndexTables(*tables), ranks)
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS}, {name}: {error}") from None
-    scales = tuple(config.scale_of(module) for module in modules)
-    return LinearType(*key, modules, ranks, scales, IndexTables(*(table.astype(np.int32) for table in tables)))
+            raise ValueError(f"{side} must be an integer tensor, like the table of the other side, got {got}")
+        found.append(table.cpu().numpy())
+    check_tables(config, IndexTables(*found), ranks)
+    return IndexTables(*(table.astype(np.int32) for table in found))
+
+
+def check_digest(stored: object, tables: Mapping[str, IndexTables]) -> None:
+    """ValueError unless the digest in a configuration is that of these tables, stream -> tables. None passes."""
+    if stored is None or stored == (here := table_digest(tables)):
+        return
+    generator = stored.partition(":")[0] if isinstance(stored, str) else stored
+    if generator == here.partition(":")[0]:
+        raise ValueError(
+            f"table_digest must be that of the index tables that the configuration gives here, {here}, got {stored}: "
+            f"the adapter was made with other ranks, another seed, or for modules that are called otherwise"
+        )
+    raise ValueError(
+        f"table_digest must be of generator {here.partition(':')[0]}, the one that this version of mos_ext draws tables "
+        f"with, got {stored!r}"
+    )
 
 
 def _check_pools(
     keys: list[str], linear_types: list[LinearType], config: MoSConfig, tensors: dict[str, Tensor], folder: Path
 ) -> None:
-    expected = {_tensor_name(key, tensor) for key in keys for tensor in TENSORS}
-    if set(tensors) != expected:
+    expected = {_tensor_name(key, tensor) for key in keys for tensor in POOLS}
+    allowed = expected | {_tensor_name(key, tensor) for key in keys for tensor in TABLES}
+    if not expected <= set(tensors) <= allowed:
         raise ValueError(
             f"{folder / WEIGHTS} must hold the tensors of its configuration, got a difference "
-            f"in {sorted(set(tensors) ^ expected)}"
+            f"in {sorted((expected - set(tensors)) | (set(tensors) - allowed))}"
         )
     for key, t in zip(keys, linear_types, strict=True):
         n, l = config.num_shards(len(t.modules)), config.shards_per_vector
-        for side, features in (("a", t.in_features), ("b", t.out_features)):
+        for side, features in zip(POOLS, (t.in_features, t.out_features), strict=True):
             name = _tensor_name(key, side)
             pool = tensors[name]
             if pool.shape != (n, features // l) or pool.dtype not in POOL_DTYPES.values():

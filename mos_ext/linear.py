@@ -64,7 +64,7 @@ class AdaptedLayer:
         base and first adapter are computed together. ``transposed`` weights are (in, out). ``arguments`` are more of
         the base's.
         """
-        todo = [(pool.operands(layer), pool.config.dropout if training else 0.0, pool) for pool, layer in adapters]
+        todo = [(pool(layer), pool.config.dropout if training else 0.0, pool) for pool, layer in adapters]
         if not torch.compiler.is_compiling():
             slow = _why_slow(x, todo)
             self.count(slow or opaque or FUSED, level=logging.WARNING if slow else logging.INFO)
@@ -192,7 +192,7 @@ def _why_slow(x: Tensor, todo: Sequence[tuple[dict[str, Any], float, ShardPool]]
             if not pool.uses_handles:
                 continue
             without = [side for side in "ab" if operands[f"handle_{side}"] is None]
-            if without and any(getattr(pool, side).requires_grad for side in without):
+            if without and any(getattr(pool, f"shards_{side}").requires_grad for side in without):
                 return "pools were replaced by other tensors (functional_call, FSDP1): a dense gradient per layer"
     return None
 

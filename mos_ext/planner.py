@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoSConfig
-from .routing import IndexTables, check_ranks, draw_tables
+from .routing import IndexTables, check_ranks, draw_tables, streams
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LinearType:
     Attributes:
         role: the modules' name with every number replaced by ``*``: ``model.layers.*.self_attn.q_proj``.
         in_features, out_features: the shape they have in common.
+        stream: names the random stream of the tables.
         modules: their names, in the model's order; position k is layer k of the tables.
         ranks, scales: of each module.
         tables: the index tables, (L, r, l) each.
@@ -30,6 +31,7 @@ class LinearType:
     role: str
     in_features: int
     out_features: int
+    stream: str
     modules: tuple[str, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
@@ -208,13 +210,14 @@ def plan_modules(config: MoSConfig, named: Iterable[tuple[str, nn.Module]]) -> l
         ValueError, TypeError: l does not divide a module's features, a group is too small for the ranks, or a module
             cannot be adapted.
     """
-    types = []
-    for (role, fan_in, fan_out), modules in group_modules(named).items():
+    types, groups = [], group_modules(named)
+    for stream, ((role, fan_in, fan_out), modules) in zip(streams(list(groups)), groups.items(), strict=True):
         name, ranks = type_name(role, fan_in, fan_out), tuple(config.rank_of(module) for module in modules)
         for module, r in zip(modules, ranks, strict=True):
             check_ranks(config, fan_in, fan_out, len(modules), r=r, module=module, linear_type=name)
         scales = tuple(config.scale_of(module) for module in modules)
-        types.append(LinearType(role, fan_in, fan_out, modules, ranks, scales, draw_tables(config, name, ranks)))
+        tables = draw_tables(config, stream, ranks)
+        types.append(LinearType(role, fan_in, fan_out, stream, modules, ranks, scales, tables))
     return types
 
 

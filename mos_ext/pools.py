@@ -7,13 +7,14 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import reference
 from .config import MoSConfig
-from .ops.checks import check_index, check_integer
+from .ops.checks import check_integer
 from .ops.handles import Stash, factor_handles, run_last
 from .planner import LinearType
 from .routing import IndexTables, check_ranks, draw_tables
@@ -31,9 +32,8 @@ class _Side(NamedTuple):
     """What layers use in place of a pool, and what it was made for."""
 
     pool: Tensor
-    table: Tensor
-    stream: int
     tables: tuple[Tensor, ...]  # of each layer
+    stream: int
     handles: tuple[Tensor, ...]
     stash: Stash
     requires_grad: bool
@@ -42,20 +42,25 @@ class _Side(NamedTuple):
 class ShardPool(nn.Module):
     """The A-pool and the B-pool that the L layers of one linear type share, with the index tables of all of them.
 
+    A layer *calls* the pool, ``pool(layer)``, for what it needs of it: whatever sits on modules (offloading, casting,
+    sharding, profilers) works on a pool as on any other.
+
     Args:
         config: ranks, sharding and pool dtype.
         in_features, out_features: of every layer that reads from this pool; divisible by ``config.shards_per_vector``.
         num_layers: L, the number of layers that share it.
-        linear_type: names the random stream of the tables.
+        stream: names the random stream of the tables.
         ranks, scales: of each layer, where they differ from the configuration's r and scale.
         tables: ready-made tables instead of a draw, (L, max(ranks), l) int32 each.
         device: of pools and tables.
 
     Attributes:
-        a: parameter (n, in/l), U(-1/sqrt(in), 1/sqrt(in)) at first. b: parameter (n, out/l), zeros at first, so a new
-            adapter changes nothing.
-        index_a, index_b: buffers (L, r, l) int32; :meth:`table` is a layer's own.
-        ranks, scales: of each layer.
+        shards_a: parameter (n, in/l), U(-1/sqrt(in), 1/sqrt(in)) at first. shards_b: parameter (n, out/l), zeros at
+            first, so a new adapter changes nothing.
+        tables: the index tables in host memory, (L, r, l) int32 each; :meth:`set_tables` replaces them.
+        index_a, index_b: the same on the device of the pools. Derived: no buffers and in no ``state_dict``, so nobody
+            averages, filters or loses them; made anew wherever the pools move.
+        ranks, scales: of each layer. stream: as given.
 
     Raises:
         ValueError, TypeError: features that l does not divide, ranks that L layers cannot have, tables out of range.
@@ -66,6 +71,8 @@ class ShardPool(nn.Module):
     index_a: Tensor
     index_b: Tensor
     _ddp: weakref.ref[DistributedDataParallel] | None = None  # the wrapper that forward last ran in
+    _waits = False  # whether one gradient must be put together from several backward passes
+    _replaced = False  # whether somebody else, FSDP2 say, put other parameters here and collects their gradients
 
     def __init__(
         self,
@@ -74,7 +81,7 @@ class ShardPool(nn.Module):
         out_features: int,
         num_layers: int = 1,
         *,
-        linear_type: str = "linear",
+        stream: str = "linear",
         ranks: Sequence[int] | None = None,
         scales: Sequence[float] | None = None,
         tables: IndexTables | None = None,
@@ -99,36 +106,54 @@ class ShardPool(nn.Module):
             num_layers,
         )
         l, n = config.shards_per_vector, config.num_shards(num_layers)
-        self.a = nn.Parameter(torch.empty(n, in_features // l, dtype=config.torch_pool_dtype, device=device))
-        self.b = nn.Parameter(torch.empty(n, out_features // l, dtype=config.torch_pool_dtype, device=device))
-        self.tables = draw_tables(config, linear_type, self.ranks) if tables is None else tables
-        for side, table in (("index_a", self.tables.a), ("index_b", self.tables.b)):
-            if table.shape != (num_layers, max(self.ranks), l):
-                raise ValueError(f"{side} must have the shape {(num_layers, max(self.ranks), l)}, got {table.shape}")
-            with torch.device("cpu"):
-                check_index(side, torch.from_numpy(table), n)
-            self.register_buffer(side, torch.empty(table.shape, dtype=torch.int32, device=self.a.device))
+        self._check_tables(tables)
+        self.stream = stream
+        self.tables = self.drawn_tables() if tables is None else tables
+        self.shards_a = nn.Parameter(torch.empty(n, in_features // l, dtype=config.torch_pool_dtype, device=device))
+        self.shards_b = nn.Parameter(torch.empty(n, out_features // l, dtype=config.torch_pool_dtype, device=device))
         self.reset_parameters()
-        # The only layer of a pool gives it its gradient itself. Not under DDP, which must get one from all passes.
+        # The only layer of a pool gives it its gradient itself, unless that must be put together (`_waits`).
         self.uses_handles = num_layers > 1
         self._sides: dict[str, _Side] = {}
         self._renew()
 
+    def _check_tables(self, tables: IndexTables | None) -> None:
+        shape = (self.num_layers, max(self.ranks), self.config.shards_per_vector)
+        n = self.config.num_shards(self.num_layers)
+        for side, table in () if tables is None else (("index_a", tables.a), ("index_b", tables.b)):
+            if table.shape != shape:
+                raise ValueError(f"{side} must have the shape {shape}, got {table.shape}")
+            if table.dtype != np.int32:
+                raise TypeError(f"{side} must be int32, got {table.dtype}")
+            low, high = int(table.min()), int(table.max())
+            if low < 0 or high >= n:
+                raise ValueError(f"{side} must be in [0, {n}), got {low if low < 0 else high}")
+
+    def drawn_tables(self) -> IndexTables:
+        """The index tables that follow from the configuration; those in use, mostly."""
+        tables = getattr(self, "tables", None)
+        return tables if tables is not None and tables.drawn else draw_tables(self.config, self.stream, self.ranks)
+
+    def set_tables(self, tables: IndexTables) -> None:
+        """Replaces the index tables of all layers, (L, r, l) int32 each.
+
+        Raises:
+            ValueError, TypeError: another shape or type, or entries that are no shards; nothing changes then.
+        """
+        self._check_tables(tables)
+        self.tables = tables
+        self._renew()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A ~ U(-1/sqrt(in), 1/sqrt(in)) with the full ``in``, whatever l; B = 0; the tables as at construction."""
+        """A ~ U(-1/sqrt(in), 1/sqrt(in)) with the full ``in``, whatever l; B = 0."""
         bound = 1.0 / math.sqrt(self.in_features)
-        nn.init.uniform_(self.a, -bound, bound)
-        nn.init.zeros_(self.b)
-        for side, table in (("index_a", self.tables.a), ("index_b", self.tables.b)):
-            getattr(self, side).copy_(torch.from_numpy(table))
+        nn.init.uniform_(self.shards_a, -bound, bound)
+        nn.init.zeros_(self.shards_b)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        for side in ("index_a", "index_b"):
-            table = state_dict.get(prefix + side)
-            if table is not None and table.shape == getattr(self, side).shape:  # torch tells of other shapes
-                check_index(prefix + side, table, self.a.shape[0])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._renew()  # load_state_dict(assign=True) puts other parameters here, on another device perhaps
 
     @classmethod
     def of(cls, linear_type: LinearType, config: MoSConfig, device: torch.device | str | None) -> ShardPool:
@@ -138,6 +163,7 @@ class ShardPool(nn.Module):
             linear_type.in_features,
             linear_type.out_features,
             len(linear_type.modules),
+            stream=linear_type.stream,
             ranks=linear_type.ranks,
             scales=linear_type.scales,
             tables=linear_type.tables,
@@ -151,11 +177,11 @@ class ShardPool(nn.Module):
     def _table(self, tables: Tensor, layer: int) -> Tensor:
         return tables[layer, tables.shape[1] - self.ranks[layer] :]  # the last r rows: private ranks come last
 
-    def operands(self, layer: int) -> dict[str, Any]:
+    def forward(self, layer: int) -> dict[str, Any]:
         """What the fused operators need of this pool to compute a layer, gradient handles included."""
-        ddp = self._reduced_by()
-        pool_a, handle_a, index_a = self._operand("a", self.a, self.index_a, layer, ddp)
-        pool_b, handle_b, index_b = self._operand("b", self.b, self.index_b, layer, ddp)
+        inside = self._inside_backward()
+        pool_a, handle_a, index_a = self._operand("a", self.shards_a, layer, inside)
+        pool_b, handle_b, index_b = self._operand("b", self.shards_b, layer, inside)
         return {
             "pool_a": pool_a,
             "pool_b": pool_b,
@@ -167,7 +193,7 @@ class ShardPool(nn.Module):
         }
 
     def _operand(
-        self, side: str, pool: Tensor, index: Tensor, layer: int, ddp: DistributedDataParallel | None
+        self, side: str, pool: Tensor, layer: int, inside: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The values of a pool, the handle that takes a layer's gradient instead (or None), and the layer's table."""
         if type(pool) is not nn.Parameter and hasattr(pool, "full_tensor"):
@@ -175,17 +201,25 @@ class ShardPool(nn.Module):
                 "a pool must be whole while layers use it, got a DTensor: call fully_shard on the blocks and then "
                 "on the model, whose forward gathers the pools; not on the pools alone; and call the whole model"
             )
-        made = self._sides[side]
+        handle = self._handle(side, pool, layer, inside) if self.uses_handles else None
+        if handle is not None and self._forward_hooks:
+            handle = handle.view_as(handle)  # hooks may hang something on what they see, and handles are for ever
         # (Slicing costs an eager layer 3 us; a traced one would take each slice for an input of its graph.)
-        known = made.table is index and not torch.compiler.is_compiling()
-        table = made.tables[layer] if known else self._table(index, layer)
-        handle = self._handle(side, pool, index, layer, ddp) if self.uses_handles else None
+        table = self.table(side, layer) if torch.compiler.is_compiling() else self._side(side, pool).tables[layer]
         # Where a handle takes the gradient, the pool only gives its values.
         return (pool, None, table) if handle is None else (pool.detach(), handle, table)
 
+    def _side(self, side: str, pool: Tensor) -> _Side:
+        """What was made for a pool, with tables where its values are: offloading replaces parameters at every call."""
+        made = self._sides[side]
+        if made.pool is not pool and made.tables[0].device != pool.device:
+            self._renew()
+            made = self._sides[side]
+        return made
+
     def values(self, side: str) -> Tensor:
         """A pool as a whole tensor. Where FSDP2 has sharded it, that is a collective: every rank must ask."""
-        pool = getattr(self, side)
+        pool = getattr(self, f"shards_{side}")
         return pool.full_tensor() if hasattr(pool, "full_tensor") else pool
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -199,11 +233,11 @@ class ShardPool(nn.Module):
         tables = (self.table("a", layer), self.values("b"), self.table("b", layer))
         return reference.delta_weight(self.values("a"), *tables, self.scales[layer])
 
-    def marks(self) -> tuple[tuple[Tensor, int], ...]:
+    def marks(self) -> tuple[tuple[Any, int], ...]:
         """Tells later whether pools and tables are still these, unchanged in place: compare with :meth:`unchanged`."""
-        return tuple((tensor, tensor._version) for tensor in (self.a, self.b, self.index_a, self.index_b))
+        return (self.tables, 0), *((pool, pool._version) for pool in (self.shards_a, self.shards_b))
 
-    def unchanged(self, marks: tuple[tuple[Tensor, int], ...]) -> bool:
+    def unchanged(self, marks: tuple[tuple[Any, int], ...]) -> bool:
         """Whether nothing has changed since :meth:`marks`. (Writing to ``.data`` cannot be seen.)"""
         return all(a is b and v == w for (a, v), (b, w) in zip(marks, self.marks(), strict=True))
 
@@ -213,61 +247,76 @@ class ShardPool(nn.Module):
         None when no gradient is wanted, or when it must go to the pool itself: ``functional_call`` and ``torch.func``
         put other tensors here for one call, and a tracer that meets a replaced parameter must not keep what it makes.
         """
-        return self._handle(side, getattr(self, side), getattr(self, f"index_{side}"), layer, self._reduced_by())
+        return self._handle(side, getattr(self, f"shards_{side}"), layer, self._inside_backward())
 
-    def _handle(
-        self, side: str, pool: Tensor, index: Tensor, layer: int, ddp: DistributedDataParallel | None
-    ) -> Tensor | None:
+    def _handle(self, side: str, pool: Tensor, layer: int, inside: bool) -> Tensor | None:
         if not (torch.is_grad_enabled() and pool.requires_grad) or not isinstance(pool, nn.Parameter):
             return None
         made = self._sides[side]
-        stale = made.pool is not pool or made.table is not index or not made.requires_grad
+        stale = made.pool is not pool or not made.requires_grad
         if pool.is_cuda and not torch.compiler.is_compiling():
             stale = stale or made.stream != _stream(pool)
         if stale:
             if torch.compiler.is_compiling():
                 return None
+            if made.pool is not pool and distributed.is_available() and distributed.is_initialized():
+                self._replaced = True
             self._renew()
             made = self._sides[side]
-        return made.handles[layer] if ddp is None else made.stash.open(ddp.find_unused_parameters)[layer]
+        return made.stash.open(self._ddp and self._ddp())[layer] if inside else made.handles[layer]
 
-    def _reduced_by(self) -> DistributedDataParallel | None:
-        """The DDP that reduces this pool's gradient, for a layer that is recomputed inside a backward pass."""
+    def _inside_backward(self) -> bool:
+        """Whether a layer is recomputed inside a backward pass, and must not give the pool a gradient of its own."""
         if torch.compiler.is_compiling():
-            return None
-        ddp = None if self._ddp is None else self._ddp()
+            return False
+        ddp = self._ddp and self._ddp()
         if torch._C._current_graph_task_id() == -1:
             active = DistributedDataParallel._active_ddp_module
             if active is not None and active is not ddp:
-                self._ddp, self.uses_handles = weakref.ref(active), True
-                run_last(self._sides["a"].handles, True)
-            return None
-        # With a static graph DDP itself counts how often a gradient is delivered.
-        return None if ddp is None or ddp.static_graph else ddp
+                self._ddp = weakref.ref(active)
+                self._wait()
+            elif self.training and not self._waits and not torch.is_grad_enabled():
+                self._wait()  # the forward pass of reentrant checkpointing, most likely
+            return False
+        # FSDP2 reduces what has come together when a pass ends, and is done before any callback of ours. With a static
+        # graph DDP itself counts how often a gradient is delivered.
+        if self._replaced if ddp is None else ddp.static_graph:
+            return False
+        self._wait()
+        return True
+
+    def _wait(self) -> None:
+        """From now on, one gradient is put together from all backward passes inside the outermost one."""
+        if not self._waits:
+            self.uses_handles = self._waits = True
+            run_last(self._sides["a"].handles, True)
 
     def _renew(self) -> None:
-        """Handles for the parameters as they are now. Threads find the old ones, or the new.
+        """Tables and handles for the parameters as they are now. Threads find the old ones, or the new.
 
         Called ahead of the first forward pass too, so that tracers find them.
         """
         # (Tensors that took a parameter's place, as in functional_call, get their gradients without handles.)
-        pools = [pool if isinstance(pool, nn.Parameter) else pool.detach() for pool in (self.a, self.b)]
-        indices = self.index_a, self.index_b
+        pools = [pool if isinstance(pool, nn.Parameter) else pool.detach() for pool in (self.shards_a, self.shards_b)]
+        # (torch.tensor, since from_numpy would make real ones among fakes.)
+        indices = [
+            torch.tensor(table, dtype=torch.int32, device=pool.device)
+            for table, pool in zip((self.tables.a, self.tables.b), pools, strict=True)
+        ]
         tables = [tuple(self._table(index, k) for k in range(self.num_layers)) for index in indices]
         stashes = [Stash(*of) for of in zip(pools, tables, strict=True)]
         with torch.enable_grad():
             handles = factor_handles(pools, tables, stashes)
-        run_last(handles[0], self._ddp is not None)
+        run_last(handles[0], self._waits and not self._replaced)
         for handle in (*handles[0], *handles[1]):
             # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a
             # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no
             # storage of its own.
             handle.grad = handle.detach()
+        self.index_a, self.index_b = indices
         self._sides = {
-            side: _Side(pool, index, _stream(pool), of_layers, standing_in, stash, pool.requires_grad)
-            for side, pool, index, of_layers, standing_in, stash in zip(
-                "ab", pools, indices, tables, handles, stashes, strict=True
-            )
+            side: _Side(pool, of_layers, _stream(pool), standing_in, stash, pool.requires_grad)
+            for side, pool, of_layers, standing_in, stash in zip("ab", pools, tables, handles, stashes, strict=True)
         }
 
     def _apply(self, fn, recurse=True):
@@ -279,7 +328,8 @@ class ShardPool(nn.Module):
 
     def __getstate__(self) -> dict:
         # Handles belong to a graph of this very parameter: copies and pickles make their own.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_sides", "_ddp")}
+        derived = ("index_a", "index_b", "_sides", "_ddp")
+        return {k: v for k, v in self.__dict__.items() if k not in derived}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -290,6 +340,6 @@ class ShardPool(nn.Module):
         c = self.config
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, num_layers={self.num_layers}, "
-            f"num_shards={self.a.shape[0]}, r={max(self.ranks)}, equivalent_rank={c.equivalent_rank}, "
+            f"num_shards={self.shards_a.shape[0]}, r={max(self.ranks)}, equivalent_rank={c.equivalent_rank}, "
             f"shards_per_vector={c.shards_per_vector}"
         )

@@ -1,21 +1,23 @@
-"""The router of MoS: static index tables, drawn once from a seed, the same everywhere and for every version of torch.
+"""The router of MoS: static index tables, which follow from seed and configuration, the same everywhere.
 
 The generator is SplitMix64 used as a counter-based hash: shard m gets the key mix(base + (m + 1) * golden) with a base
 that names the seed, the linear type, the layer and the side, and a permutation is the order of the keys. NumPy
-supplies sorting and wrapping uint64 arithmetic, nothing random.
+supplies sorting and wrapping uint64 arithmetic, nothing random. ``docs/format.md`` says it for other programs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .config import MoSConfig
 
+# Of the draw. It changes when one seed and configuration would give other tables than before; files name it.
+GENERATOR = 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -75,10 +77,13 @@ def check_ranks(
 class IndexTables:
     """The tables of all layers of one linear type: ``a`` and ``b``, each (L, r, l) int32, entries below the number of
     shards. r is the largest rank among the layers; a layer of rank r_k uses the last r_k rows of its table.
+
+    ``drawn`` tables follow from the configuration, so files leave them out.
     """
 
     a: np.ndarray
     b: np.ndarray
+    drawn: bool = False
 
 
 def _public_draws(config: MoSConfig, stream: str, ranks: Sequence[int]) -> np.ndarray:
@@ -105,7 +110,7 @@ def draw_tables(config: MoSConfig, linear_type: str, ranks: Sequence[int]) -> In
     """The index tables of a linear type whose adapted modules have these ranks.
 
     Private vectors are the last p ranks of a layer and stay paired: both sides hold the same range. ``linear_type``
-    names the random stream, so adding a type to a model does not change the tables of the others.
+    names the random stream (:func:`streams`).
     """
     r, num_layers, p, l = max(ranks), len(ranks), config.private_rank, config.shards_per_vector
     n_public = config.num_public_shards(num_layers)
@@ -116,7 +121,32 @@ def draw_tables(config: MoSConfig, linear_type: str, ranks: Sequence[int]) -> In
         return np.concatenate([public, private], axis=1).reshape(num_layers, r, l)
 
     a = side("a")
-    return IndexTables(a, side("b") if config.pair_dissociation else a.copy())
+    return IndexTables(a, side("b") if config.pair_dissociation else a.copy(), drawn=True)
+
+
+def streams(types: Sequence[tuple[str, int, int]]) -> list[str]:
+    """The random stream of each linear type (role, in_features, out_features) of a plan.
+
+    It is named after the part of the role inside the numbered block, ``self_attn.q_proj[64->64]``: what the blocks hang
+    on may be called otherwise where an adapter is loaded. A name that occurs again, as a decoder's after an encoder's,
+    gets its number.
+    """
+    names: list[str] = []
+    for role, fan_in, fan_out in types:
+        name = f"{role.partition('*.')[2] or role}[{fan_in}->{fan_out}]"
+        count = sum(other.partition("#")[0] == name for other in names)
+        names.append(f"{name}#{count}" if count else name)
+    return names
+
+
+def table_digest(tables: Mapping[str, IndexTables]) -> str:
+    """What a file says of the tables of its adapter, stream -> tables: the generator's version and a SHA-256."""
+    digest = hashlib.sha256()
+    for stream in sorted(tables):
+        for side in (tables[stream].a, tables[stream].b):
+            digest.update(f"{stream} {side.shape}\n".encode())
+            digest.update(np.ascontiguousarray(side, dtype="<i4").tobytes())
+    return f"{GENERATOR}:{digest.hexdigest()}"
 
 
 def check_tables(config: MoSConfig, tables: IndexTables, ranks: Sequence[int]) -> None:

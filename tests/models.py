@@ -92,6 +92,6 @@ def randomize(model, std=0.1):
     torch.manual_seed(1)
     with torch.no_grad():
         for pool in model.mos_pools.pools:
-            pool.a.normal_(std=std)
-            pool.b.normal_(std=std)
+            pool.shards_a.normal_(std=std)
+            pool.shards_b.normal_(std=std)
     return model

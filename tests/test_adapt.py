@@ -91,8 +91,8 @@ def test_adapted_model_computes_the_definition():
             + 7
             / 5
             * (
-                reference.gather_concat(layer.pool.b, layer.pool.index_b[layer.layer]).T
-                @ reference.gather_concat(layer.pool.a, layer.pool.index_a[layer.layer])
+                reference.gather_concat(layer.pool.shards_b, layer.pool.index_b[layer.layer]).T
+                @ reference.gather_concat(layer.pool.shards_a, layer.pool.index_a[layer.layer])
             )
             for layer in (block.up, block.down)
         )
@@ -118,7 +118,7 @@ class TestAblations:
         )
         _, ups = self.deltas(config)
         for layer in ups:
-            dense = config.scale * layer.pool.b.T @ layer.pool.a
+            dense = config.scale * layer.pool.shards_b.T @ layer.pool.shards_a
             torch.testing.assert_close(
                 layer.delta_weight(), dense, rtol=1e-5, atol=1e-6
             )  # float32, another order of ranks
@@ -129,8 +129,8 @@ class TestAblations:
         for k, layer in enumerate(ups):
             own = slice(4 * k, 4 * k + 4)
             a, b = layer.factors()
-            assert torch.equal(a, layer.pool.a[own])
-            assert torch.equal(b, layer.pool.b[own].T)
+            assert torch.equal(a, layer.pool.shards_a[own])
+            assert torch.equal(b, layer.pool.shards_b[own].T)
 
     def test_pair_dissociation(self):
         for on in (True, False):
@@ -142,7 +142,7 @@ class TestAblations:
     def test_vector_sharding(self):
         for l in (1, 2, 4, 8):
             _, ups = self.deltas(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=l, private_rank=1))
-            assert ups[0].pool.a.shape == (3 * 3 * l, 24 // l)
+            assert ups[0].pool.shards_a.shape == (3 * 3 * l, 24 // l)
 
     def test_privatization(self):
         _, ups = self.deltas(MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=2))
@@ -272,7 +272,7 @@ def test_unmerging_needs_the_pools_that_were_merged():
     other = copy.deepcopy(model)
     mos_ext.unmerge(other)  # a copy counts anew
     with torch.no_grad():
-        model.mos_pools.pools[0].b.mul_(2)
+        model.mos_pools.pools[0].shards_b.mul_(2)
     unchanged(
         model,
         lambda: mos_ext.unmerge(model),
@@ -380,7 +380,7 @@ def test_offloaded_bases(tmp_path):
         assert {p.device.type for p in model.mos_pools.parameters()} == {"cpu"}
         torch.testing.assert_close(logits(model, batch), logits(want, batch), rtol=1e-5, atol=1e-6)
         model(**batch).logits.sum().backward()
-        assert all(pool.b.grad.abs().sum() > 0 for pool in model.mos_pools.pools)
+        assert all(pool.shards_b.grad.abs().sum() > 0 for pool in model.mos_pools.pools)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_hooks_of_the_base_keep_firing():
 def test_standalone_layer():
     config = MoSConfig(r=4, equivalent_rank=4, shards_per_vector=2, private_rank=1)
     layer = MoSLinear(16, 24, config=config)
-    assert {n for n, _ in layer.named_parameters()} == {"weight", "bias", "pool.a", "pool.b"}
+    assert {n for n, _ in layer.named_parameters()} == {"weight", "bias", "pool.shards_a", "pool.shards_b"}
     x = torch.randn(3, 16)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert MoSLinear(16, 24, bias=False, config=config).bias is None
@@ -461,9 +461,9 @@ def test_standalone_layer():
 def test_layers_that_share_a_pool():
     pool = ShardPool(MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, private_rank=1), 16, 16, num_layers=3)
     model = nn.Sequential(*(MoSLinear(16, 16, pool=pool, layer=k) for k in range(3)))
-    assert sum(p is pool.a for p in model.parameters()) == 1
+    assert sum(p is pool.shards_a for p in model.parameters()) == 1
     model(torch.randn(2, 16)).sum().backward()
-    assert pool.b.grad is not None
+    assert pool.shards_b.grad is not None
     assert all(layer.pool is pool for layer in model)
 
 
@@ -609,17 +609,17 @@ def test_ranks_and_scales_per_layer():
         rank = {"1.up": 2, "1.down": 2, "2.down": 4}.get(name, 5)
         a, b = layer.factors()
         assert a.shape[0] == b.shape[1] == rank
-        assert torch.equal(a[-1], layer.pool.a[layer.pool.index_a[layer.layer, -1]].flatten())  # the private rank
+        assert torch.equal(a[-1], layer.pool.shards_a[layer.pool.index_a[layer.layer, -1]].flatten())  # the private rank
         assert layer.scale == (3 if name == "0.up" else 7) / rank**0.5
         h = x if layer.in_features == 24 else torch.randn(6, 48, dtype=torch.float64)
         want = nn.functional.linear(h, layer.weight, layer.bias) + layer.scale * h @ a.T @ b.T
         torch.testing.assert_close(layer(h), want)
-    assert all(pool.a.shape[0] == 3 * 3 * 2 for pool in model.mos_pools.pools)
+    assert all(pool.shards_a.shape[0] == 3 * 3 * 2 for pool in model.mos_pools.pools)
     report = mos_ext.parameter_report(model)
     assert report.lora_parameters == (24 + 48) * (5 + 2 + 5 + 5 + 2 + 4)
     model(x).square().sum().backward()
     unused = set(range(18)) - {int(i) for _, m in mos_layers(model) for i in m.pool.table("a", m.layer).flatten()}
-    assert all(model.mos_pools.pools[0].a.grad[i].abs().sum() == 0 for i in unused)
+    assert all(model.mos_pools.pools[0].shards_a.grad[i].abs().sum() == 0 for i in unused)
 
 
 def test_ranks_per_layer_that_do_not_fit():
@@ -735,7 +735,7 @@ def test_wrapped_models_are_refused(wrapper):
 
 def change_in_place(pool):
     with torch.no_grad():
-        pool.b.add_(1)
+        pool.shards_b.add_(1)
 
 
 def change_tables(pool):
@@ -743,8 +743,8 @@ def change_tables(pool):
 
 
 def replace_pool(pool):
-    pool.b = nn.Parameter(pool.b.detach().clone() + 1)
-    torch.autograd.graph.increment_version(pool.b)  # a counter alone would not tell
+    pool.shards_b = nn.Parameter(pool.shards_b.detach().clone() + 1)
+    torch.autograd.graph.increment_version(pool.shards_b)  # a counter alone would not tell
 
 
 @pytest.mark.parametrize("change", [change_in_place, change_tables, replace_pool])
@@ -785,7 +785,7 @@ def test_threads_find_old_handles_or_new_ones():
     def forward():
         try:
             for k in range(layers):
-                pool.operands(k)
+                pool(k)
         except Exception as error:
             failures.append(error)
 
@@ -793,7 +793,7 @@ def test_threads_find_old_handles_or_new_ones():
     sys.setswitchinterval(1e-6)
     try:
         for _ in range(20):
-            pool.a = nn.Parameter(pool.a.detach().clone())
+            pool.shards_a = nn.Parameter(pool.shards_a.detach().clone())
             threads = [threading.Thread(target=forward) for _ in range(4)]
             for thread in threads:
                 thread.start()

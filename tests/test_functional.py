@@ -206,7 +206,7 @@ def test_under_torch_func(device):
 
 def test_a_tensor_that_outlived_a_transform_still_has_its_gradient(device):
     layer = MoSLinear(8, 8, config=MoSConfig(r=4, equivalent_rank=4), device=device)
-    nn.init.normal_(layer.pool.b)
+    nn.init.normal_(layer.pool.shards_b)
     weight = layer.weight.detach().clone().requires_grad_()
     kept = []
     for shape in ((3, 8), (2, 3, 8)):
@@ -216,14 +216,14 @@ def test_a_tensor_that_outlived_a_transform_still_has_its_gradient(device):
         (got,) = torch.autograd.grad(layer(leaked).sum(), x)
         torch.testing.assert_close(got, torch.autograd.grad(layer(x).sum(), x)[0])
         pool = layer.pool
-        y = mos_linear(x, leaked_weight, None, pool.a, pool.table("a", 0), pool.b, pool.table("b", 0), 1.0)
+        y = mos_linear(x, leaked_weight, None, pool.shards_a, pool.table("a", 0), pool.shards_b, pool.table("b", 0), 1.0)
         (got,) = torch.autograd.grad(y.sum(), weight)
         torch.testing.assert_close(got, x.detach().reshape(-1, 8).sum(0).expand(8, 8))
 
 
 def test_parameters_that_outlived_a_transform_still_have_their_gradients(device):
     layer, x = MoSLinear(8, 8, config=MoSConfig(r=4, equivalent_rank=4), device=device), torch.randn(3, 8).to(device)
-    nn.init.normal_(layer.pool.b)
+    nn.init.normal_(layer.pool.shards_b)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
     kept = {}
     torch.func.grad(lambda p: (kept.update(p), torch.func.functional_call(layer, p, (x,)).sum())[1])(leaves)
@@ -236,7 +236,7 @@ def test_parameters_that_outlived_a_transform_still_have_their_gradients(device)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_inside_of_autocast_is_that_outside(dtype, device):
     layer = MoSLinear(16, 8, config=MoSConfig(r=4, equivalent_rank=4), device=device, dtype=dtype)
-    nn.init.normal_(layer.pool.b)
+    nn.init.normal_(layer.pool.shards_b)
     x = torch.randn(3, 16).to(device, dtype).requires_grad_()
     wanted = (x, *layer.parameters())
     want = torch.autograd.grad(layer(x).square().sum(), wanted)

@@ -156,8 +156,8 @@ def test_the_definition():
     x = torch.randn(5, 24, dtype=torch.float64)
     layer = layers(model)["1.up"]
     pool, k = layer.adapter("default")
-    a = reference.gather_concat(pool.a, pool.index_a[k])
-    b = reference.gather_concat(pool.b, pool.index_b[k]).T
+    a = reference.gather_concat(pool.shards_a, pool.index_a[k])
+    b = reference.gather_concat(pool.shards_b, pool.index_b[k]).T
     want = layer.base_layer(x) + 10 / 2 * x @ a.T @ b.T  # alpha / sqrt(r)
     torch.testing.assert_close(layer(x), want)
 
@@ -226,7 +226,7 @@ def test_patterns():
         assert layer.scaling["default"] == (7 if "up_proj" in name else 10) / r == native.scale_of(name)
         # A smaller rank uses the last rows: the private rank is among them, and no pool grows or shrinks.
         assert torch.equal(pool.table("b", k)[-1], pool.index_b[k, -1])
-        assert pool.a.shape[0] == 3 * 4 * 2
+        assert pool.shards_a.shape[0] == 3 * 4 * 2
 
 
 # ------------------------------------------------------------------------------------------------ several adapters
@@ -466,7 +466,7 @@ def test_hot_reload_keeps_the_parameters(tmp_path):
     other = wrapped(seed=3)
     with torch.no_grad():
         for pool in pools(other):
-            pool.b.mul_(3)
+            pool.shards_b.mul_(3)
     other.save_pretrained(tmp_path)
     held = [p for pool in pools(model) for p in pool.parameters()]
     model.load_adapter(tmp_path, adapter_name="default")
@@ -542,8 +542,8 @@ def test_dtypes(dtype, autocast_adapter_dtype):
     assert output.logits.dtype == dtype
     output.logits.float().square().mean().backward()
     for pool in pools(model):
-        assert pool.a.grad.dtype == want
-        assert pool.a.grad.abs().sum() > 0
+        assert pool.shards_a.grad.dtype == want
+        assert pool.shards_a.grad.abs().sum() > 0
     assert set(mos_ext.explain(model).layers[0].calls) == {"fused with the base layer"}
 
 

@@ -49,7 +49,7 @@ def plain_forward(model, x):
         def linear(layer, x):
             pool, k = layer.pool, layer.layer
             return reference.mos_linear(
-                x, layer.weight, layer.bias, pool.a, pool.index_a[k], pool.b, pool.index_b[k], layer.scale
+                x, layer.weight, layer.bias, pool.shards_a, pool.index_a[k], pool.shards_b, pool.index_b[k], layer.scale
             )
 
         x = x + linear(block.down, torch.relu(linear(block.up, x)))
@@ -143,14 +143,14 @@ def test_a_sub_module_alone_and_after_a_step():
     model(x).sum().backward()  # the whole model first: handles exist
     layer = model[1].up
     pool, k = layer.pool, layer.layer
-    optimizer = torch.optim.SGD([pool.a, pool.b], lr=0.1)
+    optimizer = torch.optim.SGD([pool.shards_a, pool.shards_b], lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         layer(x).square().sum().backward()
         y = reference.mos_linear(
-            x, layer.weight, layer.bias, pool.a, pool.index_a[k], pool.b, pool.index_b[k], layer.scale
+            x, layer.weight, layer.bias, pool.shards_a, pool.index_a[k], pool.shards_b, pool.index_b[k], layer.scale
         )
-        close([pool.a.grad, pool.b.grad], torch.autograd.grad(y.square().sum(), [pool.a, pool.b]))
+        close([pool.shards_a.grad, pool.shards_b.grad], torch.autograd.grad(y.square().sum(), [pool.shards_a, pool.shards_b]))
         optimizer.step()
 
 
@@ -184,7 +184,7 @@ def test_a_pool_changed_between_forward_and_backward_is_an_error():
     model, x = adapted(), torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     loss = model(x).sum()
     with torch.no_grad():
-        model.mos_pools.pools[0].a.add_(1.0)
+        model.mos_pools.pools[0].shards_a.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -196,7 +196,7 @@ def test_frozen_pools():
     model.mos_pools.requires_grad_(False)
     model(x).sum().backward()
     assert torch.equal(x.grad, want)
-    model.mos_pools.pools[0].b.requires_grad_(True)
+    model.mos_pools.pools[0].shards_b.requires_grad_(True)
     for p in model.parameters():
         p.grad = None
     model(x).sum().backward()
@@ -271,7 +271,7 @@ def test_another_parameter_after_training():
     gradients(model, lambda: model(x).sum())
     old = [p for pool in model.mos_pools.pools for p in pool.parameters()]
     for pool in model.mos_pools.pools:
-        pool.a, pool.b = torch.nn.Parameter(2 * pool.a.detach()), torch.nn.Parameter(pool.b.detach().clone())
+        pool.shards_a, pool.shards_b = torch.nn.Parameter(2 * pool.shards_a.detach()), torch.nn.Parameter(pool.shards_b.detach().clone())
     for p in old:
         p.grad = None
     close(
@@ -321,8 +321,8 @@ def test_any_configuration(data):
         seed=data.draw(st.integers(0, 99)),
     )
     pool = ShardPool(config, fan_in, fan_out, layers)
-    assert pool.a.numel() + pool.b.numel() == e * layers * (fan_in + fan_out)
-    torch.nn.init.normal_(pool.b)
+    assert pool.shards_a.numel() + pool.shards_b.numel() == e * layers * (fan_in + fan_out)
+    torch.nn.init.normal_(pool.shards_b)
     x = torch.randn(3, fan_in, dtype=torch.float64)
     for k in range(layers):
         layer = MoSLinear(fan_in, fan_out, pool=pool, layer=k, dtype=torch.float64)
@@ -334,12 +334,12 @@ def test_any_configuration(data):
 
 def test_initial_values_and_repr():
     pool = ShardPool(MoSConfig(r=8, equivalent_rank=4, shards_per_vector=4), 64, 96, 8)
-    assert pool.a.shape == (128, 16)
-    assert pool.b.shape == (128, 24)
-    assert not pool.b.any()
-    assert pool.a.abs().max() <= 1 / 8  # 1/sqrt(in), with the full in
+    assert pool.shards_a.shape == (128, 16)
+    assert pool.shards_b.shape == (128, 24)
+    assert not pool.shards_b.any()
+    assert pool.shards_a.abs().max() <= 1 / 8  # 1/sqrt(in), with the full in
     assert (
-        abs(pool.a.std().item() - (1 / 8) / 3**0.5) < 0.005
+        abs(pool.shards_a.std().item() - (1 / 8) / 3**0.5) < 0.005
     )  # a uniform distribution's, within 6 of its standard errors
     assert "num_shards=128" in repr(pool)
     assert pool.index_a.shape == pool.index_b.shape == (8, 8, 4)

@@ -153,8 +153,8 @@ def randomise(adapted, name="default", std=0.1, seed=1):
     torch.manual_seed(seed)
     with torch.no_grad():
         for pool in pools(adapted, name):
-            pool.a.normal_(std=std)
-            pool.b.normal_(std=std)
+            pool.shards_a.normal_(std=std)
+            pool.shards_b.normal_(std=std)
     return adapted
 
 
@@ -237,7 +237,7 @@ def results(base, x, grad, adapters, context):
         out, dx, pool_grads = y.detach(), x.grad, []
         for dtype, pool, number in adapters:
             own = x.detach().to(dtype or x.dtype).requires_grad_()
-            a, b = (p.detach().clone().to(dtype or p.dtype).requires_grad_() for p in (pool.a, pool.b))
+            a, b = (p.detach().clone().to(dtype or p.dtype).requires_grad_() for p in (pool.shards_a, pool.shards_b))
             computed = torch.bfloat16 if torch.is_autocast_enabled("cpu") and dtype is None else own.dtype
             with torch.autocast("cpu", enabled=False):
                 delta = low_rank(own.to(computed), pool, number, a, b)
@@ -267,7 +267,7 @@ def check_layer(layer, base, x, context, names=("default",)):
     with context():
         y = layer(x)
     y.backward(grad)
-    got = [y.detach(), x.grad, *(p.grad for _, pool, _ in plain for p in (pool.a, pool.b))]
+    got = [y.detach(), x.grad, *(p.grad for _, pool, _ in plain for p in (pool.shards_a, pool.shards_b))]
     operands = torch.bfloat16 if context is not nullcontext else x.dtype
     what = ["y", "dx", *(f"{name}: dpool_{side}" for name in names for side in "ab")]
     for name, actual, near, true in zip(

@@ -83,7 +83,7 @@ def fill(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for pool in pools(model):
-            for parameter in (pool.a, pool.b):
+            for parameter in (pool.shards_a, pool.shards_b):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -91,14 +91,14 @@ def fill(model, seed=1):
 def trained(model):
     """The values of everything trainable, which is the pools and nothing else."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert {id(p) for p in parameters.values()} == {id(p) for pool in pools(model) for p in (pool.a, pool.b)}
+    assert {id(p) for p in parameters.values()} == {id(p) for pool in pools(model) for p in (pool.shards_a, pool.shards_b)}
     return [p.detach().clone() for p in parameters.values()]
 
 
 def gradients(model, loss):
     model.zero_grad()
     loss().backward()
-    return [p.grad.clone() for pool in pools(model) for p in (pool.a, pool.b)]
+    return [p.grad.clone() for pool in pools(model) for p in (pool.shards_a, pool.shards_b)]
 
 
 def dense_gradients(model, base, batch):
@@ -119,7 +119,7 @@ def dense_gradients(model, base, batch):
         weights[f"{name}.weight"] = base.get_parameter(f"{name}.weight").detach() + pool.scales[k] * b @ a
     assert len(weights) == sum(pool.num_layers for pool in pools(model))
     loss = torch.func.functional_call(base, weights, kwargs=batch).loss
-    return torch.autograd.grad(loss, [p for pool in pools(model) for p in (pool.a, pool.b)])
+    return torch.autograd.grad(loss, [p for pool in pools(model) for p in (pool.shards_a, pool.shards_b)])
 
 
 def same(a, b):
@@ -439,7 +439,7 @@ def test_selective_checkpointing(wrap, saved, called, dropout):
     result = loss(True)
     with Count() as count:
         result.backward()
-    got = [p.grad for pool in pools(model) for p in (pool.a, pool.b)]
+    got = [p.grad for pool in pools(model) for p in (pool.shards_a, pool.shards_b)]
     # float32: under a policy, base and branch may be computed as two products and rounded once more.
     assert error(got, want) < 1e-6
     # In a backward pass, addmm and linear are products of a forward pass that is computed again.
@@ -501,7 +501,7 @@ def test_micro_batches_are_one_batch(wrap):
     for parts in (1, 4):
         model.zero_grad()
         backward(parts)
-        results.append([p.grad.clone() for pool in pools(model) for p in (pool.a, pool.b)])
+        results.append([p.grad.clone() for pool in pools(model) for p in (pool.shards_a, pool.shards_b)])
     # float32: the same sum over 8 x 11 tokens in another order, at 6e-8 a rounding.
     assert error(results[1], results[0]) < 2e-6
     dense = dense_gradients(model, llama(2), {"input_ids": ids, "labels": ids})
@@ -546,7 +546,7 @@ def test_scaled_gradients(wrap, dtype, device):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     gradients(model, lambda: scaler.scale(loss()))
     scaler.unscale_(optimizer)
-    got = [p.grad / small for pool in pools(model) for p in (pool.a, pool.b)]
+    got = [p.grad / small for pool in pools(model) for p in (pool.shards_a, pool.shards_b)]
     unscaled = [grad / small for grad in gradients(model, loss)]
     # Against float32 without autocast: the rounding of operands, 2**-8 and 2**-11, over some ten products in a row. Twice
     # what plain PyTorch is off by in bfloat16, 0.070; float16 has three bits more.
@@ -607,7 +607,7 @@ def counting():
 
 
 def sgd_steps(model, forward, xs):
-    optimizer = torch.optim.SGD([p for pool in pools(model) for p in (pool.a, pool.b)], lr=0.05)
+    optimizer = torch.optim.SGD([p for pool in pools(model) for p in (pool.shards_a, pool.shards_b)], lr=0.05)
     seen = []
     for x in xs:
         optimizer.zero_grad()
@@ -700,7 +700,7 @@ if torch.cuda.is_available():
         model.zero_grad()
         with torch.cuda.graph(graph):
             loss().backward()
-        static = [p.grad for pool in pools(model) for p in (pool.a, pool.b)]
+        static = [p.grad for pool in pools(model) for p in (pool.shards_a, pool.shards_b)]
 
         def replay(new):
             x.copy_(new)
@@ -713,7 +713,7 @@ if torch.cuda.is_available():
         for factor, new in zip((1, 2, 2), xs, strict=True):  # a graph reads inputs and pools as they are
             with torch.no_grad():
                 for pool in pools(model):
-                    pool.a.mul_(factor)
+                    pool.shards_a.mul_(factor)
             got = replay(new)
             eager = copy.deepcopy(model)  # leaves the gradients alone that the graph writes
             want = gradients(eager, lambda: eager(new).square().sum())  # noqa: B023
@@ -761,16 +761,16 @@ def test_copies_under_peft(how):
     other = copied(model, how)
     assert not {id(p) for p in other.parameters()} & {id(p) for p in model.parameters()}
     assert torch.equal(other(x), model(x))
-    before = [p.grad.clone() for pool in pools(model) for p in (pool.a, pool.b)]
+    before = [p.grad.clone() for pool in pools(model) for p in (pool.shards_a, pool.shards_b)]
     assert same(gradients(other, lambda: other(x).square().sum()), want)
-    assert same([p.grad for pool in pools(model) for p in (pool.a, pool.b)], before)
+    assert same([p.grad for pool in pools(model) for p in (pool.shards_a, pool.shards_b)], before)
 
     # Still shared: what a pool of the copy becomes, all its layers become, and none of the original's.
     assert len(pools(other)) == len(pools(model)) == 2
     mine, others = deltas(model), deltas(other)
     for pool in pools(other):
         with torch.no_grad():
-            pool.a.mul_(2)
+            pool.shards_a.mul_(2)
     for name, delta in deltas(other).items():
         assert torch.equal(delta, 2 * others[name])
         assert delta.any()

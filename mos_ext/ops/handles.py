@@ -6,8 +6,8 @@ the factor's, r * d elements. All handles of a pair of pools leave one autograd 
 after the last layer, and sums all factor gradients into each pool with one ordered ``scatter_add``. A handle holds no
 values and its node saves none, so one set serves every step for as long as the parameters and their tables live: there
 is nothing in it that could become stale. Layers called twice, not at all, or alone, gradient accumulation and both
-kinds of checkpointing are autograd's ordinary business. What is not, is DDP around reentrant checkpointing:
-:class:`Stash`.
+kinds of checkpointing are autograd's ordinary business. What is not, is one delivery for all the backward passes that
+reentrant checkpointing runs inside another: :class:`Stash`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import reference
 from .autograd import below_autograd, first_order, ops, unseen
@@ -78,11 +79,12 @@ def run_last(handles: Sequence[Tensor], last: bool) -> None:
 
 
 class Stash:
-    """Holds back a pool's gradient until the outermost backward pass ends, for DDP.
+    """Holds back a pool's gradient until the outermost backward pass ends.
 
     A block under reentrant checkpointing runs a backward pass of its own inside the outer one, and would deliver to the
-    parameter each time; DDP takes the first delivery for the whole gradient. So layers that are recomputed inside a
-    backward pass use the ``handles`` here. They lead to ``proxy``, a leaf without storage that stands for the pool,
+    parameter each time. DDP takes the first delivery for the whole gradient, ZeRO forbids a second, and an optimiser
+    that steps in a hook of the parameter would step once per block. So layers that are recomputed inside a backward
+    pass use the ``handles`` here. They lead to ``proxy``, a leaf without storage that stands for the pool,
     where gradients add up. The outer graph's own node of the pool adds what is there when it runs, after everything
     else (:func:`run_last`); where there is no such node, a callback at the end of the outer pass delivers. The
     parameter sees one gradient.
@@ -90,7 +92,7 @@ class Stash:
 
     def __init__(self, pool: Tensor, indices: Sequence[Tensor]) -> None:
         self.pool, self.indices, self.delivered_in = pool, indices, -1
-        self.proxy: Tensor | None = None  # made when it is needed first, which is under DDP only
+        self.proxy: Tensor | None = None  # made when it is needed first
         self.handles: tuple[Tensor, ...] = ()
         self._delivery: Callable[[], _Delivery | None] = _none
 
@@ -101,13 +103,13 @@ class Stash:
             (self.handles,) = factor_handles([proxy], [self.indices])
         return proxy
 
-    def open(self, find_unused_parameters: bool) -> tuple[Tensor, ...]:
-        """The handles, for a layer that is recomputed inside a backward pass."""
+    def open(self, ddp: DistributedDataParallel | None) -> tuple[Tensor, ...]:
+        """The handles, for a layer that is recomputed inside a backward pass; ``ddp`` reduces the gradient."""
         if self.proxy is None:
             self.proxy = self._make()
         if self._delivery() is None:
             self.proxy.grad = None  # of a pass that failed
-            delivery = _Delivery(self, find_unused_parameters)
+            delivery = _Delivery(self, None if ddp is None else ddp.find_unused_parameters)
             # The engine alone owns it, so that it dies with its pass, however that ends. The first pass that sees a
             # layer is the outermost: what a nested checkpoint recomputes ran in the enclosing recomputation before.
             self._delivery = weakref.ref(delivery)
@@ -122,13 +124,16 @@ class Stash:
         grad, self.proxy.grad = self.proxy.grad, None
         return None if self._delivery() is None else grad  # else of a pass that failed
 
-    def deliver(self, find_unused_parameters: bool) -> None:
-        """The end of a backward pass: gives the parameter what the outer graph's node did not take."""
+    def deliver(self, find_unused_parameters: bool | None) -> None:
+        """The end of a backward pass: gives the parameter what the outer graph's node did not take.
+
+        ``find_unused_parameters`` is DDP's, None without it.
+        """
         late = self.delivered_in == torch._C._current_graph_task_id()
         grad, self._delivery = self.take(), _none
         if grad is None or not self.pool.requires_grad:
             return
-        if late or find_unused_parameters:
+        if find_unused_parameters is not None and (late or find_unused_parameters):
             raise RuntimeError(
                 "DistributedDataParallel must reduce the gradient of a shared pool after all layers under reentrant "
                 "checkpointing, got one that was reduced before"
@@ -140,7 +145,7 @@ class Stash:
 
 
 class _Delivery:
-    def __init__(self, stash: Stash, find_unused_parameters: bool) -> None:
+    def __init__(self, stash: Stash, find_unused_parameters: bool | None) -> None:
         self.stash, self.find_unused_parameters = stash, find_unused_parameters
 
     def __call__(self) -> None:

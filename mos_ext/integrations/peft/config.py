@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -31,6 +31,7 @@ class MoSConfig(PeftConfig):
         modules_to_save: modules to train and save whole, beside the adapter.
         bias: ``"none"``, ``"all"`` or ``"mos_only"``: biases of the base to train.
         fan_in_fan_out: whether weights are stored as (in, out); found out by itself, as for ``Conv1D``.
+        table_digest: what an adapter file says of the index tables that its pools were trained with; loading checks it.
         init_weights: False also draws the B-pool at random, for tests that want an adapter that does something.
 
     Raises:
@@ -60,6 +61,8 @@ class MoSConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'mos_only'"})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "whether weights are stored as (in, out)"})
     init_weights: bool = field(default=True, metadata={"help": "False draws the B-pool at random too"})
+    table_digest: str | None = field(default=None, metadata={"help": "of the index tables, in a file"})
+    _saved_digest: ClassVar[str | None] = None  # of the tables in use, for files; the field may go to another model
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +80,10 @@ class MoSConfig(PeftConfig):
                 setattr(self, name, set(value))
         if self.pool_dtype is not None:
             self.pool_dtype = str(method.pool_dtype)
+
+    def to_dict(self) -> dict:
+        """Plain values for files, with the digest of the tables that were saved last."""
+        return {**super().to_dict(), "table_digest": self._saved_digest or self.table_digest}
 
     def method(self, targets: Sequence[str] | None = None) -> native.MoSConfig:
         """The same adapter as a :class:`mos_ext.MoSConfig`; ``targets`` takes the place of ``target_modules``."""

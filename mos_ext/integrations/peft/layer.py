@@ -189,7 +189,7 @@ class MoSLinear(nn.Module, MoSLayer):
             if name in self.mos_layer:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
                 pool, layer = self.adapter(name)
-                y[rows] = accumulate(y[rows], x[rows], **pool.operands(layer))
+                y[rows] = accumulate(y[rows], x[rows], **pool(layer))
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

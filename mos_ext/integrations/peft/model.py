@@ -15,11 +15,22 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from ...adapt import check_sole_owners
-from ...checkpoint import INTEGERS, TENSORS, smallest_integer
+from ...checkpoint import POOLS, TABLES, check_digest, read_tables, tables_to_keep
 from ...linear import AdaptedLayer
-from ...planner import LinearType, device_of, every_linear, is_conv1d, output_head, plan_modules, type_keys
+from ...planner import (
+    LinearType,
+    device_of,
+    every_linear,
+    is_conv1d,
+    output_head,
+    plan_modules,
+    role_of,
+    type_keys,
+    type_name,
+)
 from ...pools import ShardPool
 from ...ranks import same_on_every_rank
+from ...routing import table_digest
 from .config import MoSConfig
 from .layer import MoSLayer, MoSLinear
 
@@ -28,7 +39,7 @@ class MoSModel(BaseTuner):
     """A model with MoS adapters, as ``peft.get_peft_model`` wraps it.
 
     Each linear type (role and shape, ``mos_ext.planner``) is one ``ModuleDict`` on this module, adapter name ->
-    :class:`mos_ext.ShardPool`, named ``mos_`` and the type: ``mos_model_layers_self_attn_q_proj_64_64.default.a``.
+    :class:`mos_ext.ShardPool`, named ``mos_`` and the type: ``mos_model_layers_self_attn_q_proj_64_64.default.shards_a``.
     Here, at the root, FSDP shards them with the root's parameters and checkpoints hold them once.
     """
 
@@ -54,15 +65,16 @@ class MoSModel(BaseTuner):
             raise ValueError(
                 "state_dict must be None for MoS: its entries do not name the adapted modules; the config does"
             )
-        if adapter_name in TENSORS:
+        if adapter_name in POOLS + TABLES:
             raise ValueError(
-                f"adapter_name must not be one of {', '.join(TENSORS)}, which name the tensors of a pool: PEFT "
+                f"adapter_name must not be one of {', '.join(POOLS + TABLES)}, which name the tensors of a pool: PEFT "
                 f"would take those of other adapters for this one's, got {adapter_name!r}"
             )
         # BaseTuner restores requires_grad of parameters that were there before, but looks for them below self.model.
         before = [(p, p.requires_grad) for _, pool in self._named_pools() for p in pool.parameters()]
         self._injected = adapter_name, torch.device("meta") if low_cpu_mem_usage else None
         self._placed: dict[str, tuple[str, int]] = {}  # module name -> its pools' attribute, its number in them
+        self._overwritten: dict[str, ShardPool] = {}  # attribute -> the pool of an earlier adapter of this name
         try:
             super().inject_adapter(
                 model,
@@ -72,9 +84,11 @@ class MoSModel(BaseTuner):
             )
         except Exception:
             self._drop_pools(adapter_name)
+            for key, pool in self._overwritten.items():
+                getattr(self, key)[adapter_name] = pool
             raise
         finally:
-            del self._injected, self._placed
+            del self._injected, self._placed, self._overwritten
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
 
@@ -93,12 +107,14 @@ class MoSModel(BaseTuner):
                     f"model must not be adapted with mos_ext.adapt, got one where {name} is a {type(module).__name__}; "
                     f"start from the base model"
                 )
+        self._adopt(model)
         bases = dict(self._bases(model))
         with same_on_every_rank() as say:
             named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
             method = peft_config.method(targets=[name for name, _ in named] or ("none",))
             linear_types = plan_modules(method, named)
             say(method.to_dict())
+        self._check_earlier(model, adapter_name, {name for t in linear_types for name in t.modules})
         pools = [self._make_pool(peft_config, t, bases, device) for t in linear_types]
         names = [t.name for t in linear_types]
         keys = [self.prefix + key for key in type_keys(names)]
@@ -108,9 +124,38 @@ class MoSModel(BaseTuner):
         for key, linear_type, pool in zip(keys, linear_types, pools, strict=True):
             if not hasattr(self, key):
                 self.add_module(key, nn.ModuleDict())
-            getattr(self, key)[adapter_name] = pool
+            if adapter_name in (there := getattr(self, key)):
+                self._overwritten[key] = there[adapter_name]
+            there[adapter_name] = pool
             for k, name in enumerate(linear_type.modules):
                 self._placed[name] = key, k
+
+    def _adopt(self, model: nn.Module) -> None:
+        """Takes over the pools of an earlier tuner, whose layers are still in the model: a base that gets a second
+        adapter, as in a notebook cell that runs again. PEFT's other methods have their adapters in the layers.
+        """
+        for name, layer in model.named_modules():
+            if isinstance(layer, MoSLayer):
+                (key,) = type_keys([type_name(role_of(name), layer.in_features, layer.out_features)])
+                if not hasattr(self, self.prefix + key):
+                    self.add_module(self.prefix + key, layer.mos_pools)
+
+    def _check_earlier(self, model: nn.Module, adapter_name: str, targets: set[str]) -> None:
+        """ValueError where adapters on the model would come to be something else: LoRA's mix silently there."""
+        for name, layer in model.named_modules():
+            if not isinstance(layer, MoSLayer):
+                continue
+            if adapter_name in layer.merged_adapters:
+                raise ValueError(
+                    f"adapter_name must not be that of a merged adapter, got {adapter_name!r}, merged in {name}: call "
+                    f"unmerge_adapter() or merge_and_unload() on the earlier model first"
+                )
+            if adapter_name in layer.mos_layer and name not in targets:
+                raise ValueError(
+                    f"target_modules must have all modules of the earlier adapter {adapter_name!r} that is still on the "
+                    f"model, or they would go on computing that, got none for {name}: call unload() on the earlier "
+                    f"model first, or choose another adapter_name"
+                )
 
     @staticmethod
     def _make_pool(
@@ -120,7 +165,7 @@ class MoSModel(BaseTuner):
         pool = ShardPool.of(linear_type, config.method(targets=linear_type.modules), device)
         if not config.init_weights:
             bound = 1.0 / math.sqrt(pool.out_features)
-            nn.init.uniform_(pool.b, -bound, bound)
+            nn.init.uniform_(pool.shards_b, -bound, bound)
         return pool
 
     @staticmethod
@@ -253,47 +298,57 @@ class MoSModel(BaseTuner):
     # ---------------------------------------------------------------------------------------------- files
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Index tables in the smallest integer type that holds them."""
-        out = super()._get_adapter_state_dict(*args, **kwargs)
-        for key, tensor in out.items():
-            if _is_table(key) and tensor.device.type != "meta":
-                out[key] = tensor.to(smallest_integer(int(tensor.max())))
+    def _pools_of(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ShardPool]]:
+        """(state_dict prefix without the adapter's name, pool) of an adapter, wherever the tuner is in ``model``."""
+        for root, tuner in model.named_modules():
+            if isinstance(tuner, cls):
+                for key, pools in tuner._pool_dicts():
+                    if adapter_name in pools:
+                        yield f"{root}.{key}" if root else key, pools[adapter_name]  # type: ignore[misc]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors; with its index tables where they are not its configuration's."""
+        out = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        pools = dict(cls._pools_of(model, adapter_name))
+        config._saved_digest = table_digest({pool.stream: pool.tables for pool in pools.values()})
+        for prefix, pool in pools.items():
+            out.update({f"{prefix}.{adapter_name}.{side}": table for side, table in tables_to_keep(pool).items()})
         return out
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The adapter's tensors under the model's keys.
+        """The adapter's tensors under the model's keys; index tables go to the pools.
 
         Raises:
-            ValueError: they are not those of this model's linear types, or a table holds no integers.
+            ValueError: they are not those of this model's linear types, or were trained with other index tables.
         """
+        pools, state_dict = dict(cls._pools_of(model, adapter_name)), dict(state_dict)
+        there = {key for key in state_dict if f".{cls.prefix}" in key and key.rpartition(".")[2] in POOLS}
+        expected = {f"{prefix}.{side}" for prefix in pools for side in POOLS}
+        if there != expected:
+            raise ValueError(
+                f"the adapter must be for this model, got one without {sorted(expected - there)} and with "
+                f"{sorted(there - expected)}"
+            )
         tables = {}
-        for key, table in state_dict.items():
-            if _is_table(key):
-                largest = int(table.max()) if table.dtype in INTEGERS and table.numel() else 0
-                if table.dtype not in INTEGERS or largest >= 2**31:
-                    raise ValueError(f"{key} must hold indices as integers, got {table.dtype} up to {table.max()}")
-                tables[key] = table.to(torch.int32)
-        out = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **tables})
-        there = {key for key in out if f".{cls.prefix}" in key and key.rpartition(".")[2] in TENSORS}
-        for root, tuner in model.named_modules():
-            if isinstance(tuner, cls):
-                mine = [key for key, child in tuner._pool_dicts() if adapter_name in child]
-                expected = {f"{root}.{key}.{adapter_name}.{tensor}" for key in mine for tensor in TENSORS}
-                if there != expected:
-                    raise ValueError(
-                        f"the adapter must be for this model, got one without {sorted(expected - there)} and with "
-                        f"{sorted(there - expected)}"
-                    )
+        for prefix, pool in pools.items():
+            stored = {side: state_dict.pop(f"{prefix}.{side}", None) for side in TABLES}
+            try:
+                tables[prefix] = read_tables(stored, pool.config, pool.ranks) or pool.drawn_tables()
+            except ValueError as error:
+                raise ValueError(f"{prefix}: {error}") from None
+        check_digest(config.table_digest, {pool.stream: tables[prefix] for prefix, pool in pools.items()})
+        out = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for prefix, pool in pools.items():
+            if pool.tables is not tables[prefix]:
+                pool.set_tables(tables[prefix])
         return out
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> tuple[Any, Any]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _is_table(key: str) -> bool:
-    return f".{MoSModel.prefix}" in key and key.rpartition(".")[2].startswith("index_")
