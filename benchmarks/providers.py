@@ -209,7 +209,12 @@ def mos_layer(d: Data) -> Built:
     """One layer of many, without their pools' scatter_add, which runs once for all of them."""
     pool = d.pool(d.case.r)
     handles = pool.handle("a", 0), pool.handle("b", 0)
-    operands = {"pool_a": pool.shards_a.detach(), "pool_b": pool.shards_b.detach(), "handle_a": handles[0], "handle_b": handles[1]}
+    operands = {
+        "pool_a": pool.shards_a.detach(),
+        "pool_b": pool.shards_b.detach(),
+        "handle_a": handles[0],
+        "handle_b": handles[1],
+    }
     operands = pool(0) | operands | {"dropout": 0.0 if d.case.kind == "decode" else d.case.dropout}
     forward = functools.partial(fused, d.x, d.weight, None, **operands)
     return Built(forward, handles, lambda a, b: (a, b), state=_state(_mos_layer(d, pool)))

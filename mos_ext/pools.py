@@ -192,9 +192,7 @@ class ShardPool(nn.Module):
             "handle_b": handle_b,
         }
 
-    def _operand(
-        self, side: str, pool: Tensor, layer: int, inside: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _operand(self, side: str, pool: Tensor, layer: int, inside: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The values of a pool, the handle that takes a layer's gradient instead (or None), and the layer's table."""
         if type(pool) is not nn.Parameter and hasattr(pool, "full_tensor"):
             raise RuntimeError(
@@ -300,7 +298,7 @@ class ShardPool(nn.Module):
         pools = [pool if isinstance(pool, nn.Parameter) else pool.detach() for pool in (self.shards_a, self.shards_b)]
         # (torch.tensor, since from_numpy would make real ones among fakes.)
         indices = [
-            torch.tensor(table, dtype=torch.int32, device=pool.device)
+            torch.tensor(np.ascontiguousarray(table), dtype=torch.int32, device=pool.device)
             for table, pool in zip((self.tables.a, self.tables.b), pools, strict=True)
         ]
         tables = [tuple(self._table(index, k) for k in range(self.num_layers)) for index in indices]

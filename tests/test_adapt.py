@@ -4,6 +4,7 @@ import copy
 import sys
 import threading
 import warnings
+from dataclasses import replace
 
 import accelerate
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.utils import prune
 import mos_ext
 from mos_ext import MoSConfig, MoSLinear, ShardPool, linear, reference
 from mos_ext.adapt import mos_layers
+from mos_ext.routing import IndexTables
 
 SMALL = MoSConfig(r=4, equivalent_rank=3, shards_per_vector=2, private_rank=1)
 ARCHITECTURES = sorted(BUILDERS)
@@ -60,7 +62,7 @@ def test_trainable_parameters_are_the_pools_and_nothing_else(name):
     model = mos_ext.adapt(BUILDERS[name](), SMALL)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"mos_pools.{n}" for n, _ in model.mos_pools.named_parameters()}
-    assert all(n.endswith((".a", ".b")) for n in trainable)
+    assert all(n.endswith((".shards_a", ".shards_b")) for n in trainable)
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if n in trainable)
 
 
@@ -72,7 +74,7 @@ def test_the_base_state_dict_keeps_its_keys(name):
     after = model.state_dict()
     assert [k for k in after if not k.startswith("mos_pools.")] == list(before)
     assert all(after[k].data_ptr() == before[k].data_ptr() for k in before)
-    assert len(after) == len(before) + 4 * len(model.mos_pools.pools)
+    assert len(after) == len(before) + 2 * len(model.mos_pools.pools)  # tables are derived
 
 
 def test_adapted_model_computes_the_definition():
@@ -289,13 +291,15 @@ def test_loading_weights_into_a_merged_model():
         model.load_state_dict(state)
 
 
-def test_loading_tables_that_are_out_of_range():
-    model = mos_ext.adapt(llama(), SMALL)
-    state = copy.deepcopy(model.state_dict())
-    key = next(k for k in state if k.endswith(".index_a"))
-    state[key][0, 0, 0] = -1
-    with pytest.raises(ValueError, match=r"index_a must be in \[0, 24\), got -1"):
-        model.load_state_dict(state)
+def test_pools_in_another_configuration_do_not_bring_their_tables():
+    """Shapes do not tell private_rank=1 from 2; the tables are the configuration's all the same."""
+    model, other = mos_ext.adapt(llama(), SMALL), mos_ext.adapt(llama(), replace(SMALL, private_rank=2))
+    want = [pool.index_a.clone() for pool in other.mos_pools.pools]
+    other.load_state_dict(randomize(model).state_dict())
+    for ours, theirs, table in zip(other.mos_pools.pools, model.mos_pools.pools, want, strict=True):
+        assert torch.equal(ours.shards_a, theirs.shards_a)
+        assert torch.equal(ours.index_a, table)
+        assert not torch.equal(ours.index_a, theirs.index_a)
 
 
 def test_merge_inside_disabled():
@@ -407,14 +411,14 @@ def test_from_meta_to_memory():
     with torch.device("meta"):
         model = llama()
         mos_ext.adapt(model, SMALL)
-    assert all(t.device.type == "meta" for t in (*model.parameters(), *model.mos_pools.buffers()))
+    assert all(t.device.type == "meta" for t in (*model.parameters(), *(p.index_a for p in model.mos_pools.pools)))
     model.to_empty(device="cpu")
     for pool in model.mos_pools.pools:
         pool.reset_parameters()
     for ours, fresh in zip(model.mos_pools.pools, mos_ext.adapt(llama(), SMALL).mos_pools.pools, strict=True):
         assert torch.equal(ours.index_a, fresh.index_a)
         assert torch.equal(ours.index_b, fresh.index_b)
-        assert not ours.b.any()
+        assert not ours.shards_b.any()
 
 
 def test_torch_s_fused_encoder_path_does_not_skip_the_adapter():
@@ -540,7 +544,7 @@ def test_disabled_is_undone_after_an_error():
 def test_merge_is_all_or_nothing():
     model = randomize(mos_ext.adapt(llama(), SMALL))
     with torch.no_grad():
-        model.mos_pools.pools[-1].b[-1] = float("inf")  # a private shard of the last layer's down_proj
+        model.mos_pools.pools[-1].shards_b[-1] = float("inf")  # a private shard of the last layer's down_proj
     unchanged(
         model,
         lambda: mos_ext.merge(model),
@@ -609,7 +613,9 @@ def test_ranks_and_scales_per_layer():
         rank = {"1.up": 2, "1.down": 2, "2.down": 4}.get(name, 5)
         a, b = layer.factors()
         assert a.shape[0] == b.shape[1] == rank
-        assert torch.equal(a[-1], layer.pool.shards_a[layer.pool.index_a[layer.layer, -1]].flatten())  # the private rank
+        assert torch.equal(
+            a[-1], layer.pool.shards_a[layer.pool.index_a[layer.layer, -1]].flatten()
+        )  # the private rank
         assert layer.scale == (3 if name == "0.up" else 7) / rank**0.5
         h = x if layer.in_features == 24 else torch.randn(6, 48, dtype=torch.float64)
         want = nn.functional.linear(h, layer.weight, layer.bias) + layer.scale * h @ a.T @ b.T
@@ -739,7 +745,7 @@ def change_in_place(pool):
 
 
 def change_tables(pool):
-    pool.index_a.copy_(pool.index_a.flip(0))
+    pool.set_tables(IndexTables(pool.tables.a[::-1], pool.tables.b))
 
 
 def replace_pool(pool):

@@ -216,7 +216,9 @@ def test_a_tensor_that_outlived_a_transform_still_has_its_gradient(device):
         (got,) = torch.autograd.grad(layer(leaked).sum(), x)
         torch.testing.assert_close(got, torch.autograd.grad(layer(x).sum(), x)[0])
         pool = layer.pool
-        y = mos_linear(x, leaked_weight, None, pool.shards_a, pool.table("a", 0), pool.shards_b, pool.table("b", 0), 1.0)
+        y = mos_linear(
+            x, leaked_weight, None, pool.shards_a, pool.table("a", 0), pool.shards_b, pool.table("b", 0), 1.0
+        )
         (got,) = torch.autograd.grad(y.sum(), weight)
         torch.testing.assert_close(got, x.detach().reshape(-1, 8).sum(0).expand(8, 8))
 

@@ -118,7 +118,7 @@ def test_the_same_adapter_as_adapt(name):
         == report.trainable
         == sum(p.numel() for q in ours for p in q.parameters())
     )
-    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"a", "b"}
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"shards_a", "shards_b"}
 
 
 def test_pools_are_shared_and_there_once():
@@ -135,7 +135,7 @@ def test_pools_are_shared_and_there_once():
     first, *others = next(iter(types.values()))
     before = [layer.get_delta_weight("default") for layer in (first, *others)]
     with torch.no_grad():
-        first.adapter("default")[0].b.mul_(2)
+        first.adapter("default")[0].shards_b.mul_(2)
     for layer, delta in zip((first, *others), before, strict=True):
         torch.testing.assert_close(layer.get_delta_weight("default"), 2 * delta)
 
@@ -170,8 +170,8 @@ def test_gradients_flow_to_each_pool_once_and_match_adapt():
     model(**batch, labels=batch["input_ids"]).loss.backward()
     native(**batch, labels=batch["input_ids"]).loss.backward()
     for a, b in zip(pools(model), native.mos_pools.pools, strict=True):
-        assert torch.equal(a.a.grad, b.a.grad)
-        assert torch.equal(a.b.grad, b.b.grad)
+        assert torch.equal(a.shards_a.grad, b.shards_a.grad)
+        assert torch.equal(a.shards_b.grad, b.shards_b.grad)
     assert set(mos_ext.explain(model).layers[0].calls) == {"fused with the base layer"}
 
 
@@ -376,7 +376,7 @@ def test_unload_gives_the_base_back():
 def test_a_safe_merge_refuses_what_is_not_finite():
     model = wrapped()
     with torch.no_grad():
-        pools(model)[0].b.fill_(float("inf"))
+        pools(model)[0].shards_b.fill_(float("inf"))
     before = {n: layer.base_layer.weight.clone() for n, layer in layers(model).items() if n.endswith("q_proj")}
     with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
         model.merge_adapter(safe_merge=True)
@@ -388,7 +388,7 @@ def test_pools_that_changed_since_the_merge():
     model = wrapped()
     model.merge_adapter()
     with torch.no_grad():
-        pools(model)[0].b.add_(1)
+        pools(model)[0].shards_b.add_(1)
     with pytest.raises(
         ValueError, match="the pools must not change between merge and unmerge, got changed pools of adapter default"
     ):
@@ -475,7 +475,7 @@ def test_hot_reload_keeps_the_parameters(tmp_path):
     model.train()(**batch).logits.sum().backward()  # and gradients find the new tables
     other.train()(**batch).logits.sum().backward()
     for a, b in zip(pools(model), pools(other), strict=True):
-        assert torch.equal(a.a.grad, b.a.grad)
+        assert torch.equal(a.shards_a.grad, b.shards_a.grad)
 
 
 def test_modules_to_save_and_biases(tmp_path):
@@ -636,11 +636,13 @@ def test_configurations_survive_json(tmp_path):
 # ------------------------------------------------------------------------------------------------ what could go wrong silently
 
 
-@pytest.mark.parametrize("name", ["a", "b", "index_a", "index_b"])
+@pytest.mark.parametrize("name", ["shards_a", "shards_b", "index_a", "index_b"])
 def test_adapters_named_like_a_pool_s_tensors_are_refused(name):
     """PEFT leaves out of a file what ends in another adapter's name: every other adapter would lose half of itself."""
     model = wrapped()
-    with pytest.raises(ValueError, match=f"adapter_name must not be one of a, b, index_a, index_b, .* got '{name}'"):
+    with pytest.raises(
+        ValueError, match=f"adapter_name must not be one of shards_a, shards_b, index_a, index_b, .* got '{name}'"
+    ):
         model.add_adapter(name, config())
     with pytest.raises(ValueError, match="adapter_name must not be one of"):
         get_peft_model(llama(), config(), adapter_name=name)
@@ -743,9 +745,9 @@ def test_merging_is_all_or_nothing(at_once):
     model, _ = several()
     last = pools(model)[-1]
     with torch.no_grad():
-        last.b[-1] = float("nan")  # a private shard of the last layer
+        last.shards_b[-1] = float("nan")  # a private shard of the last layer
         if at_once:
-            pools(model, "other")[0].b[-1] = float("nan")
+            pools(model, "other")[0].shards_b[-1] = float("nan")
     before = {n: layer.base_layer.weight.clone() for n, layer in layers(model).items()}
     names = ["other", "default"] if at_once else ["default"]
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
@@ -763,7 +765,7 @@ def test_copies_of_a_merged_model_unmerge():
     clone.unmerge_adapter()
     torch.testing.assert_close(logits(clone, batch), adapted, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        pools(model)[0].b.add_(1)
+        pools(model)[0].shards_b.add_(1)
     with pytest.raises(ValueError, match="got changed pools of adapter default"):
         copy.deepcopy(model).unmerge_adapter()
 

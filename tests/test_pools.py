@@ -150,7 +150,10 @@ def test_a_sub_module_alone_and_after_a_step():
         y = reference.mos_linear(
             x, layer.weight, layer.bias, pool.shards_a, pool.index_a[k], pool.shards_b, pool.index_b[k], layer.scale
         )
-        close([pool.shards_a.grad, pool.shards_b.grad], torch.autograd.grad(y.square().sum(), [pool.shards_a, pool.shards_b]))
+        close(
+            [pool.shards_a.grad, pool.shards_b.grad],
+            torch.autograd.grad(y.square().sum(), [pool.shards_a, pool.shards_b]),
+        )
         optimizer.step()
 
 
@@ -209,7 +212,7 @@ def test_pools_that_were_frozen_when_they_moved(sides):
     want = gradients(model, lambda: model(x).sum())
     for pool in model.mos_pools.pools:
         for side in sides:
-            getattr(pool, side).requires_grad_(False)
+            getattr(pool, f"shards_{side}").requires_grad_(False)
     model.to(torch.float32).to(torch.float64)  # handles are made anew
     model(x.clone().requires_grad_()).sum().backward()
     model.mos_pools.requires_grad_(True)
@@ -258,7 +261,7 @@ def test_other_tables_after_training():
     model, x = adapted(), torch.randn(5, 24, dtype=torch.float64)
     gradients(model, lambda: model(x).sum())
     for pool in model.mos_pools.pools:
-        pool.index_a, pool.index_b = pool.index_a.flip(1).clone(), pool.index_b.flip(0).clone()
+        pool.set_tables(IndexTables(pool.tables.a[:, ::-1], pool.tables.b[::-1]))
     close(
         gradients(model, lambda: model(x).square().sum()),
         gradients(model, lambda: plain_forward(model, x).square().sum()),
@@ -271,7 +274,10 @@ def test_another_parameter_after_training():
     gradients(model, lambda: model(x).sum())
     old = [p for pool in model.mos_pools.pools for p in pool.parameters()]
     for pool in model.mos_pools.pools:
-        pool.shards_a, pool.shards_b = torch.nn.Parameter(2 * pool.shards_a.detach()), torch.nn.Parameter(pool.shards_b.detach().clone())
+        pool.shards_a, pool.shards_b = (
+            torch.nn.Parameter(2 * pool.shards_a.detach()),
+            torch.nn.Parameter(pool.shards_b.detach().clone()),
+        )
     for p in old:
         p.grad = None
     close(

@@ -91,7 +91,9 @@ def fill(model, seed=1):
 def trained(model):
     """The values of everything trainable, which is the pools and nothing else."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert {id(p) for p in parameters.values()} == {id(p) for pool in pools(model) for p in (pool.shards_a, pool.shards_b)}
+    assert {id(p) for p in parameters.values()} == {
+        id(p) for pool in pools(model) for p in (pool.shards_a, pool.shards_b)
+    }
     return [p.detach().clone() for p in parameters.values()]
 
 
