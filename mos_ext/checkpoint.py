@@ -376,8 +376,9 @@ def read_tables(stored: Mapping[str, Tensor | None], config: MoSConfig, ranks: S
             got = "none" if table is None else table.dtype
             raise ValueError(f"{side} must be an integer tensor, like the table of the other side, got {got}")
         found.append(table.cpu().numpy())
-    check_tables(config, IndexTables(*found), ranks)
-    return IndexTables(*(table.astype(np.int32) for table in found))
+    a, b = found
+    check_tables(config, IndexTables(a, b), ranks)
+    return IndexTables(a.astype(np.int32), b.astype(np.int32))
 
 
 def check_digest(stored: object, tables: Mapping[str, IndexTables]) -> None:

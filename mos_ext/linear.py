@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .config import MoSConfig
 from .functional import accumulate, fused
+from .merging import Lost, add, subtract
 from .ops.autograd import autocast, transforms_active, unseen
 from .ops.checks import check_integer, why_not_native
-from .planner import device_of, features_of, is_conv1d, why_opaque
+from .planner import device_of, features_of, is_conv1d, why_opaque, why_opaque_weight
 from .pools import ShardPool
 
 logger = logging.getLogger("mos_ext")
@@ -24,6 +26,22 @@ _logged: set[str] = set()
 
 # Ways through a layer, as keys of `paths`; whatever else is there is the cause of a way that is slower than it must be.
 FUSED, BASE_ALONE = "fused with the base layer", "the base layer alone"
+
+
+@dataclass
+class Merge:
+    """Adapters that were added to a weight in one go, and how to take them out again.
+
+    Attributes:
+        names: of the adapters. pools: what each one's pool was then; None for one that has changed since, in a copy.
+        undo: what the weight was: :class:`merging.Lost`, or whatever else a kind of layer keeps.
+        weight: the weight after the merge and its version, likewise None.
+    """
+
+    names: list[Any]
+    pools: dict[Any, tuple[Any, ...] | None]
+    undo: Any
+    weight: tuple[Any, ...] | None
 
 
 class AdaptedLayer:
@@ -36,8 +54,7 @@ class AdaptedLayer:
 
     paths: Counter[str]
     fan_in_fan_out: bool
-    # Adapter -> what its pool was when it was merged; None for a pool that has changed since.
-    _merged_from: dict[str | None, tuple | None]
+    _merges: list[Merge]  # what is in the weight, oldest first
 
     def has_adapter(self, name: str | None) -> bool:
         """Whether the layer takes part in the adapter called so; None is that of a layer with one."""
@@ -47,40 +64,57 @@ class AdaptedLayer:
         """The pool of an adapter, and the number of this layer in it."""
         raise NotImplementedError
 
-    def compute(
+    def fuse(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[tuple[ShardPool, int]], training: bool
+    ) -> Tensor:
+        """x W^T + bias plus the low-rank products of ``adapters``, each a pool and the layer's number in it.
+
+        Base and first adapter are computed together.
+        """
+        (operands, dropout), *others = self._operands(x, adapters, training, None)
+        # Under autocast x is cast once: every adapter keeps the same copy for its backward.
+        x, weight, bias = autocast(x, weight, bias)
+        y = fused(x, weight, bias, **operands, dropout=dropout)
+        for operands, dropout in others:
+            y = accumulate(y, x, **operands, dropout=dropout, in_place=True)
+        return y
+
+    def add_to(
         self,
-        base: nn.Module,
+        base: Callable[[], Tensor],
         x: Tensor,
         adapters: Sequence[tuple[ShardPool, int]],
-        *,
-        opaque: str | None,
-        transposed: bool,
         training: bool,
-        arguments: tuple[tuple, dict[str, Any]] = ((), {}),
+        *,
+        cause: str,
+        fresh: bool,
     ) -> Tensor:
-        """base(x) plus the low-rank products of ``adapters``, each a pool and the layer's number in it.
-
-        ``opaque`` is why the base is called, and added to; None when its weight and bias are all there is to it, and
-        base and first adapter are computed together. ``transposed`` weights are (in, out). ``arguments`` are more of
-        the base's.
-        """
-        todo = [(pool(layer), pool.config.dropout if training else 0.0, pool) for pool, layer in adapters]
-        if not torch.compiler.is_compiling():
-            slow = _why_slow(x, todo)
-            self.count(slow or opaque or FUSED, level=logging.WARNING if slow else logging.INFO)
-        # Under autocast x is cast once: every adapter keeps the same copy for its backward.
-        if opaque is None:
-            (operands, dropout, _), *todo = todo
-            weight: Any = base.weight.T if transposed else base.weight  # type: ignore[operator]
-            x, weight, bias = autocast(x, weight, base.bias)  # type: ignore[arg-type]
-            y = fused(x, weight, bias, **operands, dropout=dropout)
-        else:
-            y = base(x, *arguments[0], **arguments[1])
-            (x,) = autocast(x)
-        fresh = opaque is None or _is_fresh(base)
-        for operands, dropout, _ in todo:
+        """What ``base`` returns plus the low-rank products of ``adapters``. ``cause`` is why the base is called;
+        ``fresh``, whether its result may be overwritten."""
+        todo = self._operands(x, adapters, training, cause)
+        y = base()
+        (x,) = autocast(x)
+        for operands, dropout in todo:
             y = accumulate(y, x, **operands, dropout=dropout, in_place=fresh)
         return y
+
+    def _operands(
+        self, x: Tensor, adapters: Sequence[tuple[ShardPool, int]], training: bool, cause: str | None
+    ) -> list[tuple[dict[str, Any], float]]:
+        """What the operators need for each adapter, and its dropout. The call is counted."""
+        todo = []
+        for pool, layer in adapters:
+            operands = pool(layer)
+            if pool._forward_hooks and operands["pool_a"].untyped_storage().nbytes() == 0 < operands["pool_a"].numel():
+                raise RuntimeError(
+                    "a pool must be whole until its layers are done, got one that was freed after it was called: "
+                    "fully_shard(pool, reshard_after_forward=False), or leave the pools to the root"
+                )
+            todo.append((operands, pool.config.dropout if training else 0.0))
+        if not torch.compiler.is_compiling():
+            slow = _why_slow(x, todo, adapters)
+            self.count(slow or cause or FUSED, level=logging.WARNING if slow else logging.INFO)
+        return todo
 
     def path(self) -> str:
         """The way that a call takes now, on the base's device, outside of tracing and transforms."""
@@ -104,50 +138,65 @@ class AdaptedLayer:
         delta = pool.delta_weight(k)
         return delta.T if self.fan_in_fan_out else delta
 
-    @torch.no_grad()
-    def sum_with(self, weight: Tensor, names: Sequence[str | None], sign: float, *, check: bool) -> Tensor:
-        """A base's weight plus, or minus, the products of adapters: rounded once, at the end. Nothing is written.
-
-        Raises:
-            ValueError: adapters are taken out whose pools have changed since they were merged, so what was added is not
-                known any more; with ``check``, the sum is not finite.
-        """
-        for name in names if sign < 0 else ():
-            marks, pool = self._merged_from.get(name), self.adapter(name)[0]
-            if marks is None or not pool.unchanged(marks):
-                which = "" if name is None else f" of adapter {name}"
-                raise ValueError(f"the pools must not change between merge and unmerge, got changed pools{which}")
-        delta, *others = (self.delta_of(name).to(weight.device) for name in names)
+    def _product(self, names: Sequence[Any], device: torch.device) -> Tensor:
+        """The sum of the products of adapters."""
+        delta, *others = (self.delta_of(name).to(device) for name in names)
         for other in others:
             delta = delta + other
-        wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
-        total = wide.add(delta, alpha=sign).to(weight.dtype)
+        return delta
+
+    @torch.no_grad()
+    def sum_with(self, weight: Tensor, names: Sequence[Any], *, check: bool) -> tuple[Tensor, Lost]:
+        """A base's weight plus the products of adapters, rounded once, and what that loses. Nothing is written.
+
+        Raises:
+            ValueError: with ``check``, the sum is not finite.
+        """
+        total, lost = add(weight, self._product(names, weight.device))
         if check and total.device.type != "meta" and not torch.isfinite(total).all():
-            if names == [None]:
-                raise ValueError(
-                    f"the weight must be finite after {'merge' if sign > 0 else 'unmerge'}, got inf or NaN"
-                )
+            if list(names) == [None]:
+                raise ValueError("the weight must be finite after merge, got inf or NaN")
             broken = ", ".join(map(str, names))  # in PEFT's own words
             raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
-        return total
+        return total, lost
 
-    def mark_merged(self, names: Sequence[str | None]) -> None:
-        """Remembers what the pools of adapters are, now that they are merged."""
-        for name in names:
-            self._merged_from[name] = self.adapter(name)[0].marks()
+    @torch.no_grad()
+    def difference(self, weight: Tensor, merge: Merge) -> Tensor:
+        """The base's weight without what was merged: what it was before, to the bit. Nothing is written."""
+        lost = merge.undo
+        return subtract(weight, None if lost.where is None else self._product(merge.names, weight.device), lost)
 
-    def _for_copies(self) -> dict[str, Any]:
-        """What a copy knows of merges: whether their pools were still the same. Its tensors count changes anew."""
-        marks = {
-            name: () if marks is not None and self.adapter(name)[0].unchanged(marks) else None
-            for name, marks in self._merged_from.items()
-        }
-        return {"_merged_from": marks, "_compiled_call_impl": None}  # torch does not copy the latter either
+    def note_merge(self, names: Sequence[Any], undo: Any, weight: Tensor) -> None:
+        """Remembers a merge that was written to ``weight``."""
+        pools: dict[Any, tuple[Any, ...] | None] = {name: self.adapter(name)[0].marks() for name in names}
+        self._merges.append(Merge(list(names), pools, undo, (weight, weight._version)))
 
-    def _mark_copies(self) -> None:
-        self._merged_from = {
-            name: None if marks is None else self.adapter(name)[0].marks() for name, marks in self._merged_from.items()
-        }
+    def check_unmergeable(self, weight: Tensor) -> None:
+        """ValueError when a merge cannot be undone: pools, tables or the weight are not what they were."""
+        for merge in self._merges:
+            for name, marks in merge.pools.items():
+                if marks is None or not self.adapter(name)[0].unchanged(marks):
+                    which = "" if name is None else f" of adapter {name}"
+                    raise ValueError(f"the pools must not change between merge and unmerge, got changed pools{which}")
+        if self._merges and not _is_still(self._merges[-1].weight, weight):
+            raise ValueError("the weight must not change between merge and unmerge, got a changed or another weight")
+
+    def _for_copies(self, weight: Tensor | None) -> dict[str, Any]:
+        """What a copy knows of merges: whether pools and weight were still the same. Its tensors count changes anew."""
+        merges = []
+        for merge in self._merges:
+            same = {name: m is not None and self.adapter(name)[0].unchanged(m) for name, m in merge.pools.items()}
+            kept = weight is not None and (merge is not self._merges[-1] or _is_still(merge.weight, weight))
+            marks = {name: () if unchanged else None for name, unchanged in same.items()}
+            merges.append(replace(merge, pools=marks, weight=() if kept else None))
+        return {"_merges": merges, "_compiled_call_impl": None}  # torch does not copy the latter either
+
+    def _mark_copies(self, weight: Tensor | None) -> None:
+        for merge in self._merges:
+            for name, marks in merge.pools.items():
+                merge.pools[name] = None if marks is None else self.adapter(name)[0].marks()
+            if merge.weight is not None and weight is not None:
+                merge.weight = (weight, weight._version)
 
     @staticmethod
     def why_called(base: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> str | None:
@@ -166,7 +215,11 @@ class AdaptedLayer:
             logger.log(level, "a layer takes a slower way: %s (mos_ext.explain(model) tells more)", path)
 
 
-def _is_fresh(base: nn.Module) -> bool:
+def _is_still(marks: tuple[Any, ...] | None, weight: Tensor) -> bool:
+    return marks is not None and marks[0] is weight and marks[1] == weight._version
+
+
+def is_fresh(base: nn.Module) -> bool:
     """Whether a base returns a tensor that nobody else holds and no backward needs, so that it may be overwritten.
 
     True of plain products: ``nn.Linear`` (also with a quantised weight), ``Conv1D``, the layers of bitsandbytes. Other
@@ -179,7 +232,9 @@ def _is_fresh(base: nn.Module) -> bool:
 _why_not_native = cache(why_not_native)  # what was built and which GPU there is does not change
 
 
-def _why_slow(x: Tensor, todo: Sequence[tuple[dict[str, Any], float, ShardPool]]) -> str | None:
+def _why_slow(
+    x: Tensor, todo: Sequence[tuple[dict[str, Any], float]], adapters: Sequence[tuple[ShardPool, int]]
+) -> str | None:
     """What keeps a call from native kernels, from writing in place or from one gradient per pool and step; or None."""
     if (cause := _why_not_native("low_rank", x.device.type)) is not None:
         return cause
@@ -188,7 +243,7 @@ def _why_slow(x: Tensor, todo: Sequence[tuple[dict[str, Any], float, ShardPool]]
             return "torch.func transforms or forward-mode differentiation are active"
         return "a TorchDispatchMode is active (selective checkpointing, say): no result is written to twice"
     if torch.is_grad_enabled():
-        for operands, _, pool in todo:
+        for (operands, _), (pool, _) in zip(todo, adapters, strict=True):
             if not pool.uses_handles:
                 continue
             without = [side for side in "ab" if operands[f"handle_{side}"] is None]
@@ -197,9 +252,184 @@ def _why_slow(x: Tensor, todo: Sequence[tuple[dict[str, Any], float, ShardPool]]
     return None
 
 
-class MoSLinear(nn.Module, AdaptedLayer):
+class MoSModule(nn.Module, AdaptedLayer):
+    """What all adapted layers of :func:`mos_ext.adapt` have in common: one adapter, on a base of some kind.
+
+    This is the kind that has the base's weight and bias as its own; :class:`CalledMoSLinear` has the base.
+
+    Attributes:
+        pool, layer: the shared pool, and which of its layers this is. enabled: False computes the base alone.
+        opaque: why the base is called and the adapter added to what it returns; None when both are computed as one.
+    """
+
+    pool: ShardPool
+    in_features: int
+    out_features: int
+    weight: Any
+    bias: Any
+    fan_in_fan_out = False  # whether the weight is stored as (in, out)
+
+    def _attach(self, pool: ShardPool | None, layer: int, config: MoSConfig | None, register_pool: bool) -> None:
+        """Puts the adapter on a layer that has its base."""
+        features = self.in_features, self.out_features
+        if config is not None and not isinstance(config, MoSConfig):
+            raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
+        if pool is not None and not isinstance(pool, ShardPool):
+            raise TypeError(f"pool must be a ShardPool, got {type(pool).__name__}")
+        check_integer("layer", layer, 0)
+        if pool is None:
+            if config is None:
+                raise ValueError("config must be given when there is no pool, got None")
+            pool = ShardPool(config, *features, device=device_of(self))
+        elif config is not None and config != pool.config:
+            raise ValueError("config must be left out, or equal the pool's, when a pool is given")
+        if (pool.in_features, pool.out_features) != features:
+            raise ValueError(
+                f"pool must be for {features[0]} -> {features[1]} features, got "
+                f"{pool.in_features} -> {pool.out_features}"
+            )
+        if layer >= pool.num_layers:
+            raise ValueError(f"layer must be in [0, {pool.num_layers}), got {layer}")
+        self.layer = layer
+        if register_pool:
+            self.pool = pool.train(self.training)
+        else:
+            object.__setattr__(self, "pool", pool)  # past nn.Module: a reference, not a submodule
+        self.enabled, self.paths, self._merges = True, Counter(), []
+
+    def _take(self, base: nn.Module) -> None:
+        """Becomes ``base`` with an adapter: its parameters and hooks, the very same objects, and whatever tools have
+        set on it."""
+        own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        self.__dict__.update({k: v.copy() if k in own else v for k, v in vars(base).items()})
+        self.in_features, self.out_features = _features(base)
+
+    def release(self) -> nn.Module:
+        """The base layer without the adapter, with what is merged into it."""
+        base = self._base_class.__new__(self._base_class)
+        ours = {"in_features", "out_features", "layer", "pool", "enabled", "paths", "_merges", "_base_class"}
+        ours -= {"in_features", "out_features"} if isinstance(self, nn.Linear) else set()
+        base.__dict__.update({k: v for k, v in vars(self).items() if k not in ours})
+        base._modules = {k: v for k, v in self._modules.items() if k != "pool"}
+        return base
+
+    _base_class: type[nn.Module] = nn.Linear
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or what ``alpha_pattern`` and ``use_rslora`` make of it."""
+        return self.pool.scales[self.layer]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is in the weight."""
+        return bool(self._merges)
+
+    @property
+    def opaque(self) -> str | None:
+        return why_opaque_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight.T if self.fan_in_fan_out else self.weight
+        if self._merges or not self.enabled:
+            if not torch.compiler.is_compiling():
+                self.paths[BASE_ALONE] += 1
+            return nn.functional.linear(x, weight, self.bias)
+        adapters = ((self.pool, self.layer),)
+        if (cause := why_opaque_weight(weight)) is None:
+            return self.fuse(x, weight, self.bias, adapters, self.training)
+        # A weight that was quantised, say, after the layer was adapted.
+        base: Any = partial(nn.functional.linear, x, weight, self.bias)
+        return self.add_to(base, x, adapters, self.training, cause=cause, fresh=True)
+
+    def has_adapter(self, name: str | None) -> bool:
+        return name is None
+
+    def adapter(self, name: str | None) -> tuple[ShardPool, int]:
+        return self.pool, self.layer
+
+    def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
+        return (None, None) if self.merged or not self.enabled else (self, self.opaque)
+
+    def base_name(self) -> str:
+        return self._base_class.__name__
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), assembled, in the pools' dtype: the layer's LoRA matrices without the scale."""
+        return self.pool.factors(self.layer)
+
+    def delta_weight(self) -> Tensor:
+        """scale * B A, shaped like ``weight``, in the accumulation dtype of the pools."""
+        return self.delta_of(None)
+
+    def merge(self) -> None:
+        """Adds the adapter to ``weight``: the layer then costs what the base costs. Nothing happens when it is merged.
+
+        Keeps what rounding loses, which is a few per cent of the weight's elements and their positions, or the weight.
+
+        Raises:
+            ValueError: the merged weight would not be finite, or the base's cannot be added to; nothing changes then.
+        """
+        if not self.merged:
+            total, lost = self.merged_weight()
+            self._set_weight(total)
+            self.note_merge([None], lost, self.weight)
+
+    def unmerge(self) -> None:
+        """Takes the adapter out of ``weight`` again: it is what it was, to the bit.
+
+        Raises:
+            ValueError: pools, tables or the weight have changed since the merge, so what was added is not known any
+                more. (Writing to their ``.data`` cannot be seen.)
+        """
+        if self.merged:
+            self.check_unmergeable(self.weight)
+            self._set_weight(self.difference(self.weight, self._merges[0]))
+            self._merges.clear()
+
+    def merged_weight(self) -> tuple[Tensor, Lost]:
+        """What :meth:`merge` makes of the weight, and what that loses; checked, nothing is written."""
+        cause = self.opaque
+        if hasattr(self._parameters.get("weight"), "full_tensor"):
+            raise ValueError("a merged weight must be whole, got one that is sharded over ranks")
+        if cause is None and "weight" not in self._parameters:
+            cause = "the weight is computed from other parameters"
+        if cause is not None:
+            raise ValueError(
+                f"a merged layer must have a plain weight, got one of which {cause}: export_lora keeps the "
+                f"adapter apart, and PEFT's merge_adapter (mos_ext.integrations.peft) requantises what it can"
+            )
+        return self.sum_with(self.weight, [None], check=True)
+
+    @torch.no_grad()
+    def _set_weight(self, weight: Tensor) -> None:
+        self.weight.copy_(weight)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, **self._for_copies(self._parameters.get("weight"))}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._mark_copies(self._parameters.get("weight"))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if self.merged and f"{prefix}weight" in state_dict:
+            raise ValueError(f"{prefix[:-1]} must not be merged while its weight is loaded: call unmerge first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        c = self.pool.config
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={c.r}, "
+            f"equivalent_rank={c.equivalent_rank}, shards_per_vector={c.shards_per_vector}, "
+            f"layer={self.layer} of {self.pool.num_layers}"
+        )
+
+
+class MoSLinear(MoSModule, nn.Linear):
     """``nn.Linear`` plus a Mixture-of-Shards adapter: ``y = x W^T + bias + (alpha/r) * (dropout(x) A^T) B^T``.
 
+    It is an ``nn.Linear``, so that whatever looks for those (quantisation, pruning, FLOP counters) finds it.
     Works alone, or with others on one :class:`ShardPool`::
 
         layer = MoSLinear(512, 512, config=MoSConfig(r=4, equivalent_rank=4))     # a pool of its own
@@ -220,10 +450,6 @@ class MoSLinear(nn.Module, AdaptedLayer):
         ValueError, TypeError: naming the argument, the rule and the value.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    pool: ShardPool
-
     def __init__(
         self,
         in_features: int,
@@ -237,191 +463,82 @@ class MoSLinear(nn.Module, AdaptedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._setup(base, pool, layer, config, register_pool)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._attach(pool, layer, config, register_pool)
 
-    @classmethod
+    @staticmethod
     def from_linear(
-        cls,
         linear: nn.Module,
         *,
         pool: ShardPool | None = None,
         layer: int = 0,
         config: MoSConfig | None = None,
         register_pool: bool = True,
-    ) -> MoSLinear:
+    ) -> MoSModule:
         """The adapted form of a linear layer.
 
-        Of an ``nn.Linear`` or a transformers ``Conv1D``, weight, bias and the hooks of forward and backward are taken
-        over: the same objects, not copies. Any other module with ``in_features``, ``out_features`` and a forward, a
-        quantised linear say, becomes ``base_layer``, is called as it is, and the adapter is added to what it returns.
+        Of an ``nn.Linear`` or a transformers ``Conv1D``, weight, bias, hooks and attributes are taken over: the same
+        objects, not copies. Any other module with ``in_features``, ``out_features`` and a forward, a quantised linear
+        say, becomes ``base_layer`` of a :class:`CalledMoSLinear`, is called as it is, and the adapter is added to what
+        it returns.
 
         Raises:
             TypeError: a module that has no features. ValueError: a pool of other features.
         """
-        chosen = cls if why_opaque(linear) is None else _CalledMoSLinear
-        self = chosen.__new__(chosen)
-        nn.Module.__init__(self)
-        self._setup(linear, pool, layer, config, register_pool)
+        _features(linear)
+        kind = CalledMoSLinear if why_opaque(linear) is not None else MoSConv1D if is_conv1d(linear) else MoSLinear
+        self = kind.__new__(kind)
+        self._take(linear)
+        self._attach(pool, layer, config, register_pool)
         return self
 
-    def _setup(
-        self, linear: Any, pool: ShardPool | None, layer: int, config: MoSConfig | None, register_pool: bool
-    ) -> None:
-        features = features_of(linear)
-        if features is None:
-            raise TypeError(
-                f"linear must have in_features and out_features, as torch.nn.Linear has, got a {type(linear).__name__}"
-            )
-        self.in_features, self.out_features = features
-        self.fan_in_fan_out = is_conv1d(linear)  # the weight is stored as (in, out)
-        self.opaque = why_opaque(linear)
-        if self.opaque is None:
-            self.register_parameter("weight", linear.weight)
-            self.register_parameter("bias", linear.bias)
-        else:
-            self.base_layer = linear
-        if config is not None and not isinstance(config, MoSConfig):
-            raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
-        if pool is not None and not isinstance(pool, ShardPool):
-            raise TypeError(f"pool must be a ShardPool, got {type(pool).__name__}")
-        check_integer("layer", layer, 0)
-        if pool is None:
-            if config is None:
-                raise ValueError("config must be given when there is no pool, got None")
-            pool = ShardPool(config, *features, device=device_of(linear))
-        elif config is not None and config != pool.config:
-            raise ValueError("config must be left out, or equal the pool's, when a pool is given")
-        if (pool.in_features, pool.out_features) != features:
-            raise ValueError(
-                f"pool must be for {features[0]} -> {features[1]} features, got "
-                f"{pool.in_features} -> {pool.out_features}"
-            )
-        if layer >= pool.num_layers:
-            raise ValueError(f"layer must be in [0, {pool.num_layers}), got {layer}")
-        self.layer = layer
-        if register_pool:
-            self.pool = pool
-        else:
-            object.__setattr__(self, "pool", pool)  # past nn.Module: a reference, not a submodule
-        self.enabled, self.merged = True, False
-        self.train(linear.training)
-        self.paths, self._merged_from = Counter(), {}
-        # What is hooked to the base keeps firing, and its handles keep removing: the very same dictionaries.
-        for name in vars(linear) if self.opaque is None else ():
-            if name.startswith(("_forward", "_backward", "_is_full_backward")):
-                setattr(self, name, getattr(linear, name))
 
-    @property
-    def scale(self) -> float:
-        """alpha / r, or what ``alpha_pattern`` and ``use_rslora`` make of it."""
-        return self.pool.scales[self.layer]
+class MoSConv1D(MoSModule):
+    """An adapted ``Conv1D`` of transformers, whose weight is (in, out), so that it must not pass for an ``nn.Linear``."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged or not self.enabled:
-            if not torch.compiler.is_compiling():
-                self.paths[BASE_ALONE] += 1
-            if self.opaque is not None:
-                return self.base_layer(x)
-            return nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
-        return self.compute(
-            self if self.opaque is None else self.base_layer,
-            x,
-            ((self.pool, self.layer),),
-            opaque=self.opaque,
-            transposed=self.fan_in_fan_out,
-            training=self.training,
-        )
+    fan_in_fan_out = True
 
-    def has_adapter(self, name: str | None) -> bool:
-        return name is None
-
-    def adapter(self, name: str | None) -> tuple[ShardPool, int]:
-        return self.pool, self.layer
-
-    def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
-        if self.merged or not self.enabled:
-            return None, None
-        return (self, None) if self.opaque is None else (self.base_layer, self.opaque)
-
-    def base_name(self) -> str:
-        if self.opaque is not None:
-            return type(self.base_layer).__name__
-        return "Conv1D" if self.fan_in_fan_out else "Linear"
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), assembled, in the pools' dtype: the layer's LoRA matrices without the scale."""
-        return self.pool.factors(self.layer)
-
-    def delta_weight(self) -> Tensor:
-        """scale * B A, shaped like ``weight``, in the accumulation dtype of the pools."""
-        return self.delta_of(None)
-
-    def merge(self) -> None:
-        """Adds the adapter to ``weight``: the layer then costs what the base costs. Nothing happens when it is merged.
-
-        Raises:
-            ValueError: the merged weight would not be finite, or the base's cannot be added to; nothing changes then.
-        """
-        if not self.merged:
-            self._set_weight(self.merged_weight())
-            self.mark_merged([None])
-            self.merged = True
-
-    def unmerge(self) -> None:
-        """Takes the adapter out of ``weight`` again, exact to the rounding of one addition in the weight's dtype.
-
-        Raises:
-            ValueError: pools or tables have changed since the merge, so what was added is not known any more.
-                (Writing to their ``.data`` cannot be seen.)
-        """
-        if self.merged:
-            self._set_weight(self.merged_weight())
-            self.merged = False
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """What ``merge`` (or, on a merged layer, ``unmerge``) makes of the weight; checked, nothing is written."""
-        if self.opaque is not None:
-            raise ValueError(
-                f"a merged layer must have a plain weight, got one of which {self.opaque}: export_lora keeps the "
-                f"adapter apart, and PEFT's merge_adapter (mos_ext.integrations.peft) requantises what it can"
-            )
-        if hasattr(self.weight, "full_tensor"):
-            raise ValueError("a merged weight must be whole, got one that is sharded over ranks")
-        return self.sum_with(self.weight, [None], -1.0 if self.merged else 1.0, check=True)
-
-    @torch.no_grad()
-    def _set_weight(self, weight: Tensor) -> None:
-        self.weight.copy_(weight)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, **self._for_copies()}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._mark_copies()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if self.merged and f"{prefix}weight" in state_dict:
-            raise ValueError(f"{prefix[:-1]} must not be merged while its weight is loaded: call unmerge first")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        c = self.pool.config
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={c.r}, "
-            f"equivalent_rank={c.equivalent_rank}, shards_per_vector={c.shards_per_vector}, "
-            f"layer={self.layer} of {self.pool.num_layers}"
-        )
+    def _take(self, base: nn.Module) -> None:
+        super()._take(base)
+        self._base_class = type(base)
 
 
-class _CalledMoSLinear(MoSLinear):
-    """A :class:`MoSLinear` whose base layer is called: it has the base's attributes, ``weight``, ``compute_dtype``, ...
+class CalledMoSLinear(MoSModule):
+    """An adapted layer whose base is called: it has the base's attributes, ``weight``, ``compute_dtype``, ...
 
     A class of its own, because a Python ``__getattr__`` would cost the others a microsecond per parameter they look up.
     """
+
+    base_layer: nn.Module
+
+    def _take(self, base: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base
+        self.train(base.training)
+        self.in_features, self.out_features = _features(base)
+        self._why = why_opaque(base)
+
+    def release(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def opaque(self) -> str | None:
+        return self._why
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            if not torch.compiler.is_compiling():
+                self.paths[BASE_ALONE] += 1
+            return self.base_layer(x)
+        base, adapters = partial(self.base_layer, x), ((self.pool, self.layer),)
+        assert self._why is not None
+        return self.add_to(base, x, adapters, self.training, cause=self._why, fresh=is_fresh(self.base_layer))
+
+    def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
+        return (self.base_layer, self._why) if self.enabled else (None, None)
+
+    def base_name(self) -> str:
+        return type(self.base_layer).__name__
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -432,5 +549,11 @@ class _CalledMoSLinear(MoSLinear):
                 raise
             return getattr(base, name)
 
-    def _get_name(self) -> str:
-        return "MoSLinear"
+
+def _features(linear: nn.Module) -> tuple[int, int]:
+    features = features_of(linear)
+    if features is None:
+        raise TypeError(
+            f"linear must have in_features and out_features, as torch.nn.Linear has, got a {type(linear).__name__}"
+        )
+    return features

@@ -91,7 +91,15 @@ def why_opaque(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "the weight of the base layer is computed from other parameters"
-    return None if type(weight) is nn.Parameter else f"the weight of the base layer is a {type(weight).__name__}"
+    return why_opaque_weight(weight)
+
+
+def why_opaque_weight(weight: Tensor) -> str | None:
+    """Why a product with a weight is not an ordinary one, whose operands are numbers in memory; or None."""
+    kind = type(weight)
+    if kind is nn.Parameter or kind is Tensor or kind.__name__ == "FakeTensor":
+        return None
+    return f"the weight of the base layer is a {kind.__name__}"
 
 
 def _matches(patterns: str | Sequence[str], name: str) -> bool:

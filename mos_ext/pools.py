@@ -261,13 +261,13 @@ class ShardPool(nn.Module):
                 self._replaced = True
             self._renew()
             made = self._sides[side]
-        return made.stash.open(self._ddp and self._ddp())[layer] if inside else made.handles[layer]
+        return made.stash.open(self._reducer())[layer] if inside else made.handles[layer]
 
     def _inside_backward(self) -> bool:
         """Whether a layer is recomputed inside a backward pass, and must not give the pool a gradient of its own."""
         if torch.compiler.is_compiling():
             return False
-        ddp = self._ddp and self._ddp()
+        ddp = self._reducer()
         if torch._C._current_graph_task_id() == -1:
             active = DistributedDataParallel._active_ddp_module
             if active is not None and active is not ddp:
@@ -282,6 +282,9 @@ class ShardPool(nn.Module):
             return False
         self._wait()
         return True
+
+    def _reducer(self) -> DistributedDataParallel | None:
+        return None if self._ddp is None else self._ddp()
 
     def _wait(self) -> None:
         """From now on, one gradient is put together from all backward passes inside the outermost one."""

@@ -26,6 +26,7 @@ LEVEL = {
     "functional": 5,
     "config": 5,
     "routing": 6,
+    "merging": 1,
     "planner": 7,
     "pools": 8,
     "linear": 9,

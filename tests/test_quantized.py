@@ -17,6 +17,7 @@ from torch import nn
 
 import mos_ext
 from mos_ext import reference
+from mos_ext.linear import MoSModule
 from mos_ext.testing import assert_error_ratio, relative_error
 
 with warnings.catch_warnings():
@@ -165,11 +166,11 @@ def pools(adapted, name="default"):
 
 
 def layers(adapted):
-    return {n: m for n, m in adapted.named_modules() if isinstance(m, (mos_ext.MoSLinear, mos_peft.MoSLinear))}
+    return {n: m for n, m in adapted.named_modules() if isinstance(m, (MoSModule, mos_peft.MoSLinear))}
 
 
 def pool_of(layer, name="default"):
-    return layer.adapter(None if isinstance(layer, mos_ext.MoSLinear) else name)
+    return layer.adapter(None if isinstance(layer, MoSModule) else name)
 
 
 def off(adapted):
@@ -525,7 +526,7 @@ def test_merging_under_peft(kind, dtype):
     adapted = adapt(stack(kind, dtype), "peft")
     x = torch.randn(64, 64).to(dtype)
     with torch.no_grad():
-        want = adapted(x)
+        want, before = adapted(x), bits(adapted)
         kept_in = layers(adapted)["base_model.model.0.up"].get_base_weight().dtype
         sums = {n: dequantised(m) + m.get_delta_weight("default") for n, m in layers(adapted).items()}
         with ROUNDING if kind in BITSANDBYTES else nullcontext():
@@ -543,14 +544,10 @@ def test_merging_under_peft(kind, dtype):
             assert 0 < relative_error(dequantised(layer), sums[name]) < STEP[kind]
         merged = adapted(x)
         assert 0 < relative_error(merged, want) < 2 * STEP[kind]
-        with ROUNDING if kind in BITSANDBYTES else nullcontext():
-            adapted.unmerge_adapter()
-        for name, layer in layers(adapted).items():
-            assert not layer.merged
-            back = sums[name] - layer.get_delta_weight("default")
-            # Two quantisations, both of weights no larger than the sum.
-            assert (dequantised(layer) - back).norm() < 2 * STEP[kind] * sums[name].norm()
-        assert relative_error(adapted(x), want) < 3 * STEP[kind]
+        adapted.unmerge_adapter()
+        assert not any(layer.merged for layer in layers(adapted).values())
+        assert_same_bits(before, bits(adapted))  # not quantised anew: the very weights are back
+        assert torch.equal(adapted(x), want)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-bf16"])
@@ -568,9 +565,8 @@ def test_merging_after_inference_where_bitsandbytes_packs(kind):
         with ROUNDING:
             adapted.merge_adapter()
         assert relative_error(adapted(x), want) < 2 * STEP[kind]
-        with ROUNDING:
-            adapted.unmerge_adapter()
-        assert relative_error(adapted(x), want) < 3 * STEP[kind]
+        adapted.unmerge_adapter()
+        assert relative_error(adapted(x), want) < 8 * torch.finfo(torch.bfloat16).eps  # packed again, or not
 
 
 @pytest.mark.parametrize("kind", LIBRARIES)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ...functional import accumulate
-from ...linear import BASE_ALONE, AdaptedLayer
+from ...linear import BASE_ALONE, AdaptedLayer, is_fresh
 from ...ops.autograd import autocast
 from ...planner import device_of, features_of, is_conv1d, why_opaque
 from ...pools import ShardPool
@@ -57,7 +59,7 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._merged_from = {}
+        self._merges = []
         self.paths = Counter()
 
     def update_layer(self, adapter_name: str, layer: int, *, inference_mode: bool) -> None:
@@ -109,6 +111,27 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
         return True
 
 
+class _Kept:
+    """A quantised base layer as it was before a merge, by reference: quantising anew would not give it back.
+
+    Costs the memory of its quantised weight while merged.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        own = ("_parameters", "_buffers", "state")  # `state` is bitsandbytes', which writes to it
+        attributes = {k: copy.copy(v) if k in own else v for k, v in vars(base).items()}
+        self.attributes = {k: v for k, v in attributes.items() if k != "training"}
+        # (PEFT marks the old weight as not quantised when it makes the new one.)
+        self.weights = [(p, dict(vars(p))) for p in base.parameters(recurse=False)]
+
+    def put_back(self, layer: Any) -> None:
+        vars(self.base).update(self.attributes)
+        for parameter, attributes in self.weights:
+            vars(parameter).update(attributes)
+        layer.base_layer = self.base
+
+
 class _PerAdapter(Mapping[str, Any]):
     """A property of each adapter's pool at this layer, as it is when it is looked up."""
 
@@ -150,15 +173,13 @@ class MoSLinear(nn.Module, MoSLayer):
             if not torch.compiler.is_compiling():
                 self.paths[BASE_ALONE] += 1
             return self.base_layer(x, *args, **kwargs)
-        return self.compute(
-            self.base_layer,
-            x,
-            [self.adapter(name) for name in names],
-            opaque=self.why_called(self.base_layer, args, kwargs),
-            transposed=self.fan_in_fan_out,
-            training=self.training,
-            arguments=(args, kwargs),
-        )
+        base: Any = self.base_layer
+        adapters, cause = [self.adapter(name) for name in names], self.why_called(base, args, kwargs)
+        if cause is None:
+            weight = base.weight.T if self.fan_in_fan_out else base.weight
+            return self.fuse(x, weight, base.bias, adapters, self.training)
+        call = partial(base, x, *args, **kwargs)
+        return self.add_to(call, x, adapters, self.training, cause=cause, fresh=is_fresh(base))
 
     def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
         active = any(name in self.mos_layer for name in self.active_adapters)
@@ -203,16 +224,22 @@ class MoSLinear(nn.Module, MoSLayer):
             raise ValueError(f"a merged layer must have a weight that can be added to, got one of which {cause}")
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mos_layer]
         if names:
-            self.set_base_weight(self.sum_with(self._readable_weight("Merge"), names, 1.0, check=safe_merge))
-            self.mark_merged(names)
+            weight, kept = self._readable_weight("Merge"), _Kept(self.base_layer)
+            total, lost = self.sum_with(weight, names, check=safe_merge)
+            self.set_base_weight(total)
+            self.note_merge(names, lost if self.quantization_backend is None else kept, self._merged_weight())
             self.merged_adapters += names
 
+    def _merged_weight(self) -> Any:
+        """What is looked at to tell whether somebody has changed the weight."""
+        return getattr(self.get_base_layer(), "weight", None)
+
     def unmerge(self) -> None:
-        """Takes merged adapters out of the weight again, exact to the rounding of one addition.
+        """Takes merged adapters out of the weight again: it is what it was, to the bit, quantised or not.
 
         Raises:
-            ValueError: an adapter's pools or tables have changed since the merge, so what was added is not known any
-                more; nothing is unmerged then. (Writing to their ``.data`` cannot be seen.)
+            ValueError: an adapter's pools or tables, or the weight, have changed since the merge, so what was added is
+                not known any more; nothing is unmerged then. (Writing to their ``.data`` cannot be seen.)
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -221,12 +248,18 @@ class MoSLinear(nn.Module, MoSLayer):
 
     def unmerge_all_but(self, count: int) -> None:
         """Takes out what was merged after the first ``count`` adapters."""
-        names: list[Any] = self.merged_adapters[count:]
-        if names:
-            self.set_base_weight(self.sum_with(self._readable_weight("Unmerge"), names, -1.0, check=False))
-            del self.merged_adapters[count:]
-            for name in names:
-                del self._merged_from[name]
+        if len(self.merged_adapters) > count:
+            self.check_unmergeable(self._merged_weight())
+        while len(self.merged_adapters) > count:
+            merge = self._merges.pop()
+            if isinstance(merge.undo, _Kept):
+                merge.undo.put_back(self)
+            else:
+                self.set_base_weight(self.difference(self.get_base_weight(), merge))
+            del self.merged_adapters[-len(merge.names) :]
+            if self._merges:
+                weight = self._merged_weight()
+                self._merges[-1].weight = (weight, weight._version)
 
     def _readable_weight(self, what: str) -> Tensor:
         """The base's weight, dequantised; with PEFT's warning where it will be quantised anew."""
@@ -243,11 +276,11 @@ class MoSLinear(nn.Module, MoSLayer):
         return self.get_base_weight()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, **self._for_copies()}
+        return {**self.__dict__, **self._for_copies(self._merged_weight())}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._mark_copies()
+        self._mark_copies(self._merged_weight())
 
     def __repr__(self) -> str:
         return "mos." + super().__repr__()

@@ -39,8 +39,8 @@ class MoSModel(BaseTuner):
     """A model with MoS adapters, as ``peft.get_peft_model`` wraps it.
 
     Each linear type (role and shape, ``mos_ext.planner``) is one ``ModuleDict`` on this module, adapter name ->
-    :class:`mos_ext.ShardPool`, named ``mos_`` and the type: ``mos_model_layers_self_attn_q_proj_64_64.default.shards_a``.
-    Here, at the root, FSDP shards them with the root's parameters and checkpoints hold them once.
+    :class:`mos_ext.ShardPool`, named ``mos_`` and the type:
+    ``mos_model_layers_self_attn_q_proj_64_64.default.shards_a``. Here, at the root, FSDP shards them with the root's parameters and checkpoints hold them once.
     """
 
     prefix: str = "mos_"
@@ -152,8 +152,8 @@ class MoSModel(BaseTuner):
                 )
             if adapter_name in layer.mos_layer and name not in targets:
                 raise ValueError(
-                    f"target_modules must have all modules of the earlier adapter {adapter_name!r} that is still on the "
-                    f"model, or they would go on computing that, got none for {name}: call unload() on the earlier "
+                    f"target_modules must have all modules of the earlier adapter {adapter_name!r} that is still on "
+                    f"the model, or they would go on computing that, got none for {name}: call unload() on the earlier "
                     f"model first, or choose another adapter_name"
                 )
 
