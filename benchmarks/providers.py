@@ -183,7 +183,9 @@ def frozen(d: Data) -> Built:
 
 
 def _state(*modules: nn.Module) -> tuple[Tensor, ...]:
-    return tuple(t for m in modules for t in (*m.parameters(), *m.buffers()))
+    pools = [p for m in modules for p in m.modules() if isinstance(p, ShardPool)]
+    tables = [t for pool in pools for t in (pool.index_a, pool.index_b)]
+    return tuple(t for m in modules for t in (*m.parameters(), *m.buffers())) + tuple(tables)
 
 
 def _of_pools(pool: ShardPool) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -35,7 +35,7 @@ class Merge:
     Attributes:
         names: of the adapters. pools: what each one's pool was then; None for one that has changed since, in a copy.
         undo: what the weight was: :class:`merging.Lost`, or whatever else a kind of layer keeps.
-        weight: the weight after the merge and its version, likewise None.
+        weight: the weight after the merge (:func:`mark`), likewise None.
     """
 
     names: list[Any]
@@ -169,7 +169,7 @@ class AdaptedLayer:
     def note_merge(self, names: Sequence[Any], undo: Any, weight: Tensor) -> None:
         """Remembers a merge that was written to ``weight``."""
         pools: dict[Any, tuple[Any, ...] | None] = {name: self.adapter(name)[0].marks() for name in names}
-        self._merges.append(Merge(list(names), pools, undo, (weight, weight._version)))
+        self._merges.append(Merge(list(names), pools, undo, mark(weight)))
 
     def check_unmergeable(self, weight: Tensor) -> None:
         """ValueError when a merge cannot be undone: pools, tables or the weight are not what they were."""
@@ -196,7 +196,7 @@ class AdaptedLayer:
             for name, marks in merge.pools.items():
                 merge.pools[name] = None if marks is None else self.adapter(name)[0].marks()
             if merge.weight is not None and weight is not None:
-                merge.weight = (weight, weight._version)
+                merge.weight = mark(weight)
 
     @staticmethod
     def why_called(base: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> str | None:
@@ -215,8 +215,13 @@ class AdaptedLayer:
             logger.log(level, "a layer takes a slower way: %s (mos_ext.explain(model) tells more)", path)
 
 
+def mark(weight: Tensor) -> tuple[Tensor, int, torch.dtype]:
+    """Tells later whether a weight is still this one, unchanged in place, of the same dtype."""
+    return weight, weight._version, weight.dtype
+
+
 def _is_still(marks: tuple[Any, ...] | None, weight: Tensor) -> bool:
-    return marks is not None and marks[0] is weight and marks[1] == weight._version
+    return marks is not None and marks[0] is weight and marks[1:] == mark(weight)[1:]
 
 
 def is_fresh(base: nn.Module) -> bool:

@@ -54,6 +54,12 @@ class Block(nn.Module):
         self.layer = base(IN, OUT, bias)
 
 
+def state_of(model):
+    """What is there once, whatever runs: parameters, buffers and index tables."""
+    pools = [m for m in model.modules() if isinstance(m, mos_ext.ShardPool)]
+    return [*model.parameters(), *model.buffers(), *(t for pool in pools for t in (pool.index_a, pool.index_b))]
+
+
 def autocast():
     return torch.autocast("cpu", torch.bfloat16)
 
@@ -121,7 +127,7 @@ def saved(function, x, apart=(), context=nullcontext):
 
 def saved_by(layer, context=nullcontext):
     x = layer.x()
-    return saved(layer.module, x, [*layer.model.parameters(), *layer.model.buffers()], context)
+    return saved(layer.module, x, state_of(layer.model), context)
 
 
 PRECISIONS = {
@@ -174,7 +180,7 @@ def test_x_is_the_very_tensor_that_its_maker_keeps(way):
     """Of relu's result there is one copy: relu keeps it for itself, the layer keeps the same."""
     layer = Layer(way, torch.bfloat16)
     x = layer.x()
-    own = [*layer.model.parameters(), *layer.model.buffers()]
+    own = state_of(layer.model)
     assert saved(lambda x: layer.module(torch.relu(x)), x, own) == sorted([T * IN * 2, T * R * 4])
 
 

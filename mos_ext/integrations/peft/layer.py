@@ -16,7 +16,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ...functional import accumulate
-from ...linear import BASE_ALONE, AdaptedLayer, is_fresh
+from ...linear import BASE_ALONE, AdaptedLayer, is_fresh, mark
 from ...ops.autograd import autocast
 from ...planner import device_of, features_of, is_conv1d, why_opaque
 from ...pools import ShardPool
@@ -227,10 +227,10 @@ class MoSLinear(nn.Module, MoSLayer):
             weight, kept = self._readable_weight("Merge"), _Kept(self.base_layer)
             total, lost = self.sum_with(weight, names, check=safe_merge)
             self.set_base_weight(total)
-            self.note_merge(names, lost if self.quantization_backend is None else kept, self._merged_weight())
+            self.note_merge(names, lost if self.quantization_backend is None else kept, self.merged_weight())
             self.merged_adapters += names
 
-    def _merged_weight(self) -> Any:
+    def merged_weight(self) -> Any:
         """What is looked at to tell whether somebody has changed the weight."""
         return getattr(self.get_base_layer(), "weight", None)
 
@@ -249,7 +249,7 @@ class MoSLinear(nn.Module, MoSLayer):
     def unmerge_all_but(self, count: int) -> None:
         """Takes out what was merged after the first ``count`` adapters."""
         if len(self.merged_adapters) > count:
-            self.check_unmergeable(self._merged_weight())
+            self.check_unmergeable(self.merged_weight())
         while len(self.merged_adapters) > count:
             merge = self._merges.pop()
             if isinstance(merge.undo, _Kept):
@@ -258,8 +258,7 @@ class MoSLinear(nn.Module, MoSLayer):
                 self.set_base_weight(self.difference(self.get_base_weight(), merge))
             del self.merged_adapters[-len(merge.names) :]
             if self._merges:
-                weight = self._merged_weight()
-                self._merges[-1].weight = (weight, weight._version)
+                self._merges[-1].weight = mark(self.merged_weight())
 
     def _readable_weight(self, what: str) -> Tensor:
         """The base's weight, dequantised; with PEFT's warning where it will be quantised anew."""
@@ -276,11 +275,11 @@ class MoSLinear(nn.Module, MoSLayer):
         return self.get_base_weight()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, **self._for_copies(self._merged_weight())}
+        return {**self.__dict__, **self._for_copies(self.merged_weight())}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._mark_copies(self._merged_weight())
+        self._mark_copies(self.merged_weight())
 
     def __repr__(self) -> str:
         return "mos." + super().__repr__()

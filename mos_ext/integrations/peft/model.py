@@ -241,6 +241,16 @@ class MoSModel(BaseTuner):
                 layer.unmerge_all_but(count)
             raise
 
+    def unmerge_adapter(self) -> None:
+        """See ``BaseTuner.unmerge_adapter``. After an error nothing is unmerged."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, MoSLayer):
+                try:
+                    layer.check_unmergeable(layer.merged_weight())
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        super().unmerge_adapter()
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not for MoS: NotImplementedError says what to do instead."""
         raise NotImplementedError(
