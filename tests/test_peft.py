@@ -633,6 +633,137 @@ def test_configurations_survive_json(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOS"
 
 
+# ------------------------------------------------------------------------------------------------ a second adapter on one base
+
+# PEFT's own words, for a base that still has the layers of an earlier adapter.
+again = pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT for a second time:UserWarning",
+    "ignore:Already found a `peft_config` attribute in the model:UserWarning",
+)
+
+
+@again
+def test_loading_a_second_adapter_on_one_base(tmp_path):
+    """A web interface or a notebook keeps the base and loads one adapter after another: each computes what it computes
+    on a base of its own, as with LoRA."""
+    batch, base, want = inputs("llama"), llama(), []
+    for seed in (1, 2):
+        model = wrapped(seed=seed)
+        with torch.no_grad():
+            for pool in pools(model):
+                pool.shards_b.mul_(seed)
+        model.save_pretrained(tmp_path / str(seed))
+        want.append(logits(model, batch))
+    assert not torch.equal(*want)
+    for seed in (1, 2, 1):
+        assert torch.equal(logits(loaded(base, tmp_path / str(seed)), batch), want[seed - 1])
+
+
+@again
+def test_a_second_adapter_trains_on_one_base():
+    batch, base = inputs("llama"), llama()
+    get_peft_model(base, config())
+    model = get_peft_model(base, config(seed=3))
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert sum(p.requires_grad for p in model.parameters()) == 2 * len(pools(model))
+    alone = get_peft_model(llama(), config(seed=3))
+    for a, b in zip(pools(alone), pools(model), strict=True):
+        assert torch.equal(a.index_a, b.index_a)
+        a.load_state_dict(b.state_dict())
+    alone(**batch, labels=batch["input_ids"]).loss.backward()
+    for a, b in zip(pools(alone), pools(model), strict=True):
+        assert torch.equal(a.shards_b.grad, b.shards_b.grad)
+
+
+@again
+def test_a_second_adapter_of_another_name_leaves_the_first_in_place():
+    batch, base = inputs("llama"), llama()
+    first = wrapped(base)
+    want = logits(first, batch)
+    second = get_peft_model(base, config(init_weights=False, seed=4), adapter_name="other").eval()
+    assert not torch.equal(logits(second, batch), want)
+    second.set_adapter("default")
+    assert torch.equal(logits(second, batch), want)
+    first.set_adapter("default")
+    assert torch.equal(logits(first, batch), want)
+    assert {id(p) for p in pools(first)} == {id(p) for p in pools(second)}
+
+
+@again
+def test_a_second_adapter_that_leaves_modules_of_the_first_out():
+    """LoRA computes a mixture of both there."""
+    batch, base = inputs("llama"), llama()
+    first = wrapped(base, target_modules=["q_proj", "v_proj"])
+    want = logits(first, batch)
+    before = [pool.shards_a for pool in pools(first)]
+    with pytest.raises(
+        ValueError,
+        match="target_modules must have all modules of the earlier adapter 'default' .* got none for model.layers.0."
+        r"self_attn.v_proj: call unload\(\) on the earlier",
+    ):
+        get_peft_model(base, config(target_modules=["q_proj"]))
+    assert torch.equal(logits(first, batch), want)
+    assert all(pool.shards_a is p for pool, p in zip(pools(first), before, strict=True))
+    first.unload()
+    got = get_peft_model(base, config(target_modules=["q_proj"], init_weights=False))
+    assert len(pools(got)) == 1
+
+
+@again
+def test_a_second_adapter_on_a_merged_one():
+    base = llama()
+    first = wrapped(base)
+    first.merge_adapter()
+    with pytest.raises(
+        ValueError, match=r"adapter_name must not be that of a merged adapter, .* call unmerge_adapter\(\) or"
+    ):
+        get_peft_model(base, config())
+    first.unmerge_adapter()
+    get_peft_model(base, config())
+
+
+@again
+def test_a_second_adapter_that_cannot_be_made_leaves_the_first():
+    batch, base = inputs("llama"), llama()
+    first = wrapped(base)
+    want = logits(first, batch)
+    with pytest.raises(ValueError, match="shards_per_vector must divide"):
+        get_peft_model(base, config(shards_per_vector=5))
+    assert first.peft_config["default"].shards_per_vector == 2
+    assert torch.equal(logits(first, batch), want)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("x", "index")])
+def test_adapters_of_any_name(tmp_path, names):
+    """A/B tests."""
+    first, second = names
+    batch = inputs("llama")
+    model = get_peft_model(llama(), config(init_weights=False), adapter_name=first).eval()
+    model.add_adapter(second, config(init_weights=False, seed=1))
+    model.save_pretrained(tmp_path)
+    for name in names:
+        model.set_adapter(name)
+        assert torch.equal(logits(loaded(llama(), tmp_path / name), batch), logits(model, batch))
+
+
+def test_averages_and_filters_do_not_touch_tables():
+    """Tables are no state: an exponential average with buffers, and whoever multiplies or drops what is in state_dict()."""
+    model, batch = wrapped(), inputs("llama")
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    for _ in range(3):
+        averaged.update_parameters(model)
+    # Values that do not change average to themselves, but for rounding.
+    torch.testing.assert_close(logits(averaged.module, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(pools(model), pools(averaged.module), strict=True):
+        assert torch.equal(ours.index_a, theirs.index_a)
+        assert torch.equal(ours.index_b, theirs.index_b)
+    assert not [key for key in model.state_dict() if "index" in key]
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+
+
 # ------------------------------------------------------------------------------------------------ what could go wrong silently
 
 

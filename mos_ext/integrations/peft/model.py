@@ -50,6 +50,17 @@ class MoSModel(BaseTuner):
 
     # ---------------------------------------------------------------------------------------------- injection
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """See ``BaseTuner``. A base that has an adapter shares its configurations; after an error they are as before."""
+        shared = getattr(model, "peft_config", {})
+        before = dict(shared)
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            shared.clear()
+            shared.update(before)
+            raise
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -70,11 +81,12 @@ class MoSModel(BaseTuner):
                 f"adapter_name must not be one of {', '.join(POOLS + TABLES)}, which name the tensors of a pool: PEFT "
                 f"would take those of other adapters for this one's, got {adapter_name!r}"
             )
+        self._adopt(model)
+        earlier = {key: dict(pools) for key, pools in self._pool_dicts()}
         # BaseTuner restores requires_grad of parameters that were there before, but looks for them below self.model.
         before = [(p, p.requires_grad) for _, pool in self._named_pools() for p in pool.parameters()]
         self._injected = adapter_name, torch.device("meta") if low_cpu_mem_usage else None
         self._placed: dict[str, tuple[str, int]] = {}  # module name -> its pools' attribute, its number in them
-        self._overwritten: dict[str, ShardPool] = {}  # attribute -> the pool of an earlier adapter of this name
         try:
             super().inject_adapter(
                 model,
@@ -83,12 +95,12 @@ class MoSModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
         except Exception:
-            self._drop_pools(adapter_name)
-            for key, pool in self._overwritten.items():
-                getattr(self, key)[adapter_name] = pool
+            for key, pools in self._pool_dicts():
+                pools.clear()
+                pools.update(earlier.get(key, {}))
             raise
         finally:
-            del self._injected, self._placed, self._overwritten
+            del self._injected, self._placed
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
 
@@ -107,7 +119,6 @@ class MoSModel(BaseTuner):
                     f"model must not be adapted with mos_ext.adapt, got one where {name} is a {type(module).__name__}; "
                     f"start from the base model"
                 )
-        self._adopt(model)
         bases = dict(self._bases(model))
         with same_on_every_rank() as say:
             named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
@@ -124,9 +135,7 @@ class MoSModel(BaseTuner):
         for key, linear_type, pool in zip(keys, linear_types, pools, strict=True):
             if not hasattr(self, key):
                 self.add_module(key, nn.ModuleDict())
-            if adapter_name in (there := getattr(self, key)):
-                self._overwritten[key] = there[adapter_name]
-            there[adapter_name] = pool
+            getattr(self, key)[adapter_name] = pool
             for k, name in enumerate(linear_type.modules):
                 self._placed[name] = key, k
 
