@@ -122,8 +122,8 @@ def extension(name, *, cuda):
     warnings = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MOS_EXT_WERROR") == "1" else [])
     # torch's headers as system headers: their warnings are not ours.
     system = [f for path in cpp_extension.include_paths() for f in ("-isystem", path)]
-    # Errors name csrc/... and torch/include/..., not folders of the machine that built.
-    # gcc resolves links in the names of system headers.
+    # Errors name csrc/... and torch/include/..., not folders of the machine that built; gcc resolves links in
+    # the names of system headers.
     site = Path(torch.__file__).parent.parent
     relative = [f"-ffile-prefix-map={path}/=" for path in dict.fromkeys((ROOT, site, site.resolve()))]
     cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *relative, *warnings, *system]
@@ -154,7 +154,7 @@ def extension(name, *, cuda):
             # Line numbers for profilers, compressed: the library of all architectures would be five times as large.
             "nvcc": [
                 *("-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"),
-                *(f"-Xcompiler={flag}" for flag in relative),
+                f"-Xcompiler={relative[0]}",  # no .cu knows torch
                 *gencode_flags(architectures),
             ],
         },

@@ -69,15 +69,15 @@ libraries: dict[str, Library] = {name: _load(name) for name in DEVICE_OF}
 
 def _warn_of_a_failed_build() -> None:
     """Whoever let the build choose, and would run plain PyTorch for a reason that can be mended, hears of it once."""
-    if os.environ.get("MOS_EXT_DISABLE_NATIVE") == "1" or build_record().get("mode") != "auto":
+    record = build_record()
+    if os.environ.get("MOS_EXT_DISABLE_NATIVE") == "1" or record.get("mode") != "auto":
         return
-    for name, library in libraries.items():
+    for name, reason in record["skipped"].items():
         # A CUDA build of torch is what pip gives to machines without a GPU, too.
-        wanted = DEVICE_OF[name] == "cpu" or (torch.version.cuda is not None and torch.cuda.device_count() > 0)
-        if not library.path.exists() and wanted:
+        if DEVICE_OF[name] == "cpu" or (torch.version.cuda is not None and torch.cuda.device_count() > 0):
             warnings.warn(
-                f"mos_ext runs plain PyTorch on {DEVICE_OF[name]}: {name} is {library.problem}. Mend that and install "
-                "again, or choose it with MOS_EXT_BUILD=python; `python -m mos_ext` shows what serves what.",
+                f"mos_ext runs plain PyTorch on {DEVICE_OF[name]}, since {name} is not built: {reason}. Mend that and "
+                "install again, or choose it with MOS_EXT_BUILD=python; `python -m mos_ext` shows what serves what.",
                 RuntimeWarning,
                 stacklevel=2,
             )
