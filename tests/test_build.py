@@ -144,7 +144,7 @@ def test_auto_without_a_compiler(tree, no_compiler):
     assert "self-test      passed" in text
     (warning,) = import_warnings(site)
     assert (
-        "RuntimeWarning: mos_ext runs plain PyTorch on cpu, since _C is not built: there is no C++ compiler: c++ was not found. "
+        "RuntimeWarning: mos_ext runs plain PyTorch on cpu (_C: not built: there is no C++ compiler: c++ was not found). "
         "Mend that and install again, or choose it with MOS_EXT_BUILD=python" in warning
     )
     assert import_warnings(site, MOS_EXT_DISABLE_NATIVE=1) == []
@@ -170,10 +170,10 @@ def test_cuda_that_could_not_be_built_warns_where_there_is_a_gpu(tree, no_compil
     _, site, record = wheel(tree, MOS_EXT_BUILD="auto", PYTHONPATH=machine, **no_compiler)
     assert record["skipped"]["_C_cuda"] == "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)"
     (warning,) = import_warnings(site, PYTHONPATH=machine)
-    assert "on cpu, since _C is not built" in warning
+    assert "on cpu (_C: not built" in warning
     with open(machine / "sitecustomize.py", "a") as file:
         file.write("torch.cuda.device_count = lambda: 1\n")
-    assert "on cuda, since _C_cuda is not built: no CUDA toolkit" in import_warnings(site, PYTHONPATH=machine)[1]
+    assert "on cuda (_C_cuda: not built: no CUDA toolkit" in import_warnings(site, PYTHONPATH=machine)[1]
 
 
 def test_cpu_without_a_compiler_fails(tree, no_compiler):
@@ -332,6 +332,11 @@ def test_fallback(tmp_path, library, reason):
     _, text = report(site)
     assert f"_C             {reason}" in text
     assert "cpu native     none" in text
+    # A library that was taken away leaves no trace; MOS_EXT_BUILD=python looks the same.
+    expected = [] if library is None else [f"RuntimeWarning: mos_ext runs plain PyTorch on cpu (_C: {reason}"]
+    found = import_warnings(site)
+    assert len(found) == len(expected)
+    assert all(text in warning for text, warning in zip(expected, found, strict=True))
     assert "self-test      passed" in text
 
 
