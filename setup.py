@@ -8,9 +8,10 @@ Two shared libraries, each of which only adds kernels to operators that Python a
 Both use torch's stable ABI and no CPython symbol, so one binary serves every torch >= 2.11 and every Python 3: the
 wheel is tagged py3-none-<platform>. MOS_EXT_BUILD chooses what to build:
 
-    auto    (default) what this machine can build; a failure is recorded in mos_ext/_build_info.json, which
-            `python -m mos_ext` replays, and the Python implementation serves instead
-    python  nothing
+    auto    (default) what this machine can build; a failure is the last line of the build, is recorded in
+            mos_ext/_build_info.json, which the first import warns of and `python -m mos_ext` replays, and the Python
+            implementation serves instead
+    python  nothing, and what an earlier build left in the sources of an editable install goes
     cpu     _C, and fail if it fails
     cuda    _C and _C_cuda, and fail if either fails, even beside a CPU-only torch (it compiles and links)
 
@@ -18,17 +19,28 @@ Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS, as everywhere in the to
 compiler warnings errors.
 """
 
+import atexit
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # the license field of pyproject.toml; wheels without `wheel`
+    sys.exit(
+        f"mos_ext needs setuptools 77 or newer to be built, and {setuptools.__version__} is installed: run "
+        "`pip install 'setuptools>=77'`, or leave out --no-build-isolation."
+    )
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
     import torch
@@ -79,13 +91,27 @@ def gencode_flags(architectures):
     return flags
 
 
-def why_no_cuda():
-    """Why `auto` leaves _C_cuda out, or None when it should be built."""
-    if torch.version.cuda is None:
+def why_cpu_only():
+    """Why nobody expects _C_cuda, or None."""
+    if MODE == "auto" and torch.version.cuda is None:
         return "the installed torch is a CPU build"
-    if cuda_home() is None:
+    return "MOS_EXT_BUILD=cpu" if MODE == "cpu" else None
+
+
+def why_no_cuda():
+    """Why _C_cuda cannot be built, or None."""
+    home = cuda_home()
+    if home is None:
         return "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)"
+    if not Path(home, "bin", "nvcc").exists():
+        return f"there is no bin/nvcc in {home}, where CUDA_HOME or PATH say that the CUDA toolkit is"
     return None
+
+
+def forget(package, files):
+    """What an earlier build left must not outlive its source."""
+    for name in files:
+        (package / name).unlink(missing_ok=True)
 
 
 def sources(folder, *suffixes):
@@ -96,7 +122,12 @@ def extension(name, *, cuda):
     warnings = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MOS_EXT_WERROR") == "1" else [])
     # torch's headers as system headers: their warnings are not ours.
     system = [f for path in cpp_extension.include_paths() for f in ("-isystem", path)]
-    cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *warnings, *system]
+    # Errors name csrc/... and torch/include/..., not folders of the machine that built; gcc resolves links in
+    # the names of system headers.
+    site = Path(torch.__file__).parent.parent
+    relative = [f"-ffile-prefix-map={path}/=" for path in dict.fromkeys((ROOT, site, site.resolve()))]
+    cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *relative, *warnings, *system]
+    link = ["-Wl,--no-undefined"]  # what this torch lacks is missed here, not when the library is loaded
     if not cuda:
         return Extension(
             name,
@@ -105,6 +136,7 @@ def extension(name, *, cuda):
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch_cpu"],
             extra_compile_args={"cxx": cxx},
+            extra_link_args=link,
             language="c++",
         )
     home = cuda_home() or ""
@@ -122,9 +154,11 @@ def extension(name, *, cuda):
             # Line numbers for profilers, compressed: the library of all architectures would be five times as large.
             "nvcc": [
                 *("-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"),
+                f"-Xcompiler={relative[0]}",  # no .cu knows torch
                 *gencode_flags(architectures),
             ],
         },
+        extra_link_args=link,
         language="c++",
     )
 
@@ -145,13 +179,20 @@ def native_build():
 
         def run(self):
             self.record = {"mode": MODE, "torch": torch.__version__, "built": [], "skipped": {}}
-            if MODE == "cpu":
-                self.record["skipped"]["_C_cuda"] = "MOS_EXT_BUILD=cpu"
+            if why_cpu_only():
+                self.record["skipped"]["_C_cuda"] = why_cpu_only()
+            if MODE == "cuda" and why_no_cuda():
+                sys.exit(f"MOS_EXT_BUILD=cuda cannot build _C_cuda: {why_no_cuda()}.")
+            beside_sources = self.inplace or self.editable_mode
+            package = ROOT / "mos_ext" if beside_sources else Path(self.build_lib) / "mos_ext"
+            if beside_sources and not os.access(package, os.W_OK):
+                sys.exit(
+                    f"mos_ext's libraries belong beside the sources of an editable install, and {package} cannot be "
+                    "written: install without --editable, or from a copy, or with MOS_EXT_BUILD=python."
+                )
             super().run()
-            package = ROOT / "mos_ext" if self.inplace or self.editable_mode else Path(self.build_lib) / "mos_ext"
             package.mkdir(parents=True, exist_ok=True)
-            for name in self.record["skipped"]:  # a library of an earlier build must not outlive its source
-                (package / f"{name}.so").unlink(missing_ok=True)
+            forget(package, [f"{name}.so" for name in self.record["skipped"]])
             (package / "_build_info.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
         def build_extensions(self):
@@ -159,7 +200,7 @@ def native_build():
             for ext in every:
                 name = ext.name.rpartition(".")[2]
                 try:
-                    if name == "_C_cuda" and MODE == "auto" and why_no_cuda():
+                    if name == "_C_cuda" and why_no_cuda():
                         raise RuntimeError(why_no_cuda())
                     if shutil.which(cpp_extension.get_cxx_compiler()) is None:
                         raise RuntimeError(
@@ -177,13 +218,32 @@ def native_build():
                         mode = "cuda" if name == "_C_cuda" else "cpu"
                         reason = f"it did not compile; MOS_EXT_BUILD={mode} pip install -v shows why ({reason})"
                     self.record["skipped"][name] = reason
-                    self.announce(f"mos_ext: {name} is not built: {reason}", level=3)
+                    # At exit: above the hundreds of lines that setuptools has yet to print, nobody would see it.
+                    atexit.register(print, f"mos_ext: {name} is not built: {reason}", file=sys.stderr, flush=True)
                 else:
                     built.append(ext)
                     self.record["built"].append(name)
             self.extensions = built
 
     return NativeBuild
+
+
+class NoLibraries(build_ext):
+    """MOS_EXT_BUILD=python beside the sources, where an earlier build may have left libraries."""
+
+    def run(self):
+        if self.inplace:
+            forget(ROOT / "mos_ext", ("_C.so", "_C_cuda.so", "_build_info.json"))
+
+
+class PythonOnly(build_py):
+    """An editable install runs no build_ext where there is nothing to compile."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            self.reinitialize_command("build_ext", inplace=True)
+            self.run_command("build_ext")
 
 
 class PlatformWheel(bdist_wheel):
@@ -194,12 +254,25 @@ class PlatformWheel(bdist_wheel):
         return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
+options = {}
+if not os.access(ROOT, os.W_OK):  # a read-only source tree, which pip builds in all the same
+    scratch = tempfile.TemporaryDirectory(prefix="mos_ext-build-")
+    options = {"egg_info": {"egg_base": scratch.name}, "build": {"build_base": scratch.name}}
+
 if MODE == "python":
-    setup()
+    setup(options=options, cmdclass={"build_ext": NoLibraries, "build_py": PythonOnly})
 elif torch is None:
-    setup(ext_modules=[Extension("mos_ext._C", [])], cmdclass={"build_ext": NoTorch, "bdist_wheel": PlatformWheel})
+    setup(
+        options=options,
+        ext_modules=[Extension("mos_ext._C", [])],
+        cmdclass={"build_ext": NoTorch, "bdist_wheel": PlatformWheel},
+    )
 else:
     extensions = [extension("mos_ext._C", cuda=False)]
-    if MODE != "cpu":
+    if not why_cpu_only():
         extensions.append(extension("mos_ext._C_cuda", cuda=True))
-    setup(ext_modules=extensions, cmdclass={"build_ext": native_build(), "bdist_wheel": PlatformWheel})
+    setup(
+        options=options,
+        ext_modules=extensions,
+        cmdclass={"build_ext": native_build(), "bdist_wheel": PlatformWheel},
+    )

@@ -86,11 +86,18 @@ def report(site, check=True, **env):
     return run(sys.executable, "-m", "mos_ext", cwd=site, check=check, **env)
 
 
+def import_warnings(site, **env):
+    """What `import mos_ext`, twice in one process, warns of."""
+    _, text = run(sys.executable, "-c", "import mos_ext, mos_ext.ops.loader, mos_ext", cwd=site, **env)
+    return [line for line in text.splitlines() if "Warning: " in line]
+
+
 def test_sdist_and_wheel(tree):
     """sdist -> wheel -> installed: the native library is in it, tagged for every Python 3, and runs."""
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", "dist", ".", cwd=tree)
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     run("tar", "xzf", sdist, cwd=tree)
+    assert not (tree / sdist.name.removesuffix(".tar.gz") / "tests").exists()  # none rather than some
     name, site, record = wheel(tree / sdist.name.removesuffix(".tar.gz"), MOS_EXT_BUILD="cpu")
     assert "-py3-none-linux" in name
     assert record["built"] == ["_C"]
@@ -108,6 +115,7 @@ def test_python_only(tree):
     assert name.endswith("-py3-none-any.whl")
     assert record == {}
     assert not list(site.rglob("*.so"))
+    assert import_warnings(site) == []
     _, text = report(site)
     assert "_C             not built (installed with MOS_EXT_BUILD=python?)" in text
     assert "cpu python     all operators: _C: not built" in text
@@ -134,12 +142,58 @@ def test_auto_without_a_compiler(tree, no_compiler):
     assert "_C             not built: " in text
     assert record["skipped"]["_C"] == "there is no C++ compiler: c++ was not found"
     assert "self-test      passed" in text
+    (warning,) = import_warnings(site)
+    assert (
+        "RuntimeWarning: mos_ext runs plain PyTorch on cpu (_C: not built: there is no C++ compiler: c++ was not found). "
+        "Mend that and install again, or choose it with MOS_EXT_BUILD=python" in warning
+    )
+    assert import_warnings(site, MOS_EXT_DISABLE_NATIVE=1) == []
+
+
+def test_the_last_line_of_a_failed_build(tree, no_compiler):
+    """What pip -v shows last of the build, and nothing of the sort where the build did what was expected."""
+    pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", "out", "."]
+    _, text = run(*pip, cwd=tree, MOS_EXT_BUILD="auto", **no_compiler)
+    of_the_build = text[: text.index("Building wheel for mos_ext (pyproject.toml): finished")].strip()
+    assert (
+        of_the_build.splitlines()[-1].strip() == "mos_ext: _C is not built: there is no C++ compiler: c++ was not found"
+    )
+    _, text = run(*pip, cwd=tree, MOS_EXT_BUILD="python", **no_compiler)
+    assert "is not built" not in text
+
+
+def test_cuda_that_could_not_be_built_warns_where_there_is_a_gpu(tree, no_compiler, tmp_path):
+    """torch's CUDA builds are installed on machines without a GPU, too: no word there."""
+    machine = tmp_path / "machine"
+    machine.mkdir()
+    (machine / "sitecustomize.py").write_text("import torch\ntorch.version.cuda = '13.0'\n")
+    _, site, record = wheel(tree, MOS_EXT_BUILD="auto", PYTHONPATH=machine, **no_compiler)
+    assert record["skipped"]["_C_cuda"] == "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)"
+    (warning,) = import_warnings(site, PYTHONPATH=machine)
+    assert "on cpu (_C: not built" in warning
+    with open(machine / "sitecustomize.py", "a") as file:
+        file.write("torch.cuda.device_count = lambda: 1\n")
+    assert "on cuda (_C_cuda: not built: no CUDA toolkit" in import_warnings(site, PYTHONPATH=machine)[1]
 
 
 def test_cpu_without_a_compiler_fails(tree, no_compiler):
     code, text = run(sys.executable, "setup.py", "build_ext", cwd=tree, check=False, MOS_EXT_BUILD="cpu", **no_compiler)
     assert code != 0
     assert "there is no C++ compiler: c++ was not found" in text
+
+
+@pytest.mark.parametrize(
+    ("home", "reason"),
+    [
+        ("", "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)."),
+        ("/nowhere", "there is no bin/nvcc in /nowhere, where CUDA_HOME or PATH say that the CUDA toolkit is."),
+    ],
+)
+def test_cuda_without_nvcc_fails(tree, no_compiler, home, reason):
+    env = {**no_compiler, "CUDA_HOME": home, "MOS_EXT_BUILD": "cuda"}
+    code, text = run(sys.executable, "setup.py", "--quiet", "build_ext", cwd=tree, check=False, **env)
+    assert code != 0
+    assert text.strip() == f"MOS_EXT_BUILD=cuda cannot build _C_cuda: {reason}"
 
 
 def test_a_compile_error_is_recorded(tree):
@@ -158,6 +212,55 @@ def test_auto_removes_a_library_it_could_not_rebuild(tree, no_compiler):
     (tree / "mos_ext" / "_C.so").write_bytes(b"old")
     run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, **no_compiler)
     assert not (tree / "mos_ext" / "_C.so").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["setup.py", "build_ext", "--inplace"], ["-c", "from setuptools import build_meta as b; b.build_editable('.')"]],
+    ids=["in place", "editable"],
+)
+def test_python_only_removes_a_library_beside_the_sources(tree, command):
+    package = tree / "mos_ext"
+    for name in ("_C.so", "_C_cuda.so", "_build_info.json"):
+        (package / name).write_bytes(b"old")
+    run(sys.executable, *command, cwd=tree, MOS_EXT_BUILD="python")
+    assert not [f.name for f in package.iterdir() if f.suffix in (".so", ".json")]
+
+
+@pytest.fixture
+def read_only(tree):
+    """The tree without a right to write, and what withholds it from root, who needs no right."""
+    folders = [tree, *(f for f in tree.rglob("*") if f.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    yield [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override"]
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+def test_a_read_only_tree(tree, read_only, tmp_path):
+    before = sorted(tree.rglob("*"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, tree]
+    run(*read_only, *pip, cwd=tmp_path, MOS_EXT_BUILD="cpu")
+    (built,) = tmp_path.glob("*.whl")
+    assert "mos_ext/_C.so" in zipfile.ZipFile(built).namelist()
+    assert sorted(tree.rglob("*")) == before
+    code, text = run(*read_only, sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=tree, check=False)
+    assert code != 0
+    assert text.strip() == (
+        f"mos_ext's libraries belong beside the sources of an editable install, and {tree / 'mos_ext'} cannot be written: "
+        "install without --editable, or from a copy, or with MOS_EXT_BUILD=python."
+    )
+
+
+def test_an_old_setuptools(tree, tmp_path):
+    """One clear sentence."""
+    (tmp_path / "sitecustomize.py").write_text("import setuptools\nsetuptools.__version__ = '65.5.1'\n")
+    code, text = run(sys.executable, "setup.py", "bdist_wheel", cwd=tree, check=False, PYTHONPATH=tmp_path)
+    assert code != 0
+    assert text.strip() == (
+        "mos_ext needs setuptools 77 or newer to be built, and 65.5.1 is installed: run `pip install 'setuptools>=77'`, or leave out --no-build-isolation."
+    )
 
 
 def test_a_mismatched_nvcc(tree, tmp_path):
@@ -229,6 +332,11 @@ def test_fallback(tmp_path, library, reason):
     _, text = report(site)
     assert f"_C             {reason}" in text
     assert "cpu native     none" in text
+    # A library that was taken away leaves no trace; MOS_EXT_BUILD=python looks the same.
+    expected = [] if library is None else [f"RuntimeWarning: mos_ext runs plain PyTorch on cpu (_C: {reason}"]
+    found = import_warnings(site)
+    assert len(found) == len(expected)
+    assert all(text in warning for text, warning in zip(expected, found, strict=True))
     assert "self-test      passed" in text
 
 

@@ -130,6 +130,15 @@ def test_symbols(library):
     assert not bad
 
 
+def test_no_folder_of_the_building_machine():
+    """Errors name csrc/... and torch/include/...: where somebody else built is nothing to a user."""
+    for library in PACKAGE.glob("_C.so"):
+        content = library.read_bytes()
+        assert b"csrc/common/../common/stable.h" in content or b"csrc/cpu/../common/stable.h" in content
+        assert str(ROOT).encode() not in content
+        assert b"/torch/include" not in content
+
+
 def test_nothing_but_kernels_is_exported():
     """Hidden visibility: two extensions in one process must not see each other's functions."""
     for library in PACKAGE.glob("*.so"):

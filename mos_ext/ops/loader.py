@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,27 @@ def _load(name: str) -> Library:
 
 
 libraries: dict[str, Library] = {name: _load(name) for name in DEVICE_OF}
+
+
+def _warn_of_failures() -> None:
+    """Whoever wanted native kernels, or let the build choose, and gets none by mishap hears of it once."""
+    record = build_record()
+    for name, library in libraries.items():
+        device = DEVICE_OF[name]
+        mishap = library.path.exists() or (record.get("mode") == "auto" and name in record.get("skipped", {}))
+        if library.loaded or not mishap or os.environ.get("MOS_EXT_DISABLE_NATIVE") == "1":
+            continue
+        # A CUDA build of torch is what pip gives to machines without a GPU, too.
+        if device == "cpu" or (torch.version.cuda is not None and torch.cuda.device_count() > 0):
+            warnings.warn(
+                f"mos_ext runs plain PyTorch on {device} ({name}: {library.problem}). Mend that and install "
+                "again, or choose it with MOS_EXT_BUILD=python; `python -m mos_ext` shows what serves what.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+_warn_of_failures()
 
 
 def cpu_instruction_set() -> str | None:
