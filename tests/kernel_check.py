@@ -35,18 +35,17 @@ def integers(*shape):
     return rng.integers(-3, 4, shape).astype(np.float64)
 
 
+# rows, shard, r, l
+SHAPES = ((0, 3, 1, 1), (1, 1, 1, 1), (3, 5, 2, 3), (17, 257, 5, 1), (33, 24, 16, 4), (131, 65, 33, 8), (1030, 8, 3, 5))
+# A sixteenth of the rows is a block, 2048 of a block are a chunk: less, one, one and a row, two and a row.
+CHUNKS = ((32752, 3, 2, 1), (32768, 1, 1, 1), (32769, 3, 2, 1), (65537, 2, 17, 1))
+CHUNKS_OF_TILES = ((32769, 513, 1, 1),)
+
 cases = 0
 for dtype in ("f32", "f64", "bf16", "f16"):
     for pool_dtype in {"f32", dtype}:
-        for rows, shard, r, l in (
-            (0, 3, 1, 1),
-            (1, 1, 1, 1),
-            (3, 5, 2, 3),
-            (17, 257, 5, 1),
-            (33, 24, 16, 4),
-            (131, 65, 33, 8),
-            (1030, 8, 3, 5),
-        ):
+        more = CHUNKS + CHUNKS_OF_TILES * (dtype == "bf16") if pool_dtype == dtype else ()
+        for rows, shard, r, l in SHAPES + more:
             d, n = shard * l, 2 * r * l
             sums = np.float64 if dtype == "f64" else np.float32
             pool = integers(n, shard)

@@ -100,20 +100,23 @@ def test_address_and_undefined_behaviour_sanitizers():
     check(folder, LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")
 
 
-def test_relative_order_of_sums_does_not_leak(plain):
+@pytest.mark.parametrize(("rows", "cols"), [(2500, 520), (40000, 12)], ids=["columns are split", "chunks"])
+def test_relative_order_of_sums_does_not_leak(plain, rows, cols):
     """Random floats, tasks forwards and backwards: the same bits, because every sum has one owner and one order."""
     script = r"""
-import numpy as np, mos_kernels as K
+import sys, numpy as np, mos_kernels as K
+rows, cols = map(int, sys.argv[1:])
 rng = np.random.default_rng(1)
-pool = rng.standard_normal((64, 130)).astype(np.float32)
+pool = rng.standard_normal((64, cols // 4)).astype(np.float32)
 index = rng.permutation(64)[:64].reshape(16, 4).astype(np.int32)
-x, s = rng.standard_normal((2500, 520)).astype(np.float32), rng.standard_normal((2500, 16)).astype(np.float32)
+x, s = rng.standard_normal((rows, cols)).astype(np.float32), rng.standard_normal((rows, 16)).astype(np.float32)
 results = []
 for reversed_ in (False, True):
-    p, g, o = np.empty((2500, 16), np.float32), np.empty((16, 520), np.float32), np.empty((2500, 520), np.float32)
+    p, g, o = (np.empty(shape, np.float32) for shape in ((rows, 16), (16, cols), (rows, cols)))
     K.low_rank_pass(pool=pool, pool_dtype="f32", index=index, dtype="f32", input=x, s=s, projected=p, factor_grad=g, out=o,
                     dropout=0.3, seed=7, reversed=reversed_)
     results.append((p, g, o))
 assert all((a == b).all() for a, b in zip(*results))
 """
-    subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(plain)}, check=True)
+    command = [sys.executable, "-c", script, str(rows), str(cols)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(plain)}, check=True)

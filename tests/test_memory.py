@@ -16,9 +16,11 @@ T * r * 2 bytes less than MoS, r / in of what x takes; under autocast copies of 
 for few tokens, as here. In every other case it keeps more, however many tokens there are.
 """
 
+import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mos_ext
 from mos_ext.ops.checks import why_not_native
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.memory import peak_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's deprecations at import
@@ -296,3 +302,38 @@ def test_both_of_the_above_see_lora_widen_x():
         run(layer, layer.x())
     assert ("aten._to_copy.default", (2, T // 2, IN)) in mode.found
     assert largest_allocation(layer) >= T * IN * 4
+
+
+# ------------------------------------------------------------------------------------------------ inside of kernels
+
+
+def products(dtype, p, rows, cols=1, r=1):
+    """The four products of x (rows, cols) with a factor (r, cols), by name."""
+    x, s = torch.randn(rows, cols).to(dtype), torch.randn(rows, r)
+    pool, index, seed = torch.randn(r, cols), torch.arange(r, dtype=torch.int32).unsqueeze(1), torch.tensor(7)
+    op = torch.ops.mos_ext
+    return {
+        "shrink": lambda: op.shrink(x, pool, index, p, seed),
+        "expand": lambda: op.expand(s, pool, index, 2.0, dtype),
+        "expand_backward": lambda: op.expand_backward(x, s, pool, index, 2.0),
+        "shrink_backward": lambda: op.shrink_backward(s, x, pool, index, p, seed),
+    }
+
+
+@pytest.mark.parametrize("name", ["shrink", "expand", "expand_backward", "shrink_backward"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_memory_does_not_grow_with_the_rows(dtype, p, name):
+    """By the system's record, which has what the kernels allocate past torch: one rank of x (2^20, 1) takes 4 MiB or
+    less beside the results, where sums padded to 16 ranks would take 64."""
+    if why_not_native(name, "cpu"):
+        pytest.skip("of the kernels: without them PyTorch makes tensors of every step")
+    product = products(dtype, p, 2**20)[name]
+    results = product()  # threads and whatever else is made once
+    size = sum(t.nbytes for t in (results if isinstance(results, tuple) else (results,)))
+    assert size >= 2**20 * dtype.itemsize
+    del results
+    peak = peak_bytes(product)
+    if peak is None:
+        pytest.skip("the system does not let the record be reset")
+    assert peak <= size + 2**22

@@ -351,8 +351,9 @@ def test_bitwise_deterministic(name, device):
                 assert torch.equal(a, b)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    case = random_case(2100, 1100, 1100, 16, 4, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("rows", "features"), [(2100, 1100), (40000, 12)])  # S as planes; in chunks of a block
+def test_results_do_not_depend_on_the_number_of_threads(rows, features):
+    case = random_case(rows, features, features, 16, 4, dtype=torch.bfloat16)
     x, pool, index = case.x, case.pool_a, case.index_a
     before, results = torch.get_num_threads(), []
     try:

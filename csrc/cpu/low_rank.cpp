@@ -26,6 +26,10 @@ constexpr int64_t kMaskColumns = 128;
 // Rows of a block. A block that sums over rows (factor_grad) keeps rank * cols floats of its own, so it takes many, and
 // there are at most kMaxRowBlocks of them however long T is.
 constexpr int64_t kBlockRows = 128, kBlockRowsSummed = 512, kMaxRowBlocks = 16;
+// Rows of a block that go through all its columns before the next ones do, so that the (rows, rank) sums of `projected`
+// that it holds do not grow with T: 128 KiB at rank 16. A multiple of kRowTile: no sum is cut elsewhere for it. (512
+// rows take up to 1.4 times as long at rank 64, d = 4096, where the factor's gradient is fetched into L2 per chunk.)
+constexpr int64_t kChunkRows = 2048;
 // At most this many blocks side by side when each needs its own (T, r) sums.
 constexpr int64_t kMaxSplits = 8;
 // Enough for 16 threads; a function of the shape alone, never of the threads there are.
@@ -33,6 +37,7 @@ constexpr int64_t kWantedBlocks = 16;
 
 struct Block {
   int64_t t0, t1, c0, c1;
+  bool accumulate;  // the block's factor gradient goes onto that of rows before t0
 };
 
 // A factor gathered, converted and laid out for the inner loops: all its columns, once per pass.
@@ -235,8 +240,9 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
   const int64_t block_cols = ceil_div(tiles, splits) * kColTile;
   splits = total_cols ? ceil_div(total_cols, block_cols) : 0;
 
-  const size_t by_column = p.projected ? static_cast<size_t>(tiles * kColTile / kernels.group * rank_padded) : 0;
-  const size_t by_rank = p.out ? static_cast<size_t>(tiles * kColTile * groups) : 0;
+  const int64_t cols_padded = round_up(total_cols, kPanelMultiple);
+  const size_t by_column = p.projected ? static_cast<size_t>(cols_padded / kernels.group * rank_padded) : 0;
+  const size_t by_rank = p.out ? static_cast<size_t>(cols_padded * groups) : 0;
   AlignedBuffer words((by_column + by_rank) * kernels.word_bytes);
   char* const packed = words.as<char>();
   const PackedFactor factor{packed, packed + by_column * kernels.word_bytes};
@@ -249,43 +255,52 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
   };
   if (row_blocks > 1) parallel(tiles, pack);  // else each block packs its own columns, one meeting of threads less
 
-  // Own sums of each block, added up in a fixed order below.
+  // Own sums of each block, added up in a fixed order. Where columns are split, of less than kWantedBlocks * block_rows
+  // rows, they are planes that are added up below; else a block holds those of a chunk of its rows at a time.
   const int64_t plane_size = total_rows * rank_padded;
-  AlignedBuffer planes(p.projected ? static_cast<size_t>(splits * plane_size) * sizeof(T) : 0);
+  AlignedBuffer planes(p.projected && splits > 1 ? static_cast<size_t>(splits * plane_size) * sizeof(T) : 0);
+  const int64_t chunk_rows = p.projected ? min64(kChunkRows, block_rows) : block_rows;
+  const auto write_projected = [&](int64_t t0, int64_t t1, const T* sums) {
+    T* result = static_cast<T*>(p.projected);
+    const T scale = static_cast<T>(p.scale * p.dropout.keep_scale());
+    for (int64_t t = t0; t < t1; ++t, sums += rank_padded) {
+      for (int64_t j = 0; j < rank; ++j) {
+        T sum = T(0);
+        for (int64_t split = 0; split < splits; ++split) sum += sums[split * plane_size + j];
+        result[t * rank + j] = scale * sum;
+      }
+    }
+  };
   // The one block of few rows sums in the result itself, where its vectors fit the columns.
   T* factor_grad = static_cast<T*>(p.factor_grad);
-  const bool own_grads = factor_grad && (row_blocks != 1 || total_cols % kPanelMultiple != 0);
-  const int64_t grad_stride = own_grads ? splits * block_cols : total_cols, grad_size = rank * grad_stride;
+  const bool own_grads = factor_grad && (row_blocks != 1 || total_cols != cols_padded);
+  const int64_t grad_stride = own_grads ? cols_padded : total_cols, grad_size = rank * grad_stride;
   AlignedBuffer grad_planes(own_grads ? static_cast<size_t>(row_blocks * grad_size) * sizeof(T) : 0);
   T* const grads = own_grads ? grad_planes.as<T>() : factor_grad;
-  T* result = static_cast<T*>(p.projected);
-  const T scale = static_cast<T>(p.scale * p.dropout.keep_scale());
 
   parallel(row_blocks * splits, [&](int64_t i) {
     const int64_t row_block = i / splits, split = i % splits;
-    const Block block{row_block * block_rows, min64(total_rows, (row_block + 1) * block_rows), split * block_cols,
-                      min64(total_cols, (split + 1) * block_cols)};
-    T *projected = nullptr, *grad = nullptr;
-    if (p.projected) {
-      projected = planes.as<T>() + split * plane_size + block.t0 * rank_padded;
-      std::memset(projected, 0, static_cast<size_t>((block.t1 - block.t0) * rank_padded) * sizeof(T));
+    const int64_t end = min64(total_rows, (row_block + 1) * block_rows);
+    const int64_t c_begin = split * block_cols, c_end = min64(total_cols, (split + 1) * block_cols);
+    for (int64_t c0 = c_begin; row_blocks == 1 && c0 < c_end; c0 += kColTile) pack(c0 / kColTile);
+    T* grad = p.factor_grad ? grads + row_block * grad_size + c_begin : nullptr;
+    AlignedBuffer chunk(p.projected && splits == 1 ? static_cast<size_t>(chunk_rows * rank_padded) * sizeof(T) : 0);
+    for (int64_t t0 = row_block * block_rows, t1; t0 < end; t0 = t1) {
+      t1 = min64(end, t0 + chunk_rows);
+      T* projected = nullptr;
+      if (p.projected) {
+        projected = splits == 1 ? chunk.as<T>() : planes.as<T>() + split * plane_size + t0 * rank_padded;
+        std::memset(projected, 0, static_cast<size_t>((t1 - t0) * rank_padded) * sizeof(T));
+      }
+      kernels.run_block(p, {t0, t1, c_begin, c_end, t0 > row_block * block_rows}, factor, projected, grad, grad_stride);
+      if (p.projected && splits == 1) write_projected(t0, t1, projected);
     }
-    if (p.factor_grad) grad = grads + row_block * grad_size + block.c0;
-    for (int64_t c0 = block.c0; row_blocks == 1 && c0 < block.c1; c0 += kColTile) pack(c0 / kColTile);
-    kernels.run_block(p, block, factor, projected, grad, grad_stride);
   });
 
-  if (p.projected) {
+  if (p.projected && splits != 1) {
     parallel(row_blocks, [&](int64_t row_block) {
-      for (int64_t t = row_block * block_rows; t < min64(total_rows, (row_block + 1) * block_rows); ++t) {
-        for (int64_t j = 0; j < rank; ++j) {
-          T sum = T(0);
-          for (int64_t split = 0; split < splits; ++split) {
-            sum += planes.as<T>()[split * plane_size + t * rank_padded + j];
-          }
-          result[t * rank + j] = scale * sum;
-        }
-      }
+      const int64_t t0 = row_block * block_rows;
+      write_projected(t0, min64(total_rows, t0 + block_rows), planes.as<T>() + t0 * rank_padded);
     });
   }
   if (own_grads) {

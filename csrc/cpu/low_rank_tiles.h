@@ -453,7 +453,8 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
           in_pieces(rank, [&](auto count, int64_t j) {
             outer<A, decltype(count)::value>(rows, s_by_pair + j, rank_padded, in + c, in_stride,
                                              c + panel < cols ? in + c + panel : in + kRowTile * in_stride,
-                                             grad + j * grad_stride + (c0 - b.c0) + c, grad_stride, t0 > b.t0);
+                                             grad + j * grad_stride + (c0 - b.c0) + c, grad_stride,
+                                             b.accumulate || t0 > b.t0);
           });
         }
       }
