@@ -57,6 +57,11 @@ def _by_pattern(name: str, value: object, check: Callable[[str, Any], None]) -> 
     return dict(value)
 
 
+def matching_patterns(patterns: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """The patterns that match a module's whole name, or the end of it after a dot, with their values."""
+    return {pattern: value for pattern, value in patterns.items() if re.match(_PATTERN.format(pattern), module)}
+
+
 def pattern_value(name: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value that the patterns of field ``name`` give a module: of one that matches its whole name or the end of it.
 
@@ -64,7 +69,7 @@ def pattern_value(name: str, patterns: Mapping[str, Any], module: str, default: 
         ValueError: patterns that match give different values. PEFT takes the first then, but files do not keep the
             order.
     """
-    matching = {pattern: value for pattern, value in patterns.items() if re.match(_PATTERN.format(pattern), module)}
+    matching = matching_patterns(patterns, module)
     if len(set(matching.values())) > 1:
         raise ValueError(f"{name} must give {module} one value, got {matching}")
     return next(iter(matching.values()), default)
@@ -85,8 +90,12 @@ class MoSConfig:
         dropout: probability in [0, 1) with which an element of the adapter's input is dropped in training; rounded to
             the nearest 1/65536.
         target_modules: ``"all-linear"`` (every supported linear inside a numbered block, so heads and poolers are left
-            out), a list of module names or name endings (``["q_proj", "mlp.down_proj"]``), or a regular expression
-            that matches whole names.
+            out; every one but the output head where no block is numbered), a list of module names or name endings
+            (``["q_proj", "mlp.down_proj"]``), or a regular expression that matches whole names. ``"all-linear"`` runs
+            on every model, and a line of the log names what it does not adapt like the rest: linears that
+            ``shards_per_vector`` does not divide, or whose weights their parents read instead of calling them, are
+            left out, and modules too few for r get the largest rank they can have, written into ``rank_pattern`` (so
+            they are scaled by alpha / that rank).
         exclude_modules: names or a regular expression to leave out, read like ``target_modules``.
         layers_to_transform: the number of the block, or numbers of the blocks, to adapt; None adapts all. Only with a
             list of ``target_modules``.

@@ -497,7 +497,7 @@ def unchanged(model, call, error, message):
     [
         (MoSConfig(target_modules=["nothing"]), ValueError, "target_modules must match"),
         (MoSConfig(r=4, equivalent_rank=4, shards_per_vector=5), ValueError, "shards_per_vector must divide"),
-        (MoSConfig(r=99, equivalent_rank=2), ValueError, "r must be at most"),
+        (MoSConfig(r=99, equivalent_rank=2, target_modules=["q_proj"]), ValueError, "r must be at most"),
         (MoSConfig(target_modules=["embed_tokens"]), TypeError, "target_modules must select"),
         ({"r": 4}, TypeError, "config must be a mos_ext.MoSConfig, got a builtins.dict"),
     ],

@@ -583,7 +583,7 @@ def test_bad_configurations(kwargs, error, message):
         ({"target_modules": ["embed_tokens"]}, TypeError, "got model.embed_tokens, a Embedding"),
         ({"target_modules": ["nothing"]}, ValueError, "Target modules {'nothing'} not found in the base model"),
         ({"shards_per_vector": 5}, ValueError, "shards_per_vector must divide in_features=64 of model.layers.0"),
-        ({"r": 10}, ValueError, "r must be at most 9 for model.layers.0.self_attn.q_proj"),
+        ({"r": 10, "target_modules": ["q_proj"]}, ValueError, "r must be at most 9 for model.layers.0.self_attn.q_proj"),
     ],
 )
 @pytest.mark.parametrize("second", [False, True])
