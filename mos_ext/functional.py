@@ -144,9 +144,8 @@ def fused(
 ) -> Tensor:
     """:func:`mos_linear` after autocast, without what a layer checked once, with gradient handles."""
     if x.is_nested:
-        factors = pool_a, pool_b, index_a, index_b, scale
-        handles = {"handle_a": handle_a, "handle_b": handle_b}
-        return _nested_like(x, fused(_rows(x), weight, bias, *factors, **handles, dropout=dropout, seed=seed))
+        rest: dict[str, Any] = {"handle_a": handle_a, "handle_b": handle_b, "dropout": dropout, "seed": seed}
+        return _nested_like(x, fused(_rows(x), weight, bias, pool_a, pool_b, index_a, index_b, scale, **rest))
     check_activation(x, weight, bias, pool_a, pool_b)
     y = _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout, seed)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # reshape makes a view in any case
@@ -174,9 +173,8 @@ def accumulate(
     """
     check_tensor("the output of the base layer", y)
     if x.is_nested and y.is_nested:
-        factors = pool_a, pool_b, index_a, index_b, scale
-        handles = {"handle_a": handle_a, "handle_b": handle_b}
-        return _nested_like(y, accumulate(_rows(y), _rows(x), *factors, **handles, dropout=dropout, seed=seed))
+        rest: dict[str, Any] = {"handle_a": handle_a, "handle_b": handle_b, "dropout": dropout, "seed": seed}
+        return _nested_like(y, accumulate(_rows(y), _rows(x), pool_a, pool_b, index_a, index_b, scale, **rest))
     check_branch(x, y, pool_a, pool_b, index_a, index_b)
     factors = (pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout)
     # (Tracers, transforms and dispatch modes must see no mutation.)

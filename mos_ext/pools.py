@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import reference
 from .config import MoSConfig
-from .ops.checks import check_index, check_integer
+from .ops.checks import check_index, check_integer, check_number
 from .ops.handles import Stash, factor_handles, run_last
 from .planner import LinearType
 from .routing import IndexTables, check_ranks, draw_tables
@@ -85,12 +85,16 @@ class ShardPool(nn.Module):
             raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
         for name, value in (("in_features", in_features), ("out_features", out_features), ("num_layers", num_layers)):
             check_integer(name, value, 1)
+        if ranks is None:  # before there are as many of them as layers
+            check_ranks(config, in_features, out_features, num_layers)
         self.ranks = (config.r,) * num_layers if ranks is None else tuple(ranks)
         self.scales = (config.scale,) * num_layers if scales is None else tuple(scales)
         for name, values in (("ranks", self.ranks), ("scales", self.scales)):
             if len(values) != num_layers:
                 raise ValueError(f"{name} must have one entry for each of {num_layers} layers, got {len(values)}")
-        for r in sorted(set(self.ranks)):
+        for r, scale in zip(self.ranks, self.scales, strict=True):
+            config.check_rank("ranks", r)
+            check_number("scales", scale)
             check_ranks(config, in_features, out_features, num_layers, r=r)
         self.config, self.in_features, self.out_features, self.num_layers = (
             config,
