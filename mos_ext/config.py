@@ -22,8 +22,11 @@ POOL_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": t
 
 # What other libraries call these fields.
 _MEANT = {
-    **{name: "r" for name in ("rank", "lora_r", "lora_rank")},
-    **{"lora_alpha": "alpha", "lora_dropout": "dropout", "e": "equivalent_rank", "l": "shards_per_vector"},
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "e": "equivalent_rank",
+    "l": "shards_per_vector",
     "init_lora_weights": "init_weights",
 }
 # Attributes that PEFT asks of a configuration, and fields that only its own has.

@@ -195,7 +195,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _nested_like(x: Tensor, rows: Tensor) -> Tensor:
-    """What was computed of :func:`_rows` of a nested tensor, as a nested tensor: the same raggedness, for jagged ones."""
+    """What was computed of :func:`_rows` of a nested tensor, as a nested tensor; of the same raggedness if jagged."""
     if x.layout == torch.jagged:
         structure: Any = x  # torch does not declare what only these tensors have
         lengths, dim = structure.lengths(), structure._ragged_idx

@@ -54,6 +54,10 @@ READ_BY_PARENT: dict[str, tuple[str, ...]] = {
     "WavLMAttention": (*_QKV, "out_proj"),
 }
 
+# Linears by their class whose result is another than a linear's: scores and indices, more features, blocks. In
+# transformers.
+NO_LINEARS = ("DeepseekV4GroupedLinear", "IdeficsDecoupledLinear", "Llama4Router", "PhimoeTopKRouter")
+
 
 def reader_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The class of the parent that reads a module's weight instead of calling it (``READ_BY_PARENT``); or None."""
@@ -126,6 +130,8 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(module):
         fan_in, fan_out = shape_of(cast(Tensor, module.weight))
         return fan_in, fan_out
+    if type(module).__name__ in NO_LINEARS:
+        return None
     features = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return features if all(type(f) is int and f > 0 for f in features) else None  # type: ignore[return-value]
 
@@ -204,7 +210,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def linear_modules(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """Every ``nn.Linear`` (quantised ones are subclasses) and ``Conv1D`` among named modules."""
-    return [(n, m) for n, m in named if (isinstance(m, nn.Linear) or is_conv1d(m)) and features_of(m) is not None]
+    return [(n, m) for n, m in named if isinstance(m, nn.Linear) or is_conv1d(m)]
 
 
 def every_linear(named: Iterable[tuple[str, nn.Module]], head: nn.Module | None) -> list[str]:
