@@ -310,16 +310,20 @@ def fit_ranks(config: MoSConfig, named: Iterable[tuple[str, nn.Module]], modules
     return replace(config, rank_pattern={**config.rank_pattern, **patterns})
 
 
-def tell_of_fitting(before: MoSConfig, after: MoSConfig, named: Iterable[str], others: Mapping[str, str]) -> None:
+def tell_of_fitting(
+    before: MoSConfig, after: MoSConfig, named: Iterable[tuple[str, nn.Module]], others: Mapping[str, str]
+) -> None:
     """Logs, in one line, what of ``"all-linear"`` is left out and where :func:`fit_ranks` lowered r."""
-    ranks = {name: (before.rank_of(name), after.rank_of(name)) for name in named}
-    lowered = {name: f"r={new} instead of {old}" for name, (old, new) in ranks.items() if old != new}
-    parts = [
-        f"left out {', '.join(by_role(others))}" if others else "",
-        f"too few modules for the rank in {', '.join(by_role(lowered))}" if lowered else "",
-    ]
-    if text := "; ".join(filter(None, parts)):
-        logger.warning("adapting without named modules: %s", text)
+    lowered: dict[str, str] = {}
+    for name, module in named:
+        if (r := after.rank_of(name)) != before.rank_of(name):
+            fan_in, fan_out = cast(tuple[int, int], features_of(module))
+            lowered[type_name(role_of(name), fan_in, fan_out)] = f"r={r} instead of {before.r}"
+    parts = [f"left out {', '.join(by_role(others))}"] if others else []
+    if lowered:
+        parts.append(f"too few modules for the rank: {', '.join(f'{name} ({r})' for name, r in lowered.items())}")
+    if parts:
+        logger.warning("adapting without named modules: %s", "; ".join(parts))
 
 
 def group_modules(
@@ -351,9 +355,12 @@ def group_modules(
             )
         groups.setdefault((role_of(name), *features), {})[name] = device_of(module)
     for key, members in groups.items():
-        places = {device: name for name, device in reversed(members.items()) if device is not None}
+        places: dict[torch.device, str] = {}
+        for name, device in members.items():
+            if device is not None:
+                places.setdefault(device, name)
         if len(places) > 1:
-            got = ", ".join(f"{name} on {device}" for device, name in reversed(places.items()))
+            got = ", ".join(f"{name} on {device}" for device, name in places.items())
             raise ValueError(
                 f"the modules of a linear type, {type_name(*key)}, must be on one device, since they share a pool, got "
                 f"{got}: load the model on one device (device_map={{'': 0}}), or exclude the modules on the others"
@@ -371,17 +378,12 @@ def plan_modules(
             cannot be adapted.
     """
     types = []
-    groups = group_modules(named, modules)
-    for (role, fan_in, fan_out), members in groups.items():
+    for (role, fan_in, fan_out), members in group_modules(named, modules).items():
         name, ranks = type_name(role, fan_in, fan_out), tuple(config.rank_of(module) for module in members)
         for module, r in zip(members, ranks, strict=True):
             check_ranks(config, fan_in, fan_out, len(members), r=r, module=module, linear_type=name)
         scales = tuple(config.scale_of(module) for module in members)
         types.append(LinearType(role, fan_in, fan_out, members, ranks, scales, draw_tables(config, name, ranks)))
-    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        used = {pattern for module in chain(*groups.values()) for pattern in matching_patterns(patterns, module)}
-        if unused := [pattern for pattern in patterns if pattern not in used]:
-            warnings.warn(f"{field} should match adapted modules, got {unused}, which match none", stacklevel=4)
     return types
 
 
@@ -393,7 +395,11 @@ def plan(model: nn.Module, config: MoSConfig) -> tuple[MoSConfig, list[LinearTyp
     if config.target_modules == "all-linear":
         fitted = fit_ranks(config, named, modules)
     types = plan_modules(fitted, named, modules)
-    tell_of_fitting(config, fitted, [name for name, _ in named], others)
+    tell_of_fitting(config, fitted, named, others)
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        used = {pattern for name, _ in named for pattern in matching_patterns(patterns, name)}
+        if unused := [pattern for pattern in patterns if pattern not in used]:  # PEFT warns itself
+            warnings.warn(f"{field} should match adapted modules, got {unused}, which match none", stacklevel=3)
     return fitted, types
 
 

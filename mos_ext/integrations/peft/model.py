@@ -111,7 +111,7 @@ class MoSModel(BaseTuner):
             if others:
                 peft_config.target_modules = {name for name, _ in named}
             peft_config.rank_pattern = dict(fitted.rank_pattern)
-            tell_of_fitting(method, fitted, [name for name, _ in named], others)
+            tell_of_fitting(method, fitted, named, others)
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
