@@ -55,10 +55,11 @@ class ShardPool(nn.Module):
         a: parameter (n, in/l), U(-1/sqrt(in), 1/sqrt(in)) at first. b: parameter (n, out/l), zeros at first, so a new
             adapter changes nothing.
         index_a, index_b: buffers (L, r, l) int32; :meth:`table` is a layer's own.
-        ranks, scales: of each layer.
+        ranks, scales: of each layer; :meth:`set_strength` changes the latter.
 
     Raises:
-        ValueError, TypeError: features that l does not divide, ranks that L layers cannot have, tables out of range.
+        ValueError, TypeError: features that l does not divide, ranks that L layers cannot have, scales that are not
+            finite, tables out of range.
 
     Source: MoS (ICLR 2025); n = e * L * l shards.
     """
@@ -89,6 +90,7 @@ class ShardPool(nn.Module):
             check_ranks(config, in_features, out_features, num_layers)
         self.ranks = (config.r,) * num_layers if ranks is None else tuple(ranks)
         self.scales = (config.scale,) * num_layers if scales is None else tuple(scales)
+        self._initial_scales, self._strengths = self.scales, [1.0] * num_layers
         for name, values in (("ranks", self.ranks), ("scales", self.scales)):
             if len(values) != num_layers:
                 raise ValueError(f"{name} must have one entry for each of {num_layers} layers, got {len(values)}")
@@ -147,6 +149,16 @@ class ShardPool(nn.Module):
             tables=linear_type.tables,
             device=device,
         )
+
+    def strength(self, layer: int) -> float:
+        """What :meth:`set_strength` made of a layer; 1 at first."""
+        return self._strengths[layer]
+
+    def set_strength(self, layer: int, strength: float) -> None:
+        """Multiplies a layer's product by ``strength``, beside its scale at construction."""
+        self._strengths[layer] = strength
+        scales = zip(self._initial_scales, self._strengths, strict=True)
+        self.scales = tuple(scale * of_layer for scale, of_layer in scales)
 
     def table(self, side: str, layer: int) -> Tensor:
         """The (r, l) index table of a layer."""
