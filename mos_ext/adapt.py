@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import MoSConfig
 from .linear import AdaptedLayer, MoSLinear, MoSModule
-from .planner import LinearType, device_of, plan, type_keys, unwrap
+from .planner import LinearType, by_role, device_of, keep_calling, left_out, plan, type_keys, unwrap
 from .pools import ShardPool
 from .ranks import same_on_every_rank
 from .routing import IndexTables
@@ -22,12 +22,19 @@ class Adapter(nn.Module):
     """The pools of an adapted model, at ``model.mos_pools``: one :class:`ShardPool` per linear type, in plan order.
 
     Attributes:
-        config: the :class:`MoSConfig`. linear_types: which modules share which pool.
+        config: the :class:`MoSConfig`; of ``"all-linear"`` with the ranks that modules have, in ``rank_pattern``.
+        linear_types: which modules share which pool. left_out: see :class:`ParameterReport`.
     """
 
-    def __init__(self, config: MoSConfig, linear_types: Sequence[LinearType], pools: Sequence[ShardPool]) -> None:
+    def __init__(
+        self,
+        config: MoSConfig,
+        linear_types: Sequence[LinearType],
+        pools: Sequence[ShardPool],
+        left_out: dict[str, str],
+    ) -> None:
         super().__init__()
-        self.config, self.linear_types = config, tuple(linear_types)
+        self.config, self.linear_types, self.left_out = config, tuple(linear_types), left_out
         for key, pool in zip(type_keys([t.name for t in linear_types]), pools, strict=True):
             self.add_module(key, pool)
 
@@ -82,21 +89,23 @@ def adapt(model: nn.Module, config: MoSConfig) -> nn.Module:
 
     Raises:
         ValueError: the model is adapted already, no module matches ``target_modules`` (the message lists what exists),
-            ``shards_per_vector`` does not divide a module's features, or a linear type has too few modules for the
-            ranks (with the nearest valid values). In distributed runs also when ranks disagree on ``config``; then
-            every rank raises.
+            the modules of a linear type are on several devices; or of modules that ``target_modules`` names,
+            ``shards_per_vector`` does not divide the features, or a linear type has too few for the ranks (with the
+            nearest valid values). In distributed runs also when ranks disagree on ``config``; then every rank raises.
         TypeError: an argument or a selected module of the wrong type, or a model that is a bare container.
             The model is unchanged after any error.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, MoSConfig):
+        of_peft = hasattr(config, "peft_type")
+        meant = ", which peft.get_peft_model takes (from mos_ext import MoSConfig)" if of_peft else ""
         got = f"{type(config).__module__}.{type(config).__qualname__}"
-        raise TypeError(f"config must be a mos_ext.MoSConfig, got a {got}")
+        raise TypeError(f"config must be a mos_ext.MoSConfig, got a {got}{meant}")
     base = unwrap(model)
     with same_on_every_rank() as say:
         check_unadapted(base)
-        linear_types = plan(base, config)
+        config, linear_types = plan(base, config)
         say(config.to_dict())
     install(base, config, linear_types)
     return model
@@ -127,7 +136,7 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
         pools.append(pool)
         for k, name in enumerate(linear_type.modules):
             layers[modules[name]] = MoSLinear.from_linear(modules[name], pool=pool, layer=k, register_pool=False)
-    adapter = Adapter(config, linear_types, pools)
+    adapter = Adapter(config, linear_types, pools, left_out(model, config))
 
     model.requires_grad_(False)
     for parent in modules.values():
@@ -135,9 +144,7 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
         found = {key: layers[child] for key, child in parent._modules.items() if child in layers}
         for key, layer in found.items():
             setattr(parent, key, layer)
-        if found and isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fused inference path reads weights instead of calling layers; this is how torch itself turns that off.
-            parent.activation_relu_or_gelu = 0
+    keep_calling(model, set(layers.values()))
     model.add_module(POOLS, adapter)
     return model
 
@@ -221,12 +228,13 @@ def _for_each(layers: dict[str, MoSModule], do: Callable[[MoSModule], object]) -
 
 @dataclass(frozen=True)
 class TypeReport:
-    """One linear type in a :class:`ParameterReport`. ``trainable`` counts both pools."""
+    """One linear type in a :class:`ParameterReport`. ``trainable`` counts both pools; ``ranks`` are its modules'."""
 
     name: str
     num_layers: int
     num_shards: int
     trainable: int
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -238,6 +246,7 @@ class ParameterReport:
         equivalent_rank: the LoRA rank with as many trainable parameters. r: the LoRA rank that the adapter expands to.
         lora_parameters: what LoRA of rank r would train on the same modules.
         types: per linear type.
+        left_out: modules that ``"all-linear"`` stands for and that cannot be adapted: name -> why.
     """
 
     trainable: int
@@ -246,11 +255,15 @@ class ParameterReport:
     r: int
     lora_parameters: int
     types: tuple[TypeReport, ...]
+    left_out: dict[str, str]
 
     def __str__(self) -> str:
         width = max(len(t.name) for t in self.types)
-        lines = [f"{'linear type':<{width}}  layers  shards   trainable"]
-        lines += [f"{t.name:<{width}}  {t.num_layers:>6}  {t.num_shards:>6}  {t.trainable:>10,}" for t in self.types]
+        lines = [f"{'linear type':<{width}}  layers  shards       r   trainable"]
+        for t in self.types:
+            ranks = "-".join(map(str, sorted({min(t.ranks), max(t.ranks)})))
+            lines.append(f"{t.name:<{width}}  {t.num_layers:>6}  {t.num_shards:>6} {ranks:>7}  {t.trainable:>10,}")
+        lines += [f"not adapted: {text}" for text in by_role(self.left_out)]
         lines.append(
             f"trainable {self.trainable:,} of {self.total:,} parameters "
             f"({100 * self.trainable / self.total:.3f}%): the budget of LoRA "
@@ -267,7 +280,9 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     """
     adapter = adapter_of(model)
     types = tuple(
-        TypeReport(t.name, len(t.modules), pool.shards_a.shape[0], pool.shards_a.numel() + pool.shards_b.numel())
+        TypeReport(
+            t.name, len(t.modules), pool.shards_a.shape[0], pool.shards_a.numel() + pool.shards_b.numel(), t.ranks
+        )
         for t, pool in zip(adapter.linear_types, adapter.pools, strict=True)
     )
     config = adapter.config
@@ -278,4 +293,5 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         r=config.r,
         lora_parameters=sum(sum(t.ranks) * (t.in_features + t.out_features) for t in adapter.linear_types),
         types=types,
+        left_out=adapter.left_out,
     )

@@ -295,8 +295,9 @@ def _method_config(stored: dict) -> MoSConfig:
     for name, only in _PEFT_DEFAULTS.items():
         if stored.get(name, only) != only:
             raise ValueError(
-                f"{name} must be {only!r}, got {stored[name]!r}: load this adapter with PEFT, which can train "
-                f"more than the adapter (mos_ext.integrations.peft)"
+                f"{name} must be {only!r}, got {stored[name]!r}: load this adapter with PEFT "
+                f"(peft.PeftModel.from_pretrained, after import mos_ext.integrations.peft), which can train more than "
+                f"the adapter"
             )
     values = {name: stored[name] for name in MoSConfig().to_dict() if name in stored}
     values["exclude_modules"] = values.get("exclude_modules") or ()
@@ -319,7 +320,7 @@ def _types_of(header: dict) -> _Types:
 def _check_model(model: nn.Module, config: MoSConfig, types: _Types | None, folder: Path) -> _Types:
     """The types that the configuration selects in this model; they must be those of the file, where it names them."""
     try:
-        here = group_modules(select_modules(model, config))
+        here = group_modules(select_modules(model, config), dict(model.named_modules()))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder} must be an adapter for this model, a {type(model).__name__}, got: {error}"

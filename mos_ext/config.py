@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,7 +16,44 @@ from .ops.checks import check_integer, check_number
 ROUTINGS = ("random", "balanced")
 MAX_RANK = 256
 _PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern stands for
+T = TypeVar("T")
 POOL_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# What other libraries call these fields.
+_MEANT = {
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "e": "equivalent_rank",
+    "l": "shards_per_vector",
+    "init_lora_weights": "init_weights",
+}
+# Attributes that PEFT asks of a configuration, and fields that only its own has.
+_OF_PEFT = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "is_prompt_learning")
+_PEFT_FIELDS = (*_OF_PEFT, "init_weights", "modules_to_save", "bias", "fan_in_fan_out", "revision")
+
+
+def names_what_is_meant(cls: type[T]) -> type[T]:
+    """A class decorator for configurations: an argument known under another name is a TypeError that says which."""
+    init = cls.__init__
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for name in kwargs.keys() - known:
+            meant = _MEANT.get(name, name)
+            if meant in known:
+                raise TypeError(f"{name} must be given as {meant}, the name that it has in MoSConfig")
+            if meant in _PEFT_FIELDS:
+                raise TypeError(
+                    f"{name} must be given to the MoSConfig of mos_ext.integrations.peft, as {meant}, and that one to "
+                    f"peft.get_peft_model; this is mos_ext.MoSConfig"
+                )
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked  # type: ignore[method-assign, misc]
+    return cls
 
 
 def _boolean(name: str, value: object) -> None:
@@ -57,6 +95,11 @@ def _by_pattern(name: str, value: object, check: Callable[[str, Any], None]) -> 
     return dict(value)
 
 
+def matching_patterns(patterns: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """The patterns that match a module's whole name, or the end of it after a dot, with their values."""
+    return {pattern: value for pattern, value in patterns.items() if re.match(_PATTERN.format(pattern), module)}
+
+
 def pattern_value(name: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value that the patterns of field ``name`` give a module: of one that matches its whole name or the end of it.
 
@@ -64,12 +107,13 @@ def pattern_value(name: str, patterns: Mapping[str, Any], module: str, default: 
         ValueError: patterns that match give different values. PEFT takes the first then, but files do not keep the
             order.
     """
-    matching = {pattern: value for pattern, value in patterns.items() if re.match(_PATTERN.format(pattern), module)}
+    matching = matching_patterns(patterns, module)
     if len(set(matching.values())) > 1:
         raise ValueError(f"{name} must give {module} one value, got {matching}")
     return next(iter(matching.values()), default)
 
 
+@names_what_is_meant
 @dataclass(frozen=True)
 class MoSConfig:
     """Configuration of a Mixture-of-Shards adapter.
@@ -77,7 +121,7 @@ class MoSConfig:
     Args:
         r: active rank, the rank of every assembled A and B. 1 to 256.
         equivalent_rank: the LoRA rank with the same number of trainable parameters (``e``); it sizes the pools, e * L
-            * l shards for L layers.
+            * l shards for L layers. 1 to 256: L layers of rank 256 cannot use more.
         shards_per_vector: shards that make one rank vector (``l``); must divide in_features and out_features of every
             adapted module.
         private_rank: ranks of each layer that no other layer shares (``p``).
@@ -85,8 +129,12 @@ class MoSConfig:
         dropout: probability in [0, 1) with which an element of the adapter's input is dropped in training; rounded to
             the nearest 1/65536.
         target_modules: ``"all-linear"`` (every supported linear inside a numbered block, so heads and poolers are left
-            out), a list of module names or name endings (``["q_proj", "mlp.down_proj"]``), or a regular expression
-            that matches whole names.
+            out; every one but the output head where no block is numbered), a list of module names or name endings
+            (``["q_proj", "mlp.down_proj"]``), or a regular expression that matches whole names. ``"all-linear"`` runs
+            on every model, and a line of the log names what it does not adapt like the rest: linears that
+            ``shards_per_vector`` does not divide, or whose weights their parents read instead of calling them, are
+            left out, and modules too few for r get the largest rank they can have, written into ``rank_pattern`` (so
+            they are scaled by alpha / that rank).
         exclude_modules: names or a regular expression to leave out, read like ``target_modules``.
         layers_to_transform: the number of the block, or numbers of the blocks, to adapt; None adapts all. Only with a
             list of ``target_modules``.
@@ -135,14 +183,16 @@ class MoSConfig:
 
     def __post_init__(self) -> None:
         check_integer("equivalent_rank", self.equivalent_rank, 1)
+        if self.equivalent_rank > MAX_RANK:
+            raise ValueError(f"equivalent_rank must be at most {MAX_RANK}, got {self.equivalent_rank}")
         check_integer("shards_per_vector", self.shards_per_vector, 1)
         check_integer("private_rank", self.private_rank, 0)
         if self.private_rank > self.equivalent_rank:
             raise ValueError(
                 f"private_rank must be at most equivalent_rank={self.equivalent_rank}, got {self.private_rank}"
             )
-        self._check_rank("r", self.r)
-        object.__setattr__(self, "rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, self._check_rank))
+        self.check_rank("r", self.r)
+        object.__setattr__(self, "rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, self.check_rank))
         object.__setattr__(self, "alpha_pattern", _by_pattern("alpha_pattern", self.alpha_pattern, check_number))
         _boolean("use_rslora", self.use_rslora)
         check_number("alpha", self.alpha)
@@ -164,7 +214,8 @@ class MoSConfig:
             raise ValueError(f"target_modules must name at least one module, got {self.target_modules!r}")
         self._check_layers()
 
-    def _check_rank(self, name: str, r: object) -> None:
+    def check_rank(self, name: str, r: object) -> None:
+        """ValueError or TypeError unless r can be the rank of a layer of this adapter; ``name`` is what r is called."""
         check_integer(name, r, 1)
         assert isinstance(r, int)
         if r > MAX_RANK:
@@ -202,6 +253,14 @@ class MoSConfig:
             for name in names:
                 _check_expression("layers_pattern", rf"(?:^|.*?\.){name}\.(\d+)\.", name)
             object.__setattr__(self, "layers_pattern", tuple(names) or None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_PEFT:
+            raise AttributeError(
+                f"PEFT must be given the MoSConfig of mos_ext.integrations.peft, got a mos_ext.MoSConfig (which has no "
+                f"{name}): from mos_ext.integrations.peft import MoSConfig"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def scale(self) -> float:

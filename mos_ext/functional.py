@@ -5,6 +5,8 @@ arguments are checked, shapes are free, autocast is honoured; then ``torch.ops.m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,7 @@ def mos_linear(
     """``y = x W^T + bias + scale * (dropout(x) A^T) B^T`` with A and B read from shard pools: the operator itself.
 
     Args:
-        x: (..., in), float64, float32, bfloat16 or float16; any leading shape, any strides.
+        x: (..., in), float64, float32, bfloat16 or float16; any leading shape, any strides; a nested tensor gives one.
         weight: (out, in), of x's dtype. bias: (out,) or None.
         pool_a: (n_a, in/l), pool_b: (n_b, out/l): float32, or x's dtype. float32 pools under bf16/fp16 x are converted
             inside the kernel.
@@ -141,6 +143,9 @@ def fused(
     seed: Tensor | None = None,
 ) -> Tensor:
     """:func:`mos_linear` after autocast, without what a layer checked once, with gradient handles."""
+    if x.is_nested:
+        rest: dict[str, Any] = {"handle_a": handle_a, "handle_b": handle_b, "dropout": dropout, "seed": seed}
+        return _nested_like(x, fused(_rows(x), weight, bias, pool_a, pool_b, index_a, index_b, scale, **rest))
     check_activation(x, weight, bias, pool_a, pool_b)
     y = _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout, seed)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # reshape makes a view in any case
@@ -167,6 +172,9 @@ def accumulate(
     nor did its base save it for its backward. It is done where autograd allows it, for contiguous y that are no views.
     """
     check_tensor("the output of the base layer", y)
+    if x.is_nested and y.is_nested:
+        rest: dict[str, Any] = {"handle_a": handle_a, "handle_b": handle_b, "dropout": dropout, "seed": seed}
+        return _nested_like(y, accumulate(_rows(y), _rows(x), pool_a, pool_b, index_a, index_b, scale, **rest))
     check_branch(x, y, pool_a, pool_b, index_a, index_b)
     factors = (pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout)
     # (Tracers, transforms and dispatch modes must see no mutation.)
@@ -179,6 +187,20 @@ def accumulate(
         return y
     delta = _product(x, None, None, *factors, seed)
     return y + delta.reshape(y.shape).to(y.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The elements of a nested tensor, one after the other."""
+    return x.values() if x.layout == torch.jagged else torch.cat(x.unbind())
+
+
+def _nested_like(x: Tensor, rows: Tensor) -> Tensor:
+    """What was computed of :func:`_rows` of a nested tensor, as a nested tensor; of the same raggedness if jagged."""
+    if x.layout == torch.jagged:
+        structure: Any = x  # torch does not declare what only these tensors have
+        lengths, dim = structure.lengths(), structure._ragged_idx
+        return torch.nested.nested_tensor_from_jagged(rows, structure.offsets(), lengths, jagged_dim=dim)
+    return torch.nested.as_nested_tensor(list(rows.split([len(part) for part in x.unbind()])))
 
 
 def _seed(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:

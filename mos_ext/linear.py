@@ -499,7 +499,7 @@ class MoSLinear(MoSModule, nn.Linear):
 
 
 class MoSConv1D(MoSModule):
-    """An adapted ``Conv1D`` of transformers, whose weight is (in, out), so that it must not pass for an ``nn.Linear``."""
+    """An adapted ``Conv1D`` of transformers: its weight is (in, out), so it must not pass for an ``nn.Linear``."""
 
     fan_in_fan_out = True
 

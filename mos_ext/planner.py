@@ -2,17 +2,93 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .config import MoSConfig
-from .routing import IndexTables, check_ranks, draw_tables, streams
+from .config import MoSConfig, matching_patterns
+from .routing import IndexTables, check_ranks, draw_tables, largest_rank, streams
+
+logger = logging.getLogger("mos_ext")
+
+_MAMBA_1, _MAMBA_2 = ("x_proj", "dt_proj", "out_proj"), ("out_proj",)
+_QKV = ("q_proj", "k_proj", "v_proj")
+# Children whose weights their parents read instead of calling them, always or on some way only: in a fused kernel, in
+# one direction of a cache. An adapter would be passed by there. By the parent's class, or one it is derived from; with
+# its module where the name alone is anybody's.
+READ_BY_PARENT: dict[str, tuple[str, ...]] = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "fairseq.modules.multihead_attention.MultiheadAttention": (*_QKV, "out_proj"),
+    "mamba_ssm.modules.mamba_simple.Mamba": ("in_proj", *_MAMBA_1),
+    "mamba_ssm.modules.mamba2.Mamba2": _MAMBA_2,
+    "mamba_ssm.modules.mamba2_simple.Mamba2Simple": _MAMBA_2,
+    # OpenAI's CLIP and OpenCLIP.
+    "AttentionPool2d": (*_QKV, "c_proj"),
+    # transformers, and models of the Hub that bring their code along.
+    "MambaMixer": _MAMBA_1,
+    "FalconMambaMixer": _MAMBA_1,
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": _MAMBA_2,
+    "BambaMixer": _MAMBA_2,
+    "FalconH1Mixer": _MAMBA_2,
+    "GraniteMoeHybridMambaLayer": _MAMBA_2,
+    "NemotronHMamba2Mixer": _MAMBA_2,
+    "Zamba2MambaMixer": _MAMBA_2,
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "Gemma3nTextAltUp": ("correction_coefs",),
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "LSHSelfAttention": ("query_key", "value"),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "TDNNLayer": ("kernel",),
+    "WavLMAttention": (*_QKV, "out_proj"),
+}
+
+# Linears by their class whose result is another than a linear's: scores and indices, more features, blocks. In
+# transformers.
+NO_LINEARS = ("DeepseekV4GroupedLinear", "IdeficsDecoupledLinear", "Llama4Router", "PhimoeTopKRouter")
+
+
+def reader_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The class of the parent that reads a module's weight instead of calling it (``READ_BY_PARENT``); or None."""
+    parent, _, child = name.rpartition(".")
+    for cls in type(modules.get(parent)).__mro__:
+        if child in (
+            *READ_BY_PARENT.get(cls.__name__, ()),
+            *READ_BY_PARENT.get(f"{cls.__module__}.{cls.__name__}", ()),
+        ):
+            return cls.__name__
+    return None
+
+
+def keep_calling(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Makes torch's transformer encoders call those of ``layers`` that they hold in eval mode too.
+
+    There an ``nn.TransformerEncoderLayer`` reads the weights of its children, unless one has a hook: it gets one that
+    does nothing, and goes with the layer. And ``nn.TransformerEncoder`` makes nested tensors of padded batches, for
+    which attention has no other way than the one without gradients.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in module.children():
+                if child in layers and _called not in child._forward_pre_hooks.values():
+                    child.register_forward_pre_hook(_called)
+        elif isinstance(module, nn.TransformerEncoder) and any(child in layers for child in module.modules()):
+            module.use_nested_tensor = False
+
+
+def _called(module: nn.Module, args: Any) -> None:
+    """A hook, see :func:`keep_calling`; not a lambda, which could not be pickled."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +126,21 @@ def type_name(role: str, in_features: int, out_features: int) -> str:
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a layer that can be adapted, else None.
 
-    Anything with these two attributes and a forward: ``nn.Linear``, quantised linears, a user's own. (Not the output
-    projection of ``nn.MultiheadAttention``, which is never called: only its weight is read.) ``Conv1D`` of transformers
-    is recognised by name, because transformers is not a dependency.
+    Anything with these two attributes and a forward: ``nn.Linear``, quantised linears, a user's own. ``Conv1D`` of
+    transformers is recognised by name, because transformers is not a dependency.
     """
     if is_conv1d(module):
-        fan_in, fan_out = cast(Tensor, module.weight).shape
+        fan_in, fan_out = shape_of(cast(Tensor, module.weight))
         return fan_in, fan_out
-    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if type(module).__name__ in NO_LINEARS:
         return None
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return features if all(type(f) is int and f > 0 for f in features) else None  # type: ignore[return-value]
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """A tensor's shape; of a parameter that DeepSpeed's ZeRO-3 has partitioned, and left empty, that of the whole."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -140,60 +220,131 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def linear_modules(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """Every ``nn.Linear`` (quantised ones are subclasses) and ``Conv1D`` among named modules."""
-    return [(n, m) for n, m in named if (isinstance(m, nn.Linear) or is_conv1d(m)) and features_of(m) is not None]
+    return [(n, m) for n, m in named if isinstance(m, nn.Linear) or is_conv1d(m)]
 
 
 def every_linear(named: Iterable[tuple[str, nn.Module]], head: nn.Module | None) -> list[str]:
     """The modules that ``target_modules="all-linear"`` stands for: in numbered blocks, and not the output head.
 
+    In a model without numbered blocks it is every linear but that head.
+
     Raises:
-        ValueError: there is none; the message lists what exists.
+        ValueError: there is none.
     """
-    linear = linear_modules(named)
-    names = [n for n, m in linear if "*" in role_of(n).split(".") and m is not head]
+    names = [n for n, m in linear_modules(named) if m is not head]
     if not names:
-        _raise_nothing_matches(
-            "match at least one linear module inside a numbered block (name the modules to adapt others), "
-            "got 'all-linear'",
-            linear,
+        raise ValueError(
+            "target_modules must match at least one linear module beside the output head, got 'all-linear'; the model "
+            "has: no linear module"
         )
-    return names
-
-
-def _raise_nothing_matches(rule: str, linear: Sequence[tuple[str, nn.Module]]) -> None:
-    existing = sorted({role_of(n) for n, _ in linear})
-    raise ValueError(f"target_modules must {rule}; the model has: {', '.join(existing) or 'no linear module'}")
+    return [n for n in names if "*" in role_of(n).split(".")] or names
 
 
 def select_modules(model: nn.Module, config: MoSConfig) -> list[tuple[str, nn.Module]]:
     """The modules that ``target_modules`` and ``exclude_modules`` select, in the model's order.
 
+    Of ``"all-linear"`` those that can be adapted; :func:`left_out` has the others.
+
     Raises:
         ValueError: nothing matches (the message lists what exists).
     """
-    every = list(model.named_modules())
-    if config.target_modules == "all-linear":
-        names = set(every_linear(every, output_head(model)))
-        named = [(n, m) for n, m in every if n in names]
+    return _select(model, config)[0]
+
+
+def left_out(model: nn.Module, config: MoSConfig) -> dict[str, str]:
+    """The modules that ``"all-linear"`` stands for and that cannot be adapted: name -> why."""
+    return _select(model, config)[1]
+
+
+def _select(model: nn.Module, config: MoSConfig) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
+    modules = dict(model.named_modules())
+    all_linear = config.target_modules == "all-linear"
+    if all_linear:
+        names = set(every_linear(modules.items(), output_head(model)))
     else:
-        named = [(n, m) for n, m in every if n and _matches(config.target_modules, n) and in_layers(config, n)]
-    named = [(n, m) for n, m in named if not _matches(config.exclude_modules, n)]
+        names = {n for n in modules if n and _matches(config.target_modules, n) and in_layers(config, n)}
+    named = [(n, m) for n, m in modules.items() if n in names and not _matches(config.exclude_modules, n)]
     if not named:
-        _raise_nothing_matches(
-            f"match at least one linear module, got {config.target_modules!r} with "
-            f"exclude_modules={config.exclude_modules!r}",
-            linear_modules(every),
+        existing = sorted({role_of(n) for n, _ in linear_modules(modules.items())})
+        raise ValueError(
+            f"target_modules must match at least one linear module, got {config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r}; the model has: {', '.join(existing) or 'no linear module'}"
         )
-    return named
+    return adaptable(config, named, modules) if all_linear else (named, {})
 
 
-def group_modules(named: Iterable[tuple[str, nn.Module]]) -> dict[tuple[str, int, int], tuple[str, ...]]:
-    """The selected modules by (role, in_features, out_features), in the model's order.
+def adaptable(
+    config: MoSConfig, named: Sequence[tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
+) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
+    """Of modules that the user did not name, those that can be adapted; and why the others cannot, by name.
+
+    ``modules`` are all of the model. Where none can be, it is all of them: planning then says what is wrong.
+    """
+    out, others = [], {}
+    for name, module in named:
+        features, l = features_of(module), config.shards_per_vector
+        if (reader := reader_of(name, modules)) is not None:
+            others[name] = f"{reader} reads its weight instead of calling it"
+        elif features is None:
+            others[name] = f"it is a {type(module).__name__}"
+        elif features[0] % l or features[1] % l:
+            others[name] = f"shards_per_vector={l} does not divide {features[0]}->{features[1]}"
+        else:
+            out.append((name, module))
+    return (out, others) if out else (list(named), {})
+
+
+def by_role(modules: Mapping[str, str]) -> list[str]:
+    """Modules and what is said of each, those of one role together: ``["layers.*.gate (2 modules: why)"]``."""
+    roles: dict[tuple[str, str], int] = {}
+    for name, said in modules.items():
+        key = role_of(name), said
+        roles[key] = roles.get(key, 0) + 1
+    return [f"{role} ({f'{count} modules: ' if count > 1 else ''}{said})" for (role, said), count in roles.items()]
+
+
+def fit_ranks(config: MoSConfig, named: Iterable[tuple[str, nn.Module]], modules: Mapping[str, nn.Module]) -> MoSConfig:
+    """``config`` with a ``rank_pattern`` that gives modules of types too small for r the largest rank they can have.
+
+    For modules that the user did not name. Where a pattern gives a module its rank, that is what it has. So the
+    configuration in a file says which rank each module has, whoever reads it.
+    """
+    lowered: dict[str, int] = {}
+    for members in group_modules(named, modules).values():
+        largest = largest_rank(config, len(members))
+        if largest < config.r:
+            lowered.update((m, largest) for m in members if not matching_patterns(config.rank_pattern, m))
+    if not lowered:
+        return config
+    patterns = {f"^{re.escape(name)}": r for name, r in lowered.items()}  # ^: not the end of a longer name
+    return replace(config, rank_pattern={**config.rank_pattern, **patterns})
+
+
+def tell_of_fitting(
+    before: MoSConfig, after: MoSConfig, named: Iterable[tuple[str, nn.Module]], others: Mapping[str, str]
+) -> None:
+    """Logs, in one line, what of ``"all-linear"`` is left out and where :func:`fit_ranks` lowered r."""
+    lowered: dict[str, str] = {}
+    for name, module in named:
+        if (r := after.rank_of(name)) != before.rank_of(name):
+            fan_in, fan_out = cast(tuple[int, int], features_of(module))
+            lowered[type_name(role_of(name), fan_in, fan_out)] = f"r={r} instead of {before.r}"
+    parts = [f"left out {', '.join(by_role(others))}"] if others else []
+    if lowered:
+        parts.append(f"too few modules for the rank: {', '.join(f'{name} ({r})' for name, r in lowered.items())}")
+    if parts:
+        logger.warning("adapting without named modules: %s", "; ".join(parts))
+
+
+def group_modules(
+    named: Iterable[tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
+) -> dict[tuple[str, int, int], tuple[str, ...]]:
+    """The selected modules by (role, in_features, out_features), in the model's order. ``modules`` are all of it.
 
     Raises:
-        TypeError: a selected module cannot be adapted.
+        TypeError: a selected module cannot be adapted. ValueError: those of one group are on several devices.
     """
-    groups: dict[tuple[str, int, int], list[str]] = {}
+    groups: dict[tuple[str, int, int], dict[str, torch.device | None]] = {}
     for name, module in named:
         features = features_of(module)
         if features is None:
@@ -201,37 +352,66 @@ def group_modules(named: Iterable[tuple[str, nn.Module]]) -> dict[tuple[str, int
                 f"target_modules must select modules with in_features and out_features (torch.nn.Linear, a quantised "
                 f"linear, transformers Conv1D), got {name}, a {type(module).__name__}"
             )
+        if (reader := reader_of(name, modules)) is not None:
+            raise TypeError(
+                f"target_modules must select modules that are called, got {name}, whose weight {reader} reads instead, "
+                f"past an adapter: exclude the module (exclude_modules)"
+            )
         weight = module._parameters.get("weight")
         if weight is not None and type(weight.data).__name__ == "DTensor":
             raise TypeError(
                 f"target_modules must select modules with whole weights, got {name}, whose weight is a DTensor: adapt "
                 f"the model before fully_shard; tensor-parallel layers cannot be adapted"
             )
-        groups.setdefault((role_of(name), *features), []).append(name)
-    return {key: tuple(names) for key, names in groups.items()}
+        groups.setdefault((role_of(name), *features), {})[name] = device_of(module)
+    for key, members in groups.items():
+        places: dict[torch.device, str] = {}
+        for name, device in members.items():
+            if device is not None:
+                places.setdefault(device, name)
+        if len(places) > 1:
+            got = ", ".join(f"{name} on {device}" for device, name in places.items())
+            raise ValueError(
+                f"the modules of a linear type, {type_name(*key)}, must be on one device, since they share a pool, got "
+                f"{got}: load the model on one device (device_map={{'': 0}}), or exclude the modules on the others"
+            )
+    return {key: tuple(members) for key, members in groups.items()}
 
 
-def plan_modules(config: MoSConfig, named: Iterable[tuple[str, nn.Module]]) -> list[LinearType]:
+def plan_modules(
+    config: MoSConfig, named: Iterable[tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
+) -> list[LinearType]:
     """Groups selected modules by role and shape and draws each group's tables. Reads the modules, changes nothing.
 
     Raises:
         ValueError, TypeError: l does not divide a module's features, a group is too small for the ranks, or a module
             cannot be adapted.
     """
-    types, groups = [], group_modules(named)
-    for stream, ((role, fan_in, fan_out), modules) in zip(streams(list(groups)), groups.items(), strict=True):
-        name, ranks = type_name(role, fan_in, fan_out), tuple(config.rank_of(module) for module in modules)
-        for module, r in zip(modules, ranks, strict=True):
-            check_ranks(config, fan_in, fan_out, len(modules), r=r, module=module, linear_type=name)
-        scales = tuple(config.scale_of(module) for module in modules)
+    types, groups = [], group_modules(named, modules)
+    for stream, ((role, fan_in, fan_out), members) in zip(streams(list(groups)), groups.items(), strict=True):
+        name, ranks = type_name(role, fan_in, fan_out), tuple(config.rank_of(module) for module in members)
+        for module, r in zip(members, ranks, strict=True):
+            check_ranks(config, fan_in, fan_out, len(members), r=r, module=module, linear_type=name)
+        scales = tuple(config.scale_of(module) for module in members)
         tables = draw_tables(config, stream, ranks)
-        types.append(LinearType(role, fan_in, fan_out, stream, modules, ranks, scales, tables))
+        types.append(LinearType(role, fan_in, fan_out, stream, members, ranks, scales, tables))
     return types
 
 
-def plan(model: nn.Module, config: MoSConfig) -> list[LinearType]:
-    """The linear types of the modules that ``config`` selects; :func:`select_modules` and :func:`plan_modules`."""
-    return plan_modules(config, select_modules(model, config))
+def plan(model: nn.Module, config: MoSConfig) -> tuple[MoSConfig, list[LinearType]]:
+    """The linear types of the modules that ``config`` selects, and the configuration with the ranks that they have."""
+    modules = dict(model.named_modules())
+    named, others = _select(model, config)
+    fitted = config
+    if config.target_modules == "all-linear":
+        fitted = fit_ranks(config, named, modules)
+    types = plan_modules(fitted, named, modules)
+    tell_of_fitting(config, fitted, named, others)
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        used = {pattern for name, _ in named for pattern in matching_patterns(patterns, name)}
+        if unused := [pattern for pattern in patterns if pattern not in used]:  # PEFT warns itself
+            warnings.warn(f"{field} should match adapted modules, got {unused}, which match none", stacklevel=3)
+    return fitted, types
 
 
 def type_keys(names: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import reference
 from .config import MoSConfig
-from .ops.checks import check_integer
+from .ops.checks import check_integer, check_number
 from .ops.handles import Stash, factor_handles, run_last
 from .planner import LinearType
 from .routing import IndexTables, check_ranks, draw_tables
@@ -60,10 +60,11 @@ class ShardPool(nn.Module):
         tables: the index tables in host memory, (L, r, l) int32 each; :meth:`set_tables` replaces them.
         index_a, index_b: the same on the device of the pools. Derived: no buffers and in no ``state_dict``, so nobody
             averages, filters or loses them; made anew wherever the pools move.
-        ranks, scales: of each layer. stream: as given.
+        ranks, scales: of each layer; :meth:`set_strength` changes the latter. stream: as given.
 
     Raises:
-        ValueError, TypeError: features that l does not divide, ranks that L layers cannot have, tables out of range.
+        ValueError, TypeError: features that l does not divide, ranks that L layers cannot have, scales that are not
+            finite, tables out of range.
 
     Source: MoS (ICLR 2025); n = e * L * l shards.
     """
@@ -92,12 +93,17 @@ class ShardPool(nn.Module):
             raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
         for name, value in (("in_features", in_features), ("out_features", out_features), ("num_layers", num_layers)):
             check_integer(name, value, 1)
+        if ranks is None:  # before there are as many of them as layers
+            check_ranks(config, in_features, out_features, num_layers)
         self.ranks = (config.r,) * num_layers if ranks is None else tuple(ranks)
         self.scales = (config.scale,) * num_layers if scales is None else tuple(scales)
+        self._initial_scales, self._strengths = self.scales, [1.0] * num_layers
         for name, values in (("ranks", self.ranks), ("scales", self.scales)):
             if len(values) != num_layers:
                 raise ValueError(f"{name} must have one entry for each of {num_layers} layers, got {len(values)}")
-        for r in sorted(set(self.ranks)):
+        for r, scale in zip(self.ranks, self.scales, strict=True):
+            config.check_rank("ranks", r)
+            check_number("scales", scale)
             check_ranks(config, in_features, out_features, num_layers, r=r)
         self.config, self.in_features, self.out_features, self.num_layers = (
             config,
@@ -169,6 +175,16 @@ class ShardPool(nn.Module):
             tables=linear_type.tables,
             device=device,
         )
+
+    def strength(self, layer: int) -> float:
+        """What :meth:`set_strength` made of a layer; 1 at first."""
+        return self._strengths[layer]
+
+    def set_strength(self, layer: int, strength: float) -> None:
+        """Multiplies a layer's product by ``strength``, beside its scale at construction."""
+        self._strengths[layer] = strength
+        scales = zip(self._initial_scales, self._strengths, strict=True)
+        self.scales = tuple(scale * of_layer for scale, of_layer in scales)
 
     def table(self, side: str, layer: int) -> Tensor:
         """The (r, l) index table of a layer."""

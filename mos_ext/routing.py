@@ -31,6 +31,11 @@ def _keys(name: str, count: int) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
+def largest_rank(config: MoSConfig, num_layers: int) -> int:
+    """The largest r of a layer whose pool num_layers layers share: no public shard occurs twice in a layer."""
+    return config.private_rank + (config.equivalent_rank - config.private_rank) * num_layers
+
+
 def check_ranks(
     config: MoSConfig,
     in_features: int,
@@ -59,17 +64,20 @@ def check_ranks(
             }
             raise ValueError(
                 f"shards_per_vector must divide {side}={features} of {module}, got {l}; "
-                f"nearest valid: {' or '.join(map(str, sorted(near)))}"
+                f"nearest valid: {' or '.join(map(str, sorted(near)))}, or exclude the module"
             )
-    public_rank, pool_rank = r - config.private_rank, config.equivalent_rank - config.private_rank
-    if public_rank > pool_rank * num_layers:
-        largest = config.private_rank + pool_rank * num_layers
-        needed = config.private_rank - (-public_rank // num_layers)
+    if config.num_shards(num_layers) >= 2**31:
+        raise ValueError(
+            f"equivalent_rank * layers * shards_per_vector must be below 2^31, since shards are numbered in int32, got "
+            f"{config.equivalent_rank} * {num_layers} * {l}"
+        )
+    if r > (largest := largest_rank(config, num_layers)):
+        needed = config.private_rank - (-(r - config.private_rank) // num_layers)
         of_type = f", whose linear type {linear_type}" if linear_type else ", whose pool"
         raise ValueError(
             f"r must be at most {largest} for {module}{of_type} has {num_layers} adapted "
             f"module{'s' if num_layers > 1 else ''}, "
-            f"got {r}; nearest valid: r={largest}, or equivalent_rank={needed}, or leave the module out"
+            f"got {r}; nearest valid: r={largest}, or equivalent_rank={needed}, or exclude the module"
         )
 
 

@@ -10,11 +10,13 @@ import accelerate
 import pytest
 import torch
 from models import BUILDERS, gpt2, inputs, llama, randomize, stack
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
 
 import mos_ext
+import mos_ext.integrations.peft as mos_peft
 from mos_ext import MoSConfig, MoSLinear, ShardPool, linear, reference
 from mos_ext.adapt import mos_layers
 from mos_ext.routing import IndexTables
@@ -501,7 +503,7 @@ def unchanged(model, call, error, message):
     [
         (MoSConfig(target_modules=["nothing"]), ValueError, "target_modules must match"),
         (MoSConfig(r=4, equivalent_rank=4, shards_per_vector=5), ValueError, "shards_per_vector must divide"),
-        (MoSConfig(r=99, equivalent_rank=2), ValueError, "r must be at most"),
+        (MoSConfig(r=99, equivalent_rank=2, target_modules=["q_proj"]), ValueError, "r must be at most"),
         (MoSConfig(target_modules=["embed_tokens"]), TypeError, "target_modules must select"),
         ({"r": 4}, TypeError, "config must be a mos_ext.MoSConfig, got a builtins.dict"),
     ],
@@ -808,3 +810,36 @@ def test_threads_find_old_handles_or_new_ones():
     finally:
         sys.setswitchinterval(interval)
     assert not failures
+
+
+class Own(nn.Linear):
+    """A base that is called, since it could compute anything."""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("kind", [nn.Linear, Own, "peft"], ids=str)
+def test_nested_tensors(kind, layout):
+    """Outputs and gradients are those of the parts; what comes out of a jagged one can be added to it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*((nn.Linear if kind == "peft" else kind)(8, 8) for _ in range(2)))
+    config = {"r": 4, "equivalent_rank": 4, "shards_per_vector": 2, "target_modules": ["0", "1"]}
+    if kind == "peft":
+        model = get_peft_model(model, mos_peft.MoSConfig(**config, init_weights=False))
+    else:
+        model = randomize(mos_ext.adapt(model, MoSConfig(**config)))
+    parts = [torch.randn(n, 8) for n in (3, 5, 1)]
+
+    def run(inputs, forward):
+        for parameter in model.parameters():
+            parameter.grad = None
+        ys = forward(inputs)
+        torch.cat(ys).square().sum().backward()
+        return [*ys, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    x = torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
+    found = run(x, lambda x: (model(x) + x).unbind())
+    parts = [part.requires_grad_() for part in parts]
+    want = run(parts, lambda parts: [model(part) + part for part in parts])
+    assert len(found) == 3 + 2
+    torch.testing.assert_close([*found, *x.grad.unbind()], [*want, *(part.grad for part in parts)])

@@ -1,11 +1,16 @@
 """MoSConfig: defaults, round trips, and an error for every rule."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
 import torch
+from models import stack
+from peft import get_peft_model
 
+import mos_ext
+import mos_ext.integrations.peft as mos_peft
 from mos_ext import MoSConfig
 
 BAD = [
@@ -14,6 +19,19 @@ BAD = [
     ({"r": 2.0}, TypeError, "r must be an integer, got 2.0"),
     ({"r": True}, TypeError, "r must be an integer, got True"),
     ({"equivalent_rank": 0}, ValueError, "equivalent_rank must be at least 1, got 0"),
+    ({"equivalent_rank": 10**9}, ValueError, "equivalent_rank must be at most 256, got 1000000000"),
+    ({"rank_pattern": {"q": 300}}, ValueError, r"rank_pattern\['q'\] must be at most 256, got 300"),
+    ({"lora_alpha": 32}, TypeError, "lora_alpha must be given as alpha"),
+    ({"lora_dropout": 0.1}, TypeError, "lora_dropout must be given as dropout"),
+    ({"lora_r": 8}, TypeError, "lora_r must be given as r"),
+    ({"rank": 8}, TypeError, "rank must be given as r"),
+    (
+        {"init_lora_weights": False},
+        TypeError,
+        "init_lora_weights must be given to the MoSConfig of mos_ext.integrations.peft, as init_weights",
+    ),
+    ({"task_type": "CAUSAL_LM"}, TypeError, "task_type must be given to the MoSConfig of mos_ext.integrations.peft"),
+    ({"wrong": 1}, TypeError, "unexpected keyword argument 'wrong'"),
     ({"shards_per_vector": -1}, ValueError, "shards_per_vector must be at least 1, got -1"),
     ({"private_rank": -1}, ValueError, "private_rank must be at least 0, got -1"),
     ({"private_rank": 9}, ValueError, "private_rank must be at most equivalent_rank=8, got 9"),
@@ -121,3 +139,28 @@ def test_round_trip():
     assert MoSConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match=r"unknown \['rank'\] and missing \['r'\]"):
         MoSConfig.from_dict({("rank" if k == "r" else k): v for k, v in config.to_dict().items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("init_lora_weights", "init_weights"), ("rank", "r")],
+)
+def test_other_names_under_peft(name, meant):
+    with pytest.raises(TypeError, match=f"{name} must be given as {meant}, the name that it has in MoSConfig"):
+        mos_peft.MoSConfig(**{name: 1})
+
+
+def test_the_configuration_of_the_other_package():
+    model = stack()
+    with pytest.raises(
+        AttributeError, match=r"PEFT must be given the MoSConfig of mos_ext\.integrations\.peft, got a mos_"
+    ):
+        get_peft_model(model, MoSConfig(r=4))
+    with pytest.raises(
+        TypeError, match=r"got a mos_ext\.integrations\.peft\.config\.MoSConfig, which .* takes \(from mos_ext"
+    ):
+        mos_ext.adapt(model, mos_peft.MoSConfig(r=4))
+    with pytest.raises(AttributeError, match="'MoSConfig' object has no attribute 'nothing'"):
+        MoSConfig().nothing  # noqa: B018
+    assert not hasattr(MoSConfig(), "peft_type")
+    assert next(iter(inspect.signature(MoSConfig).parameters)) == "r"

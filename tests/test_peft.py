@@ -583,7 +583,11 @@ def test_bad_configurations(kwargs, error, message):
         ({"target_modules": ["embed_tokens"]}, TypeError, "got model.embed_tokens, a Embedding"),
         ({"target_modules": ["nothing"]}, ValueError, "Target modules {'nothing'} not found in the base model"),
         ({"shards_per_vector": 5}, ValueError, "shards_per_vector must divide in_features=64 of model.layers.0"),
-        ({"r": 10}, ValueError, "r must be at most 9 for model.layers.0.self_attn.q_proj"),
+        (
+            {"r": 10, "target_modules": ["q_proj"]},
+            ValueError,
+            "r must be at most 9 for model.layers.0.self_attn.q_proj",
+        ),
     ],
 )
 @pytest.mark.parametrize("second", [False, True])
@@ -928,3 +932,52 @@ def test_a_base_s_own_keywords():
     layer, x = model.base_model.model["layers"][1], torch.randn(3, 8)
     delta = x @ layer.get_delta_weight("default").T
     torch.testing.assert_close(layer(x, training=True), 2 * nn.functional.linear(x, layer.weight, layer.bias) + delta)
+
+
+def test_strength(tmp_path):
+    """Of each adapter and layer, under the names of LoRA's layers, which diffusers calls; in float64."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double(),
+        MoSConfig(r=4, alpha=6, target_modules=["0", "1"], init_weights=False, pool_dtype="float64"),
+    )
+    model.add_adapter("other", MoSConfig(r=4, target_modules=["0"], init_weights=False, pool_dtype="float64"))
+    first, second = model.base_model.model
+    x = torch.randn(3, 8, dtype=torch.float64)
+    base = first.base_layer(x)
+    with torch.no_grad():
+        delta = first(x) - base
+
+    def check(strength):
+        torch.testing.assert_close(first(x), base + strength * delta)
+        assert first.scaling["default"] == strength * 6 / 4
+
+    first.set_scale("default", 0.5)
+    check(0.5)
+    assert second.scaling["default"] == 6 / 4  # the other layer of the same pool
+    first.scale_layer(3)
+    check(1.5)
+    first.unscale_layer(2)
+    check(0.75)
+    assert first.scaling["other"] == 16 / 4  # is not active
+    torch.testing.assert_close(copy.deepcopy(first)(x), first(x))
+    mos_ext.export_lora(model, tmp_path, adapter_name="default")
+    exported = load_file(tmp_path / "adapter_model.safetensors")
+    a, b = (exported[f"base_model.model.0.lora_{side}.weight"] for side in "AB")
+    torch.testing.assert_close(x @ a.T @ b.T, 0.75 * delta)
+    model.merge_adapter()
+    check(0.75)
+    with pytest.raises(ValueError, match="adapter default must not be merged while its scale changes"):
+        first.scale_layer(2)
+    model.unmerge_adapter()
+    first.unscale_layer()
+    check(1.0)
+    first.set_scale("default", 0)
+    check(0)
+    first.set_scale("nobody", 2)
+    for bad, error in ((float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="scale must be"):
+            first.set_scale("default", bad)
+    with pytest.raises(ValueError, match="scale must not be 0"):
+        first.unscale_layer(0)
+    check(0)

@@ -360,3 +360,23 @@ def test_bad_pools():
         ShardPool(CONFIG, 8, 8, 2, tables=tables)
     with pytest.raises(ValueError, match=r"index_a must have the shape \(3, 3, 2\), got \(2, 3, 2\)"):
         ShardPool(CONFIG, 8, 8, 3, tables=IndexTables(good.index_a.numpy(), good.index_b.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"ranks": [-5, 6, 6]}, ValueError, "ranks must be at least 1, got -5"),
+        ({"ranks": [0, 6, 6]}, ValueError, "ranks must be at least 1, got 0"),
+        ({"ranks": [300, 6, 6]}, ValueError, "ranks must be at most 256, got 300"),
+        ({"ranks": [2.0, 6, 6]}, TypeError, "ranks must be an integer, got 2.0"),
+        ({"scales": [1, 1, float("nan")]}, ValueError, "scales must be finite, got nan"),
+        ({"scales": [1, 1, "1"]}, TypeError, "scales must be a number, got '1'"),
+        ({"num_layers": 10**9}, ValueError, r"must be below 2\^31, .* got 8 \* 1000000000 \* 4"),
+        ({"num_layers": 2**28}, ValueError, r"must be below 2\^31, .* got 8 \* 268435456 \* 4"),
+    ],
+    ids=str,
+)
+def test_bounds(kwargs, error, message):
+    """Told before anything is allocated."""
+    with pytest.raises(error, match=message):
+        ShardPool(MoSConfig(r=6), 64, 64, **{"num_layers": 3, **kwargs})

@@ -18,6 +18,7 @@ BIAS = ("none", "all", "mos_only")
 _OF_METHOD = tuple(f.name for f in fields(native.MoSConfig))
 
 
+@native.names_what_is_meant
 @dataclass
 class MoSConfig(PeftConfig):
     """Configuration of a Mixture-of-Shards adapter under PEFT.

@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...functional import accumulate
 from ...linear import BASE_ALONE, AdaptedLayer, is_fresh, mark
 from ...ops.autograd import autocast
+from ...ops.checks import check_number
 from ...planner import device_of, features_of, is_conv1d, why_opaque
 from ...pools import ShardPool
 
@@ -82,13 +83,42 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
 
     @property
     def scaling(self) -> Mapping[str, float]:
-        """Adapter name -> what its low-rank product is multiplied by. A view: alpha is the configuration's."""
+        """Adapter name -> what its low-rank product is multiplied by. A view; :meth:`set_scale` changes it."""
         return _PerAdapter(self, "scales")
 
     @property
     def r(self) -> Mapping[str, int]:
         """Adapter name -> its rank here. A view."""
         return _PerAdapter(self, "ranks")
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiplies an adapter's product by ``scale`` times what its configuration says; nothing for unknown names.
+
+        Raises:
+            ValueError: ``scale`` is not finite, or the adapter is merged.
+        """
+        check_number("scale", scale)
+        if adapter in self.merged_adapters:
+            raise ValueError(f"adapter {adapter} must not be merged while its scale changes: call unmerge first")
+        if adapter in self.mos_layer:
+            pool, layer = self.adapter(adapter)
+            pool.set_strength(layer, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of all active adapters by ``scale``; errors as of :meth:`set_scale`."""
+        self._rescale(lambda strength: strength * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the strength of all active adapters by ``scale``; None resets it. Errors as of :meth:`set_scale`."""
+        if scale == 0:
+            raise ValueError("scale must not be 0, got 0")
+        self._rescale(lambda strength: 1.0 if scale is None else strength / scale)
+
+    def _rescale(self, change: Callable[[float], float]) -> None:
+        for name in self.active_adapters:
+            if name in self.mos_layer:
+                pool, layer = self.adapter(name)
+                self.set_scale(name, change(pool.strength(layer)))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base's weight, in that weight's shape and the pools' accumulation dtype."""

@@ -19,12 +19,16 @@ from ...checkpoint import POOLS, TABLES, check_digest, read_tables, tables_to_ke
 from ...linear import AdaptedLayer
 from ...planner import (
     LinearType,
+    adaptable,
     device_of,
     every_linear,
+    fit_ranks,
     is_conv1d,
+    keep_calling,
     output_head,
     plan_modules,
     role_of,
+    tell_of_fitting,
     type_keys,
     type_name,
 )
@@ -51,7 +55,7 @@ class MoSModel(BaseTuner):
     # ---------------------------------------------------------------------------------------------- injection
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """See ``BaseTuner``. A base that has an adapter shares its configurations; after an error they are as before."""
+        """See ``BaseTuner``. A base with an adapter shares its configurations; after an error they are as before."""
         shared = getattr(model, "peft_config", {})
         before = dict(shared)
         try:
@@ -103,12 +107,29 @@ class MoSModel(BaseTuner):
             del self._injected, self._placed
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
+        keep_calling(model, {module for module in model.modules() if isinstance(module, MoSLayer)})
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        """What "all-linear", or PEFT's choice for an architecture, stands for in this model; ranks that are too large
+        for a type are lowered. Both are written into the configuration, and so into files.
+        """
         targets = peft_config.target_modules
-        if isinstance(targets, str) and targets.lower() == "all-linear":
-            peft_config.target_modules = set(every_linear(self._bases(self.model), output_head(self.model)))
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        if not all_linear and targets is not None:
+            return peft_config
+        bases = dict(self._bases(self.model))
+        if all_linear:
+            peft_config.target_modules = set(every_linear(bases.items(), output_head(self.model)))
+        named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
+        if named:  # if not, PEFT says so
+            method = peft_config.method()
+            named, others = adaptable(method, named, bases)
+            fitted = fit_ranks(method, named, bases)
+            if others:
+                peft_config.target_modules = {name for name, _ in named}
+            peft_config.rank_pattern = dict(fitted.rank_pattern)
+            tell_of_fitting(method, fitted, named, others)
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -123,7 +144,7 @@ class MoSModel(BaseTuner):
         with same_on_every_rank() as say:
             named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
             method = peft_config.method(targets=[name for name, _ in named] or ("none",))
-            linear_types = plan_modules(method, named)
+            linear_types = plan_modules(method, named, bases)
             say(method.to_dict())
         self._check_earlier(model, adapter_name, {name for t in linear_types for name in t.modules})
         pools = [self._make_pool(peft_config, t, bases, device) for t in linear_types]
@@ -253,7 +274,7 @@ class MoSModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """See ``BaseTuner.unmerge_adapter``. After an error nothing is unmerged."""
         for name, layer in self.model.named_modules():
-            if isinstance(layer, MoSLayer):
+            if isinstance(layer, MoSLinear):
                 try:
                     layer.check_unmergeable(layer.merged_weight())
                 except ValueError as error:
