@@ -16,6 +16,7 @@ from .ranks import same_on_every_rank
 from .routing import IndexTables
 
 POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
+after_install: list[Callable[[nn.Module], None]] = []  # what layers above do to every model that was adapted
 
 
 class Adapter(nn.Module):
@@ -23,7 +24,10 @@ class Adapter(nn.Module):
 
     Attributes:
         config: the :class:`MoSConfig`. linear_types: which modules share which pool.
+        modules_to_save: modules that the adapter was saved or loaded with; they stay part of it when they are frozen.
     """
+
+    modules_to_save: frozenset[str] = frozenset()
 
     def __init__(self, config: MoSConfig, linear_types: Sequence[LinearType], pools: Sequence[ShardPool]) -> None:
         super().__init__()
@@ -139,6 +143,8 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
             # Its fused inference path reads weights instead of calling layers; this is how torch itself turns that off.
             parent.activation_relu_or_gelu = 0
     model.add_module(POOLS, adapter)
+    for act in after_install:
+        act(model)
     return model
 
 
