@@ -105,7 +105,7 @@ def _contents(
             tensors[_tensor_name(key, side)] = table
     digest = table_digest(adapter.tables)
     tensors[f"base_model.{digest_name(digest)}"] = torch.empty(0)
-    beside, others = modules_beside(model, adapter, state)
+    beside, others = modules_beside(model, adapter, state, 4)
     tensors.update(others)
     _check_finite(tensors)
     if state is None and not _writes(model):
@@ -154,9 +154,12 @@ def _whole(name: str, value: Tensor, state: Mapping[str, Tensor] | None) -> Tens
 
 
 def modules_beside(
-    model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor] | None = None
+    model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor] | None, level: int
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """The modules to save with an adapter, and their tensors, named as in a file. Warns of what cannot be saved."""
+    """The modules to save with an adapter, and their tensors, named as in a file.
+
+    Warns the caller ``level`` frames up of what cannot be saved.
+    """
     pools = {id(parameter) for parameter in adapter.parameters()}
     named = dict(model.named_modules(remove_duplicate=False))
     adapted = [name for name, module in named.items() if isinstance(module, AdaptedLayer)]
@@ -179,7 +182,7 @@ def modules_beside(
         warnings.warn(
             f"an adapter must be trained alone or with whole modules beside it, got trained {', '.join(lost)}, which "
             f"{'is' if len(lost) == 1 else 'are'} not saved: save the values yourself, or freeze them",
-            stacklevel=4,
+            stacklevel=level,
         )
     # PEFT reads these names as endings: a "norm" of the root is also every other "...norm", which it looks for in the
     # file.
@@ -543,7 +546,7 @@ def check_digest(stored: object, tables: Mapping[str, IndexTables]) -> None:
         )
     raise ValueError(
         f"table_digest must be of generator {here.partition(':')[0]}, the one that this version of mos_ext draws "
-        f"with, got {stored!r}"
+        f"tables with, got {stored!r}"
     )
 
 
@@ -659,7 +662,7 @@ def export_lora(
     if peft_config is not None:
         config.update(_trained_beside(peft_config, model, str(adapter_name), tensors))
     else:
-        beside, others = modules_beside(model, adapter_of(model))
+        beside, others = modules_beside(model, adapter_of(model), None, 3)
         config["modules_to_save"] = beside or None
         tensors.update(others)
     _check_finite(tensors)
