@@ -1,10 +1,14 @@
 """Adapter files: round trips, exports that real PEFT loads, and files that must be refused whole."""
 
+import copy
+import gc
 import json
 import os
+import pickle
 import shutil
 import threading
 import warnings
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -510,7 +514,7 @@ def test_peft_finds_the_weights_of_another_save(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mos_peft.MoSConfig, "save_pretrained", late)
     with pytest.raises(
-        ValueError, match="must hold what was just saved, got another base_model.mos_.*another save into this"
+        ValueError, match="must hold what was just saved, got another base_model.*another save into this"
     ):
         save(tmp_path / "a")
 
@@ -610,6 +614,199 @@ def test_a_directory_in_the_way(saved):
     with pytest.raises(ValueError, match="adapter_config.json must be a file, got a directory"):
         mos_ext.save_adapter(randomize(mos_ext.adapt(llama(), SMALL), std=0.7), saved)
     assert (saved / WEIGHTS).read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------ trained beside the pools
+
+
+def train_beside(model, *names):
+    """Gives modules other values, and trains them."""
+    for name in names:
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(True)
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("llama", ["lm_head", "model.norm"]),
+        ("gpt2", ["transformer.ln_f", "transformer.wpe"]),
+        ("bert", ["bert.embeddings", "bert.encoder.layer.0.attention.output.LayerNorm", "classifier"]),
+        ("vit", ["classifier", "vit.embeddings.patch_embeddings"]),
+    ],
+)
+def test_what_is_trained_beside_the_pools_is_part_of_the_adapter(name, modules, tmp_path):
+    model, batch = randomize(mos_ext.adapt(BUILDERS[name](), SMALL)), inputs(name)
+    alone = logits(model, batch)
+    train_beside(model, *modules)
+    want = logits(model, batch)
+    assert not torch.allclose(want, alone, atol=1e-3)
+    mos_ext.save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(in_peft(BUILDERS[name](), tmp_path / "a"), batch), want)
+    loaded = mos_ext.load_adapter(BUILDERS[name](), tmp_path / "a")
+    assert torch.equal(logits(loaded, batch), want)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    # It stays part of an adapter that is only deployed.
+    mos_ext.save_adapter(loaded.requires_grad_(False), tmp_path / "b")
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    mos_ext.export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(logits(in_peft(BUILDERS[name](), tmp_path / "lora"), batch), want, rtol=1e-4, atol=1e-4)
+
+
+def test_buffers_of_modules_beside(tmp_path):
+    """BatchNorm's statistics, an integer among them."""
+
+    def base():
+        torch.manual_seed(0)
+        blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)) for _ in range(2)]
+        return torch.nn.Sequential(*blocks)
+
+    model = mos_ext.adapt(base(), replace(SMALL, r=2, equivalent_rank=2))
+    train_beside(model, "1.1")
+    x = torch.randn(16, 8)
+    model.train()(x)
+    mos_ext.save_adapter(model, tmp_path)
+    loaded = mos_ext.load_adapter(base(), tmp_path)
+    for name, buffer in model.get_submodule("1.1").named_buffers():
+        assert torch.equal(loaded.get_submodule("1.1").get_buffer(name), buffer)
+    assert loaded.get_submodule("1.1").num_batches_tracked == 1
+
+
+def test_names_that_end_alike(tmp_path):
+    """PEFT reads modules_to_save as endings: "norm" is every norm, and it wants to find them all in the file."""
+    model = randomize(mos_ext.adapt(llama(2).model, SMALL))
+    train_beside(model, "norm")
+    mos_ext.save_adapter(model, tmp_path)
+    assert len(json.loads((tmp_path / CONFIG).read_text())["modules_to_save"]) == 5
+    x = torch.arange(1, 12)[None]
+    for loaded in (mos_ext.load_adapter(llama(2).model, tmp_path), in_peft(llama(2).model, tmp_path)):
+        with torch.no_grad():
+            assert torch.equal(loaded(x).last_hidden_state, model(x).last_hidden_state)
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings=True.:UserWarning")  # PEFT's
+def test_a_tied_head(tmp_path):
+    model, batch = randomize(mos_ext.adapt(llama(tie_word_embeddings=True), SMALL)), inputs("llama")
+    train_beside(model, "lm_head")
+    mos_ext.save_adapter(model, tmp_path)
+    for load in (mos_ext.load_adapter, in_peft):
+        assert torch.equal(logits(load(llama(tie_word_embeddings=True), tmp_path), batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("write", [mos_ext.save_adapter, mos_ext.export_lora])
+def test_what_cannot_be_saved_is_named(write, tmp_path):
+    """Parameters of adapted layers, and of the model itself."""
+    model = mos_ext.adapt(gpt2(), SMALL)
+    model.transformer.h[1].attn.c_attn.bias.requires_grad_(True)
+    model.register_parameter("temperature", torch.nn.Parameter(torch.ones(())))
+    with pytest.warns(
+        UserWarning, match=r"got trained temperature, transformer\.h\.1\.attn\.c_attn\.bias, which are not saved"
+    ) as caught:
+        write(model, tmp_path)
+    assert caught[0].filename == __file__
+    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] is None
+
+
+# ------------------------------------------------------------------------------------------------ model.save_pretrained
+
+
+def test_save_pretrained_saves_the_adapter(tmp_path):
+    for put in (
+        lambda base: randomize(mos_ext.adapt(base, SMALL)),
+        lambda base: mos_ext.load_adapter(base, tmp_path / "0"),
+    ):
+        model, batch = put(llama()), inputs("llama")
+        train_beside(model, "model.norm")
+        mos_ext.save_adapter(model, tmp_path / "0")
+        model.save_pretrained(tmp_path / "1", max_shard_size="1GB", safe_serialization=True)
+        resumed = load_file(tmp_path / "1" / "model.safetensors")
+        state = model.state_dict()
+        assert set(resumed) == {"model.norm.weight", *(n for n in state if n.startswith("mos_pools."))}
+        assert all(torch.equal(value, state[name]) for name, value in resumed.items())
+        (tmp_path / "1" / "model.safetensors").unlink()
+        assert contents(tmp_path / "1") == contents(tmp_path / "0")
+        assert torch.equal(logits(mos_ext.load_adapter(llama(), tmp_path / "1"), batch), logits(model, batch))
+
+
+def test_save_pretrained_of_a_merged_model_saves_the_model(tmp_path):
+    model, batch = mos_ext.merge(randomize(mos_ext.adapt(llama(), SMALL))), inputs("llama")
+    model.save_pretrained(tmp_path)
+    again, said = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(said.values())
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def test_save_pretrained_takes_values_that_were_gathered(tmp_path):
+    model = randomize(mos_ext.adapt(llama(), SMALL))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = inputs("llama")
+    want = logits(model, batch)
+    randomize(model, std=0.5)
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert torch.equal(logits(mos_ext.load_adapter(llama(), tmp_path), batch), want)
+    model.save_pretrained(tmp_path / "nothing", is_main_process=False)
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"push_to_hub": True}, {"variant": "fp16"}, {"safe_serialization": False}])
+def test_save_pretrained_refuses_what_adapters_cannot_do(arguments, tmp_path):
+    model = mos_ext.adapt(llama(), SMALL)
+    with pytest.raises(ValueError, match=f"must be called with arguments for adapters, got .*{next(iter(arguments))}"):
+        model.save_pretrained(tmp_path / "a", **arguments)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_save_themselves(how, tmp_path):
+    model = randomize(mos_ext.adapt(llama(), SMALL))
+    clone = how(model)
+    randomize(model, std=0.5)
+    clone.save_pretrained(tmp_path)
+    batch = inputs("llama")
+    assert torch.equal(logits(mos_ext.load_adapter(llama(), tmp_path), batch), logits(clone, batch))
+
+
+def test_an_adapted_model_goes_when_nobody_needs_it():
+    model = mos_ext.adapt(llama(1), replace(SMALL, r=3))
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# ------------------------------------------------------------------------------------------------ model cards
+
+
+@BOTH_WRITERS
+def test_a_card_begins_with_what_loading_needs(write, tmp_path):
+    save, _ = two_adapters(write)[0]
+    save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    assert "library_name: peft" in front
+    assert body.lstrip().startswith("```python\nimport mos_ext.integrations.peft")
+    save(tmp_path)
+    assert (tmp_path / "README.md").read_text().count("import mos_ext") == 1
+
+
+@BOTH_WRITERS
+@pytest.mark.parametrize("front", ["", "---\nlicense: mit\n---\n"])
+def test_a_user_s_card_keeps_what_it_says(write, front, tmp_path):
+    (tmp_path / "README.md").write_text(front + "# My adapter\n\nIt is great.\n")
+    save, _ = two_adapters(write)[0]
+    save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.index("import mos_ext") < card.index("# My adapter\n\nIt is great.\n")
+    assert ("license: mit" in card) == bool(front)
+    assert card.startswith("---\n") == (bool(front) or write == "peft")
 
 
 # ------------------------------------------------------------------------------------------------ export
