@@ -475,7 +475,7 @@ def check_names(expected: set[str], there: set[str], what: object) -> None:
             f"like that, or let PEFT rename, with key_mapping={{{f'^mos_{was}'!r}: {f'mos_{here}'!r}}}"
         )
     raise ValueError(
-        f"{what} must be an adapter for this model, got one without {sorted(expected - there)} and with "
+        f"{what} must be for this model, got an adapter without {sorted(expected - there)} and with "
         f"{sorted(there - expected)}"
     )
 
@@ -542,7 +542,7 @@ def check_digest(stored: object, tables: Mapping[str, IndexTables]) -> None:
     if generator == here.partition(":")[0]:
         raise ValueError(
             f"table_digest must be that of the index tables that the configuration gives here, {here}, got {stored}: "
-            f"the adapter was made with other ranks, another seed, or for modules that are called otherwise"
+            f"the adapter was made with other ranks, another seed, or for more, fewer or other modules"
         )
     raise ValueError(
         f"table_digest must be of generator {here.partition(':')[0]}, the one that this version of mos_ext draws "

@@ -244,9 +244,9 @@ def test_files_of_two_saves(saved, tmp_path):
         (lambda: llama(5), r"q_proj\[64->64\] of 4 modules where this model has 5"),
         (
             lambda: llama(hidden_size=32),
-            "must be an adapter for this model, got one without .*_32_32.* and with .*_64_64",
+            "must be for this model, got an adapter without .*_32_32.* and with .*_64_64",
         ),
-        (gpt2, "must be an adapter for this model, got one without .*transformer_h.* and with .*model_layers"),
+        (gpt2, "must be for this model, got an adapter without .*transformer_h.* and with .*model_layers"),
         (lambda: torch.nn.Sequential(torch.nn.ReLU()), "a Sequential, got: target_modules must match"),
     ],
 )
@@ -278,7 +278,7 @@ def test_another_model(saved, model, difference):
         (lambda t, c: c.update(tensor_digest="0" * 64), "must come from the same save as adapter_config.json"),
         (
             lambda t, c: t.pop(f"{Q}.shards_a"),
-            r"got one without \['base_model.mos_.*q_proj_64_64.shards_a'\] and with \[\]",
+            r"got an adapter without \['base_model.mos_.*q_proj_64_64.shards_a'\] and with \[\]",
         ),
         (
             lambda t, c: t.update(extra=torch.zeros(1)),
