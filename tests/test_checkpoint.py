@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -25,8 +26,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's deprecations at import
     import peft
 import mos_ext.integrations.peft as mos_peft
-from mos_ext.files import tensor_digest
-from mos_ext.routing import IndexTables, draw_tables, table_digest
+from mos_ext.files import tensor_digest, weights
+from mos_ext.routing import IndexTables, _keys, draw_tables, table_digest
 
 # PEFT asks transformers whether a model checkpoints under a name that transformers is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -807,6 +808,52 @@ def test_a_user_s_card_keeps_what_it_says(write, front, tmp_path):
     assert card.index("import mos_ext") < card.index("# My adapter\n\nIt is great.\n")
     assert ("license: mit" in card) == bool(front)
     assert card.startswith("---\n") == (bool(front) or write == "peft")
+
+
+# ------------------------------------------------------------------------------------------------ the format's document
+
+
+def block(marker):
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    return text.partition(f"<!-- {marker} -->\n```")[2].partition("\n")[2].partition("\n```\n")[0]
+
+
+def test_the_document_s_test_vector():
+    vector = json.loads(block("test vector"))
+    config, stream = MoSConfig(**vector["config"]), vector["stream"]
+    hashed = hashlib.blake2b(vector["name"].encode(), digest_size=8).digest()
+    assert f"{int.from_bytes(hashed, 'little'):016x}" == vector["base"]
+    assert [f"{int(key):016x}" for key in _keys(vector["name"], 4)] == vector["keys"]
+    tables = draw_tables(config, stream, (2, 2))
+    assert (tables.a.tolist(), tables.b.tolist()) == (vector["index_a"], vector["index_b"])
+    assert table_digest({stream: tables}) == vector["table_digest"]
+    balanced = draw_tables(replace(config, routing="balanced"), stream, (2, 2))
+    assert {"index_a": balanced.a.tolist(), "index_b": balanced.b.tolist()} == vector["balanced"]
+    types = {"F32": torch.float32, "BF16": torch.bfloat16}
+    tensors = {
+        name: torch.tensor(t["values"], dtype=types[t["type"]]).reshape(t["shape"])
+        for name, t in vector["tensors"].items()
+    }
+    assert tensor_digest(weights(tensors)) == vector["tensor_digest"]
+
+
+@pytest.mark.parametrize("pair_dissociation", [True, False])
+def test_what_the_document_s_writer_writes_loads(pair_dissociation, tmp_path):
+    program = {}
+    exec(block("writer"), program)
+    model, batch = mos_ext.adapt(llama(), replace(SMALL, seed=5, pair_dissociation=pair_dissociation)), inputs("llama")
+    randomize(model)
+    types = {pool.stream: pool.num_layers for pool in model.mos_pools.pools}
+    pools = {
+        f"base_model.mos_{name}": (tuple(value.shape), value.detach().numpy().tobytes())
+        for name, value in model.mos_pools.state_dict().items()
+    }
+    program["write"](tmp_path, model.mos_pools.config.to_dict(), types, pools)
+    for load in (mos_ext.load_adapter, in_peft):
+        assert torch.equal(logits(load(llama(), tmp_path), batch), logits(model, batch))
+    mos_ext.save_adapter(model, tmp_path / "ours")
+    ours, theirs = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "ours", tmp_path))
+    assert {k: ours[k] for k in theirs} == theirs
 
 
 # ------------------------------------------------------------------------------------------------ export
