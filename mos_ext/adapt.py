@@ -16,6 +16,7 @@ from .ranks import same_on_every_rank
 from .routing import IndexTables
 
 POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
+after_install: list[Callable[[nn.Module], None]] = []  # what layers above do to every model that was adapted
 
 
 class Adapter(nn.Module):
@@ -24,7 +25,10 @@ class Adapter(nn.Module):
     Attributes:
         config: the :class:`MoSConfig`; of ``"all-linear"`` with the ranks that modules have, in ``rank_pattern``.
         linear_types: which modules share which pool. left_out: see :class:`ParameterReport`.
+        modules_to_save: modules that the adapter was saved or loaded with; they stay part of it when they are frozen.
     """
+
+    modules_to_save: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -146,6 +150,8 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
             setattr(parent, key, layer)
     keep_calling(model, set(layers.values()))
     model.add_module(POOLS, adapter)
+    for act in after_install:
+        act(model)
     return model
 
 

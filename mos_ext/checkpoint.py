@@ -1,17 +1,19 @@
 """Adapters on disk: MoS checkpoints of a few megabytes, and exact exports to standard LoRA.
 
 A checkpoint is a directory as PEFT writes it, and the same for both: ``adapter_config.json`` with ``peft_type`` MOS,
-and ``adapter_model.safetensors`` with each pool once. Index tables follow from the configuration, which holds their
-digest; a file carries those that do not, in the smallest integer type. ``docs/format.md`` is the format. What :func:`save_adapter` writes has more in the header of the safetensors file: the
-configuration again, so that a directory whose two files do not belong together, after an interrupted save say, is
-refused; and the modules of every linear type.
+and ``adapter_model.safetensors`` with each pool once, and with the modules that were trained beside the pools. Index
+tables follow from the configuration, which holds their digest; a file carries those that do not, in the smallest
+integer type. ``docs/format.md`` is the format.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +21,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._version import __version__
-from .adapt import adapter_of, check_unadapted, install, mos_layers
+from . import files
+from .adapt import POOLS as ADAPTER
+from .adapt import Adapter, adapter_of, after_install, check_unadapted, install, mos_layers
 from .config import POOL_DTYPES, MoSConfig
+from .files import CONFIG, FORMAT_VERSION, WEIGHTS
 from .linear import AdaptedLayer
 from .ops.checks import check_integer
 from .planner import LinearType, device_of, group_modules, select_modules, type_keys, type_name, unwrap
 from .pools import ShardPool
 from .routing import IndexTables, check_ranks, check_tables, draw_tables, streams, table_digest
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FORMAT_VERSION = 2
-_HEADER_KEY = "mos_ext"  # of the safetensors file
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 POOLS, TABLES = ("shards_a", "shards_b"), ("index_a", "index_b")  # what a file holds of a ShardPool; tables rarely
-# What PEFT's configuration has beside MoSConfig's fields, with the values that load_adapter can do with.
-_PEFT_DEFAULTS: dict[str, Any] = {"modules_to_save": None, "bias": "none"}
+DIGEST = "index_tables"  # an empty tensor of a file is called so, and after the digest of its tables
+_BESIDE = "base_model.model."  # the names of tensors that are not the adapter's begin so
+# What PEFT's configuration has beside MoSConfig's fields.
 _PEFT_FIELDS = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "fan_in_fan_out", "init_weights", "table_digest", *_PEFT_DEFAULTS),
+    *("inference_mode", "fan_in_fan_out", "init_weights", "modules_to_save", "bias"),
+    *("format_version", "table_digest", "tensor_digest"),
 )
 
 
@@ -55,70 +58,218 @@ def _tensor_name(type_key: str, tensor: str) -> str:
     return f"base_model.mos_{type_key}.{tensor}"
 
 
-def _safetensors():
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("adapter files need safetensors: pip install 'mos_ext[io]'") from None
-    return safetensors
-
-
 # ------------------------------------------------------------------------------------------------ save
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
-    """Writes the adapter of ``model`` to the directory ``path``.
+    """Writes the adapter of ``model`` to the directory ``path``, with every module that is trained beside the pools.
+
+    Such a module (a norm, a head: whatever has a parameter with ``requires_grad``) is saved whole, as PEFT's
+    ``modules_to_save`` are, and so are those that were loaded with the adapter. A warning names trained parameters that
+    no module holds which could be saved so: those of adapted layers and of the model itself.
 
     Args:
         model: an adapted model; merged or not makes no difference. When FSDP2 has sharded it, every rank must call, and
             the first writes.
         path: a directory, made if needed. Files of an earlier save are replaced only once the new ones are complete on
-            disk.
+            disk. Saves of several threads leave the files of one of them; loading refuses a mixture that other
+            processes, or a crash, have left. A README.md (a model card) is made, or gets a few lines on loading.
         dtype: what the pools are stored in; None keeps theirs. bfloat16 halves the file.
 
     Raises:
         ValueError: the model is not adapted, or its pools are on the meta device. TypeError: ``dtype`` is not a float
             type.
     """
+    contents = _contents(model, Path(path), dtype)
+    if contents is not None:
+        files.write(Path(path), contents)
+
+
+def _contents(
+    model: nn.Module, folder: Path, dtype: torch.dtype | None = None, state: Mapping[str, Tensor] | None = None
+) -> dict[str, bytes] | None:
+    """Name -> content of an adapter's files; None on ranks that write nothing.
+
+    Values are those of ``state`` where it has them, a ``state_dict()`` that was gathered from a sharded model, say.
+    """
     _check_dtype(dtype)
     adapter, model = adapter_of(model), unwrap(model)
-    config = {
-        **_peft_config("MOS", model),
-        **adapter.config.to_dict(),
-        "table_digest": table_digest(adapter.tables),
-        **_PEFT_DEFAULTS,
-        "fan_in_fan_out": any(layer.fan_in_fan_out for _, layer in mos_layers(model)),
-        "init_weights": True,
-    }
-    header = {
-        "format_version": FORMAT_VERSION,
-        "mos_ext_version": __version__,
-        "base_model": type(model).__name__,
-        "linear_types": [
-            {"role": t.role, "in_features": t.in_features, "out_features": t.out_features, "modules": list(t.modules)}
-            for t in adapter.linear_types
-        ],
-        "adapter_config": config,
-    }
-    tensors = {}
     names = [t.name for t in adapter.linear_types]
+    tensors = {}
     for name, key, pool in zip(names, type_keys(names), adapter.pools, strict=True):
         _check_in_memory(name, pool)
         for side in POOLS:
-            value = pool.values(side[-1]).detach()
+            value = _whole(f"{ADAPTER}.{key}.{side}", getattr(pool, side), state)
             tensors[_tensor_name(key, side)] = value.to("cpu", dtype or value.dtype)
         for side, table in tables_to_keep(pool).items():
             tensors[_tensor_name(key, side)] = table
+    digest = table_digest(adapter.tables)
+    tensors[f"base_model.{digest_name(digest)}"] = torch.empty(0)
+    beside, others = modules_beside(model, adapter, state, 4)
+    tensors.update(others)
     _check_finite(tensors)
-    if _writes(adapter):
-        _save(path, tensors, config, {_HEADER_KEY: json.dumps(header, sort_keys=True)})
+    if state is None and not _writes(model):
+        return None
+    weights = files.weights(tensors)
+    config = {
+        **_peft_config("MOS", model),
+        **adapter.config.to_dict(),
+        "modules_to_save": beside or None,
+        "bias": "none",
+        "fan_in_fan_out": any(layer.fan_in_fan_out for _, layer in mos_layers(model)),
+        "init_weights": True,
+        "format_version": FORMAT_VERSION,
+        "table_digest": digest,
+        "tensor_digest": files.tensor_digest(weights),
+    }
+    adapter.modules_to_save = frozenset(beside)
+    return files.with_card(folder, {WEIGHTS: weights, CONFIG: files.json_content(config)})
 
 
-def _writes(pools: nn.Module) -> bool:
-    """Whether this process writes files: of ranks that hold one sharded adapter together, the first."""
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in pools.parameters())
+def digest_name(digest: str) -> str:
+    """What a file calls the empty tensor that says which tables its pools were trained with.
+
+    Only tensors get everywhere: to a live model that reads another adapter, or through tools that hand on a dictionary
+    of them. And only an empty one stays what it is when they are averaged.
+    """
+    return f"{DIGEST}.{digest.replace(':', '-')}"
+
+
+def take_digest(tensors: dict[str, Tensor]) -> str | None:
+    """Removes the tensor of :func:`digest_name` from a file's and returns the digest; None when there is none."""
+    for name in [name for name in tensors if f".{DIGEST}." in name]:
+        del tensors[name]
+        return name.rpartition(f".{DIGEST}.")[2].replace("-", ":")
+    return None
+
+
+def _whole(name: str, value: Tensor, state: Mapping[str, Tensor] | None) -> Tensor:
+    """A tensor of a model, whole. Where FSDP2 has sharded it and ``state`` has no copy, that is a collective."""
+    if state is not None:
+        value = state.get(name, value)
+        if hasattr(value, "full_tensor"):
+            raise ValueError(f"state_dict must have the whole of {name}, whose shards are on several ranks")
+    value = value.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def modules_beside(
+    model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor] | None, level: int
+) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules to save with an adapter, and their tensors, named as in a file.
+
+    Warns the caller ``level`` frames up of what cannot be saved.
+    """
+    pools = {id(parameter) for parameter in adapter.parameters()}
+    named = dict(model.named_modules(remove_duplicate=False))
+    adapted = [name for name, module in named.items() if isinstance(module, AdaptedLayer)]
+
+    def separate(name: str) -> bool:
+        return bool(name) and not any(f"{a}.".startswith(f"{name}.") or _is_inside(name, [a]) for a in adapted)
+
+    modules: list[str] = []
+    lost = []
+    for name, module in named.items():
+        own = dict(module.named_parameters(name, recurse=False))
+        trained = [n for n, parameter in own.items() if parameter.requires_grad and id(parameter) not in pools]
+        if (not trained and name not in adapter.modules_to_save) or _is_inside(name, modules):
+            continue
+        if separate(name):
+            modules.append(name)
+        else:
+            lost += trained
+    if lost:
+        warnings.warn(
+            f"an adapter must be trained alone or with whole modules beside it, got trained {', '.join(lost)}, which "
+            f"{'is' if len(lost) == 1 else 'are'} not saved: save the values yourself, or freeze them",
+            stacklevel=level,
+        )
+    # PEFT reads these names as endings: a "norm" of the root is also every other "...norm", which it looks for in the
+    # file.
+    also = [name for name in named if name.endswith(tuple(modules)) and separate(name)]
+    modules = [name for name in also if not _is_inside(name, also)]
+    tensors = {
+        f"{_BESIDE}{name}.{key}": _whole(f"{name}.{key}", value, state).cpu()
+        for name in modules
+        for key, value in named[name].state_dict().items()
+        if isinstance(value, Tensor)
+    }
+    return modules, tensors
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _writes(model: nn.Module) -> bool:
+    """Whether this process writes files: of ranks that hold one sharded model together, the first."""
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     return not sharded or torch.distributed.get_rank() == 0
+
+
+class SavePretrained:
+    """``model.save_pretrained`` of a model that ``mos_ext.adapt`` or ``mos_ext.load_adapter`` adapted.
+
+    It saves the adapter, as that of a PEFT model does, so that checkpoints of ``transformers.Trainer`` are megabytes.
+    ``model.safetensors`` has the same values again under the model's own names: what Trainer resumes from. A *merged*
+    model saves itself, as a model that needs no mos_ext.
+    """
+
+    # Of a whole model in several files. (A model's own save_pretrained has had more or fewer of them.)
+    _NO_MATTER = ("max_shard_size", "safe_serialization", "save_function", "save_peft_format", "save_original_format")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)  # a cycle would keep weights in memory until the garbage collector comes
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._model(),)  # a copy belongs to the copy of the model
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See the class.
+
+        Args:
+            save_directory, is_main_process, state_dict: as for any transformers model.
+            kwargs: those that say how a whole model is laid out in files are ignored.
+
+        Raises:
+            ValueError: ``push_to_hub``, ``variant`` or another argument that adapters cannot follow.
+        """
+        model: Any = self._model()
+        if any(layer.merged for _, layer in mos_layers(model)):
+            whole = model.state_dict() if state_dict is None else state_dict
+            plain = {name: value for name, value in whole.items() if not name.startswith(f"{ADAPTER}.")}
+            type(model).save_pretrained(model, save_directory, is_main_process, plain, **kwargs)
+            return
+        unknown = {name: value for name, value in kwargs.items() if value and name not in self._NO_MATTER}
+        if unknown or kwargs.get("safe_serialization", True) is False:
+            raise ValueError(
+                f"save_pretrained of an adapted model must be called with arguments for adapters, got "
+                f"{unknown or {'safe_serialization': False}}"
+            )
+        folder = Path(save_directory)
+        contents = _contents(model, folder, state=state_dict)
+        if contents is not None and is_main_process:
+            tensors = files.tensors_of(contents[WEIGHTS], folder / WEIGHTS)
+            take_digest(tensors)
+            types = type_keys([t.name for t in adapter_of(model).linear_types])
+            own = {_tensor_name(key, side): f"{ADAPTER}.{key}.{side}" for key in types for side in POOLS}
+            own.update({name: name.removeprefix(_BESIDE) for name in tensors if name.startswith(_BESIDE)})
+            resumed = {own[name]: tensor for name, tensor in tensors.items() if name in own}
+            files.write(folder, {**contents, "model.safetensors": files.weights(resumed)})
+
+
+def _give_save_pretrained(model: nn.Module) -> None:
+    if callable(getattr(model, "save_pretrained", None)):
+        model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
+
+
+after_install.append(_give_save_pretrained)
 
 
 def _peft_config(peft_type: str, model: nn.Module) -> dict[str, Any]:
@@ -164,38 +315,6 @@ def _name_or_path(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _save(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict, header: dict[str, str]) -> None:
-    """Both files of a checkpoint: complete under temporary names first, then moved over the old ones.
-
-    ``header`` has one entry: safetensors writes several in random order, and equal adapters should be equal files.
-    """
-    torch_io = _safetensors().torch
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"path must be a directory, got the file {folder}")
-    for name in (WEIGHTS, CONFIG):
-        if (folder / name).is_dir():
-            raise ValueError(f"{folder / name} must be a file, got a directory")
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {k: v.contiguous().clone() for k, v in tensors.items()}
-    writers: dict[str, Callable[[Path], Any]] = {
-        # save, not save_file: that one makes the file unreadable for everybody else, whatever the umask.
-        WEIGHTS: lambda file: file.write_bytes(torch_io.save(whole, metadata=header)),
-        CONFIG: lambda file: file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"),
-    }
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
-    try:
-        for name, write in writers.items():
-            write(temporary[name])
-            with open(temporary[name], "rb") as file:
-                os.fsync(file.fileno())
-        for name, written in temporary.items():
-            os.replace(written, folder / name)
-    finally:
-        for written in temporary.values():
-            written.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------------------------ load
 
 
@@ -205,47 +324,92 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     Args:
         base_model: a model that is not adapted, with the modules that the adapter was trained on.
         path: a directory written by :func:`save_adapter`, or by PEFT's ``save_pretrained`` for a MoS adapter that
-            trains nothing beside itself (``modules_to_save``, ``bias``).
+            trains no ``bias``.
 
     Returns:
-        ``base_model`` itself.
+        ``base_model`` itself. The pools are trainable, and so are the modules that were saved beside them.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the files are truncated, of another format version, of two different saves, or for another model,
-            or their index tables contradict their configuration. Nothing is loaded in part: after an error the model
-            is unchanged.
+        ValueError: the files cannot be read, are damaged, of another format version, of two different saves (which may
+            be under way), or for another model, or their index tables contradict their configuration. Nothing is
+            loaded in part: after an error the model is unchanged.
     """
     if not isinstance(base_model, nn.Module):
         raise TypeError(f"base_model must be a torch.nn.Module, got {type(base_model).__name__}")
     model = unwrap(base_model)
     check_unadapted(model)
     folder = Path(path)
-    for name in (WEIGHTS, CONFIG):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"path must hold {name}, got {folder}")
     stored = _read_config(folder / CONFIG)
-    tensors, header = _read_tensors(folder / WEIGHTS, stored)
+    tensors = files.read_weights(folder / WEIGHTS, stored.get("tensor_digest"))
     try:
         config = _method_config(stored)
-        types = None if header is None else _types_of(header)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} must hold a valid MoS configuration, got {error}") from None
-    types = _check_model(model, config, types, folder)
+    types = _types_here(model, config, folder)
     keys = type_keys([type_name(*key) for key in types])
+    digest = take_digest(tensors)
+    beside = {name: tensors.pop(name) for name in [name for name in tensors if name.startswith(_BESIDE)]}
+    check_names(
+        {_tensor_name(key, side) for key in keys for side in POOLS},
+        {name for name in tensors if name.endswith(POOLS)},
+        folder / WEIGHTS,
+    )
     linear_types = [
         _stored_type(key, t, stream, modules, config, tensors, folder)
         for key, stream, (t, modules) in zip(keys, streams(list(types)), types.items(), strict=True)
     ]
     _check_pools(keys, linear_types, config, tensors, folder)
-    check_digest(stored.get("table_digest"), {t.stream: t.tables for t in linear_types})
+    for said in (digest, stored.get("table_digest")):
+        check_digest(said, {t.stream: t.tables for t in linear_types})
+    values, modules = _check_beside(model, stored.get("modules_to_save"), beside, folder)
 
     install(model, config, linear_types)
+    adapter = adapter_of(model)
     with torch.no_grad():
-        for key, pool in zip(keys, adapter_of(model).pools, strict=True):
+        for key, pool in zip(keys, adapter.pools, strict=True):
             for side in POOLS:
                 getattr(pool, side).copy_(tensors[_tensor_name(key, side)])
+        for target, value in values:
+            target.copy_(value)
+    adapter.modules_to_save = frozenset(modules)
+    for name in modules:
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     return base_model
+
+
+def _check_beside(
+    model: nn.Module, patterns: object, tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """What a file has beside the adapter: (tensor of the model, its value) pairs, and the modules to train again.
+
+    Raises:
+        ValueError: something is missing, or is not for this model.
+    """
+    if not isinstance(patterns, (list, type(None))) or not all(isinstance(name, str) for name in patterns or ()):
+        raise ValueError(f"{folder / CONFIG} must have a list of names as modules_to_save, got {patterns!r}")
+    here = model.state_dict(keep_vars=True)
+    # As PEFT reads them.
+    modules = [name for name, _ in model.named_modules() if name and name.endswith(tuple(patterns or ()))]
+    stored = {name.removeprefix(_BESIDE): value for name, value in tensors.items()}
+    wanted = {name for name, value in here.items() if _is_inside(name, modules) and isinstance(value, Tensor)}
+    if (missing := wanted - set(stored)) or (missing := set(stored) - set(here)):
+        raise ValueError(
+            f"{folder / WEIGHTS} must hold the modules that were trained beside the adapter, and be for this model, a "
+            f"{type(model).__name__}; got a difference in {sorted(missing)}"
+        )
+    for name, value in stored.items():
+        target = here[name]
+        if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
+            raise ValueError(
+                f"{folder / WEIGHTS} must hold {name} as in this model, {target.dtype} {tuple(target.shape)}, got "
+                f"{value.dtype} {tuple(value.shape)}"
+            )
+        if target.is_meta:
+            raise ValueError(f"base_model must have its values in memory, got {name} on the meta device")
+        _check_finite({name: value.to(target.dtype)})
+    return [(here[name], value) for name, value in stored.items()], modules
 
 
 _Types = dict[tuple[str, int, int], tuple[str, ...]]  # (role, in_features, out_features) -> modules
@@ -253,7 +417,7 @@ _Types = dict[tuple[str, int, int], tuple[str, ...]]  # (role, in_features, out_
 
 def _read_config(file: Path) -> dict:
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(files.read(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON, got {error}") from None
     if not isinstance(stored, dict) or stored.get("peft_type") != "MOS":
@@ -263,42 +427,18 @@ def _read_config(file: Path) -> dict:
             else "something else"
         )
         raise ValueError(f"{file} must describe a MoS adapter, got {got}")
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{file} must have format_version {FORMAT_VERSION}, got {stored.get('format_version')}")
     return stored
-
-
-def _read_tensors(file: Path, stored: dict) -> tuple[dict[str, Tensor], dict | None]:
-    """The tensors and our header; None for a file that PEFT wrote, which has none."""
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(_HEADER_KEY)
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} must be a complete safetensors file, got {error}") from None
-    if text is None:
-        return tensors, None
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict) or header.get("adapter_config") != stored:
-        raise ValueError(
-            f"{file} must come from the same save as {CONFIG} beside it, got another configuration in its header"
-        )
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{file} must have format_version {FORMAT_VERSION}, got {header.get('format_version')}")
-    return tensors, header
 
 
 def _method_config(stored: dict) -> MoSConfig:
     """The MoSConfig in a PEFT configuration."""
-    for name, only in _PEFT_DEFAULTS.items():
-        if stored.get(name, only) != only:
-            raise ValueError(
-                f"{name} must be {only!r}, got {stored[name]!r}: load this adapter with PEFT "
-                f"(peft.PeftModel.from_pretrained, after import mos_ext.integrations.peft), which can train more than "
-                f"the adapter"
-            )
+    if (bias := stored.get("bias", "none")) != "none":
+        raise ValueError(
+            f"bias must be 'none', got {bias!r}: load this adapter with PEFT (peft.PeftModel.from_pretrained, after "
+            f"import mos_ext.integrations.peft), which can train biases of the base"
+        )
     values = {name: stored[name] for name in MoSConfig().to_dict() if name in stored}
     values["exclude_modules"] = values.get("exclude_modules") or ()
     if values.get("pool_dtype", ...) is None:  # PEFT's rule: float32, unless told otherwise at every load
@@ -309,16 +449,8 @@ def _method_config(stored: dict) -> MoSConfig:
     return MoSConfig.from_dict(values)
 
 
-def _types_of(header: dict) -> _Types:
-    stored = header["linear_types"]
-    types = {(t["role"], t["in_features"], t["out_features"]): tuple(t["modules"]) for t in stored}
-    if len(types) != len(stored):
-        raise ValueError("a linear type that occurs twice")
-    return types
-
-
-def _check_model(model: nn.Module, config: MoSConfig, types: _Types | None, folder: Path) -> _Types:
-    """The types that the configuration selects in this model; they must be those of the file, where it names them."""
+def _types_here(model: nn.Module, config: MoSConfig, folder: Path) -> _Types:
+    """The linear types that the configuration selects in this model."""
     try:
         here = group_modules(select_modules(model, config), dict(model.named_modules()))
     except (ValueError, TypeError) as error:
@@ -328,16 +460,36 @@ def _check_model(model: nn.Module, config: MoSConfig, types: _Types | None, fold
     places = {device_of(model.get_submodule(modules[0])) for modules in here.values()}
     if any(place is not None and place.type == "meta" for place in places):
         raise ValueError("base_model must have its values in memory, got parameters on the meta device")
-    if types is not None and here != types:
-        different = sorted({type_name(*key) for key in set(here) ^ set(types)})
-        if not different:
-            key = next(key for key in types if here[key] != types[key])
-            different = [f"{type_name(*key)} with {len(types[key])} modules where this model has {len(here[key])}"]
-        raise ValueError(
-            f"{folder} must be an adapter for this model, a {type(model).__name__}, got one "
-            f"that differs in {', '.join(different)}"
-        )
     return here
+
+
+def check_names(expected: set[str], there: set[str], what: object) -> None:
+    """ValueError unless the pools of a file, ``there``, are those of a model. It tells a prefix from another model."""
+    if there == expected:
+        return
+    if prefixes := _prefixes(expected, there):
+        was, here = prefixes
+        raise ValueError(
+            f"{what} must be for this model, got an adapter for one whose modules have the prefix {was!r} where these "
+            f"have {here!r}, another class (a base model or ...ForCausalLM, say) or a wrapped one: load it on a model "
+            f"like that, or let PEFT rename, with key_mapping={{{f'^mos_{was}'!r}: {f'mos_{here}'!r}}}"
+        )
+    raise ValueError(
+        f"{what} must be for this model, got an adapter without {sorted(expected - there)} and with "
+        f"{sorted(there - expected)}"
+    )
+
+
+def _prefixes(expected: set[str], there: set[str]) -> tuple[str, str] | None:
+    """(what the types of a file begin with, what those of a model begin with in its place), where that is all."""
+    stored, here = ({name.partition("mos_")[2] for name in names} for names in (there, expected))
+    for first in sorted(stored)[:1]:
+        for other in sorted(here):
+            common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first[::-1], other[::-1], strict=False))))
+            was, now = first[: len(first) - common], other[: len(other) - common]
+            if {now + name.removeprefix(was) for name in stored if name.startswith(was)} == here:
+                return was, now
+    return None
 
 
 def _stored_type(
@@ -371,13 +523,13 @@ def read_tables(stored: Mapping[str, Tensor | None], config: MoSConfig, ranks: S
     """
     if all(table is None for table in stored.values()):
         return None
-    found = []
+    found = {}
     for side, table in stored.items():
         if table is None or table.dtype not in INTEGERS:
             got = "none" if table is None else table.dtype
             raise ValueError(f"{side} must be an integer tensor, like the table of the other side, got {got}")
-        found.append(table.cpu().numpy())
-    a, b = found
+        found[side] = table.cpu().numpy()
+    a, b = (found[side] for side in TABLES)
     check_tables(config, IndexTables(a, b), ranks)
     return IndexTables(a.astype(np.int32), b.astype(np.int32))
 
@@ -390,29 +542,33 @@ def check_digest(stored: object, tables: Mapping[str, IndexTables]) -> None:
     if generator == here.partition(":")[0]:
         raise ValueError(
             f"table_digest must be that of the index tables that the configuration gives here, {here}, got {stored}: "
-            f"the adapter was made with other ranks, another seed, or for modules that are called otherwise"
+            f"the adapter was made with other ranks, another seed, or for more, fewer or other modules"
         )
     raise ValueError(
-        f"table_digest must be of generator {here.partition(':')[0]}, the one that this version of mos_ext draws tables "
-        f"with, got {stored!r}"
+        f"table_digest must be of generator {here.partition(':')[0]}, the one that this version of mos_ext draws "
+        f"tables with, got {stored!r}"
     )
 
 
 def _check_pools(
     keys: list[str], linear_types: list[LinearType], config: MoSConfig, tensors: dict[str, Tensor], folder: Path
 ) -> None:
-    expected = {_tensor_name(key, tensor) for key in keys for tensor in POOLS}
-    allowed = expected | {_tensor_name(key, tensor) for key in keys for tensor in TABLES}
-    if not expected <= set(tensors) <= allowed:
+    allowed = {_tensor_name(key, tensor) for key in keys for tensor in POOLS + TABLES}
+    if not set(tensors) <= allowed:
         raise ValueError(
-            f"{folder / WEIGHTS} must hold the tensors of its configuration, got a difference "
-            f"in {sorted((expected - set(tensors)) | (set(tensors) - allowed))}"
+            f"{folder / WEIGHTS} must hold the tensors of its configuration, got also {sorted(set(tensors) - allowed)}"
         )
     for key, t in zip(keys, linear_types, strict=True):
         n, l = config.num_shards(len(t.modules)), config.shards_per_vector
         for side, features in zip(POOLS, (t.in_features, t.out_features), strict=True):
             name = _tensor_name(key, side)
             pool = tensors[name]
+            per_module = config.equivalent_rank * l
+            if pool.dim() == 2 and pool.shape[1] == features // l and len(pool) % per_module == 0 and len(pool) != n:
+                raise ValueError(
+                    f"{folder} must be an adapter for this model, got one with {t.name} of {len(pool) // per_module} "
+                    f"modules where this model has {len(t.modules)}"
+                )
             if pool.shape != (n, features // l) or pool.dtype not in POOL_DTYPES.values():
                 raise ValueError(
                     f"{folder / WEIGHTS} must hold {name} as floats of shape {(n, features // l)}, "
@@ -505,9 +661,13 @@ def export_lora(
     }
     if peft_config is not None:
         config.update(_trained_beside(peft_config, model, str(adapter_name), tensors))
+    else:
+        beside, others = modules_beside(model, adapter_of(model), None, 3)
+        config["modules_to_save"] = beside or None
+        tensors.update(others)
     _check_finite(tensors)
-    if all(_writes(pool) for pool, _ in pools.values()):
-        _save(path, tensors, config, {"format": "pt"})
+    if _writes(model):
+        files.write(Path(path), {WEIGHTS: files.weights(tensors), CONFIG: files.json_content(config)})
 
 
 def _peft_adapter(model: Any, adapter_name: str | None) -> str:

@@ -343,6 +343,11 @@ class MoSModule(nn.Module, AdaptedLayer):
         adapters = ((self.pool, self.layer),)
         if (cause := why_opaque_weight(weight)) is None:
             return self.fuse(x, weight, self.bias, adapters, self.training)
+        if hasattr(weight, "full_tensor"):
+            raise RuntimeError(
+                "the weight of an adapted layer must be whole while it computes, got a DTensor: tensor-parallel layers "
+                "cannot be adapted; under FSDP2 call the whole model"
+            )
         # A weight that was quantised, say, after the layer was adapted.
         base: Any = partial(nn.functional.linear, x, weight, self.bias)
         return self.add_to(base, x, adapters, self.training, cause=cause, fresh=True)

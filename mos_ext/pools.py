@@ -294,7 +294,7 @@ class ShardPool(nn.Module):
             return False
         # FSDP2 reduces what has come together when a pass ends, and is done before any callback of ours. With a static
         # graph DDP itself counts how often a gradient is delivered.
-        if self._replaced if ddp is None else ddp.static_graph:
+        if self._collected() or (ddp is not None and ddp.static_graph):
             return False
         self._wait()
         return True
@@ -306,7 +306,11 @@ class ShardPool(nn.Module):
         """From now on, one gradient is put together from all backward passes inside the outermost one."""
         if not self._waits:
             self.uses_handles = self._waits = True
-            run_last(self._sides["a"].handles, True)
+            run_last(self._sides["a"].handles, not self._collected())
+
+    def _collected(self) -> bool:
+        """Whether FSDP2 collects this pool's gradients until the pass ends, so that each may come when it is there."""
+        return self._replaced and self._ddp is None
 
     def _renew(self) -> None:
         """Tables and handles for the parameters as they are now. Threads find the old ones, or the new.
@@ -324,7 +328,7 @@ class ShardPool(nn.Module):
         stashes = [Stash(*of) for of in zip(pools, tables, strict=True)]
         with torch.enable_grad():
             handles = factor_handles(pools, tables, stashes)
-        run_last(handles[0], self._waits and not self._replaced)
+        run_last(handles[0], self._waits and not self._collected())
         for handle in (*handles[0], *handles[1]):
             # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a
             # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no

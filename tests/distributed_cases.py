@@ -218,7 +218,7 @@ def save_sharded(folder):
 def load_sharded(folder):
     """Loads the distributed checkpoint into a model sharded over however many ranks there are; returns whole pools."""
     _, world = rank_and_world()
-    model = build(dtype=torch.float32, seed=3)
+    model = build(dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -267,7 +267,7 @@ def tensor_parallel(when):
         model = parallelize_module(Model(stack(LAYERS, WIDTH)), mesh, plan)
         peft.get_peft_model(model, mos_peft.MoSConfig(**RANKS, target_modules=["up", "down"]))
     elif when == "after":
-        parallelize_module(build(dtype=torch.float32), mesh, plan)
+        parallelize_module(build(dtype=torch.float32), mesh, plan)(torch.randn(2, WIDTH))
     else:
         model = build("peft", dtype=torch.float32)
         parallelize_module(inner(model), mesh, {f"{name}.base_layer": style for name, style in plan.items()})

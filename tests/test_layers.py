@@ -17,6 +17,7 @@ LEVEL = {
     "_version": 0,
     "ranks": 0,
     "reference": 0,
+    "files": 0,
     "ops.schema": 1,
     "ops.loader": 2,
     "ops.checks": 3,

@@ -1,6 +1,7 @@
 """MoS as a PEFT method: what PEFT's own suite cannot see (sharing, tables, the planner) and what users do with it."""
 
 import copy
+import dataclasses
 import json
 import re
 import warnings
@@ -9,11 +10,12 @@ from importlib import metadata
 import pytest
 import torch
 from models import BUILDERS, gpt2, inputs, llama, randomize, stack
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import mos_ext
 from mos_ext import reference
+from mos_ext.routing import IndexTables, draw_tables
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's deprecations at import
@@ -408,12 +410,135 @@ def test_round_trip(name, low_cpu_mem_usage, tmp_path):
     assert all(p.index_a.dtype == torch.int32 for p in pools(again))
 
 
-def test_each_pool_once_and_small_tables_in_the_file(tmp_path):
+def by_hand(pools):
+    """Gives pools tables that are not their configuration's."""
+    for pool in pools:
+        other = draw_tables(dataclasses.replace(pool.config, seed=77), pool.stream, pool.ranks)
+        pool.set_tables(IndexTables(other.a, other.b))
+
+
+def test_each_pool_once_and_no_tables_in_the_file(tmp_path):
     wrapped().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(tensors) == 4 * 7
-    assert {t.dtype for n, t in tensors.items() if ".index_" in n} == {torch.uint8}
+    assert {n.rpartition(".")[2] for n, t in tensors.items() if t.numel()} == {"shards_a", "shards_b"}
+    assert len(tensors) == 2 * 7 + 1  # and what names the tables
+    assert all(t.is_floating_point() for t in tensors.values())  # somebody may average them
     assert not any("default" in n for n in tensors)
+
+
+def test_what_requires_grad_is_enough_to_save(tmp_path):
+    """Training scripts filter so; index tables follow from the configuration."""
+    model, batch = wrapped(), inputs("llama")
+    model.save_pretrained(tmp_path, state_dict={n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    assert torch.equal(logits(loaded(llama(), tmp_path), batch), logits(model, batch))
+    assert torch.equal(logits(mos_ext.load_adapter(llama(), tmp_path), batch), logits(model, batch))
+
+
+def test_averages_of_adapters_are_adapters():
+    """As federated learning takes them: of every tensor, in its own type."""
+    models, batch = [wrapped(), wrapped()], inputs("llama")
+    for pool in pools(models[1]):
+        torch.nn.init.normal_(pool.shards_b, std=0.1)
+    states = [peft.get_peft_model_state_dict(model) for model in models]
+    mean = {
+        name: sum(state[name] * weight for state, weight in zip(states, (0.3, 0.7), strict=True)) for name in states[0]
+    }
+    model = wrapped()
+    peft.set_peft_model_state_dict(model, mean)
+    for pool, one, two in zip(*(pools(m) for m in (model, *models)), strict=True):
+        torch.testing.assert_close(pool.shards_b, 0.3 * one.shards_b + 0.7 * two.shards_b)
+        assert torch.equal(pool.index_a, one.index_a)
+    assert not torch.allclose(logits(model, batch), logits(models[0], batch), atol=1e-3)
+
+
+def test_tables_given_by_hand_go_both_ways(tmp_path):
+    model, batch = wrapped(), inputs("llama")
+    drawn = logits(model, batch)
+    by_hand(pools(model))
+    want = logits(model, batch)
+    assert not torch.allclose(want, drawn, atol=1e-3)
+    model.save_pretrained(tmp_path / "peft")
+    again = loaded(llama(), tmp_path / "peft")
+    assert torch.equal(logits(again, batch), want)
+    native = mos_ext.load_adapter(llama(), tmp_path / "peft")
+    assert torch.equal(logits(native, batch), want)
+    mos_ext.save_adapter(native, tmp_path / "native")
+    assert torch.equal(logits(loaded(llama(), tmp_path / "native"), batch), want)
+    model.load_adapter(tmp_path / "native", adapter_name="default")
+    wrapped().save_pretrained(tmp_path / "drawn")
+    model.load_adapter(
+        tmp_path / "drawn", adapter_name="default"
+    )  # and an adapter with its own tables takes their place
+    assert torch.equal(logits(model, batch), drawn)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_tables_of_another_generator_or_seed(safe, tmp_path):
+    wrapped().save_pretrained(tmp_path, safe_serialization=safe)
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    assert (stored["tensor_digest"] is None) != safe  # the digest is that of a safetensors file
+    for changed, message in (
+        (
+            {"seed": 1},
+            "table_digest must be that of the index tables that the configuration gives here, .* another seed",
+        ),
+        ({"private_rank": 2}, "table_digest must be that of the index tables"),
+        ({"format_version": 3}, "format_version must be 2, got 3"),
+    ):
+        file.write_text(json.dumps({**stored, **changed}))
+        with pytest.raises(ValueError, match=message):
+            loaded(llama(), tmp_path)
+
+
+def test_a_file_s_generator(tmp_path, monkeypatch):
+    wrapped().save_pretrained(tmp_path)
+    monkeypatch.setattr("mos_ext.routing.GENERATOR", 2)
+    for load in (loaded, mos_ext.load_adapter):
+        with pytest.raises(ValueError, match="table_digest must be of generator 2, .* got '1:"):
+            load(llama(), tmp_path)
+
+
+def test_a_configuration_alone_says_nothing_of_weights(tmp_path):
+    """And one that came with weights may serve another model."""
+    model = wrapped()
+    model.save_pretrained(tmp_path / "a")
+    stored = mos_peft.MoSConfig.from_pretrained(tmp_path / "a")
+    assert stored.tensor_digest is not None
+    stored.save_pretrained(tmp_path / "alone")
+    values = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+    assert values["tensor_digest"] is values["table_digest"] is values["format_version"] is None
+    assert not (tmp_path / "alone" / "README.md").exists()
+    stored.target_modules = "all-linear"
+    other = get_peft_model(llama(5), stored)
+    other.save_pretrained(tmp_path / "b")
+    other.load_adapter(tmp_path / "b", adapter_name="default")
+    batch = inputs("llama")
+    assert torch.equal(logits(loaded(llama(5), tmp_path / "b"), batch), logits(other, batch))
+
+
+@pytest.mark.parametrize(
+    ("made_on", "used_on", "key_mapping"),
+    [
+        (llama, lambda: llama().model, {"^mos_model_": "mos_"}),
+        (lambda: llama().model, llama, {"^mos_": "mos_model_"}),
+        (lambda: nn.ModuleDict({"module": llama().model}), llama, {"^mos_module": "mos_model"}),
+    ],
+    ids=["of ...ForCausalLM", "of a base model", "of a wrapped one"],
+)
+def test_another_class_or_prefix_is_named(made_on, used_on, key_mapping, tmp_path):
+    """With what PEFT can do about it, and it does: tables are the same, for a stream is called without the prefix."""
+    model = wrapped(made_on())
+    model.save_pretrained(tmp_path)
+    shown = re.escape(f"key_mapping={key_mapping}")
+    for load in (loaded, mos_ext.load_adapter):
+        with pytest.raises(ValueError, match=f"must be for this model, got an adapter for one .* the prefix .*{shown}"):
+            load(used_on(), tmp_path)
+    again = loaded(used_on(), tmp_path, key_mapping=key_mapping)
+    for pool, want in zip(pools(again), pools(model), strict=True):
+        assert pool.stream == want.stream
+        assert torch.equal(pool.shards_a, want.shards_a)
+        assert torch.equal(pool.index_b, want.index_b)
 
 
 def test_adapters_go_both_ways(tmp_path):
@@ -434,36 +559,25 @@ def test_adapters_go_both_ways(tmp_path):
         )
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        (
-            {"modules_to_save": ["lm_head"]},
-            r"modules_to_save must be None, got \['lm_head'\]: load this adapter with PEFT",
-        ),
-        ({"bias": "all"}, "bias must be 'none', got 'all': load this adapter with PEFT"),
-    ],
-)
-def test_what_only_peft_can_load(kwargs, message, tmp_path):
-    wrapped(**kwargs).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
+def test_biases_are_for_peft_to_load(tmp_path):
+    wrapped(bias="all").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bias must be 'none', got 'all': load this adapter with PEFT"):
         mos_ext.load_adapter(llama(), tmp_path)
 
 
 def test_an_adapter_of_another_model(tmp_path):
     wrapped(llama(5)).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"index_a must have the shape \(4, 4, 2\) of its configuration, got \(5, 4, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"q_proj\[64->64\] of 5 modules where this model has 4"):
         mos_ext.load_adapter(llama(4), tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch for base_model.mos_model_layers_self_attn_q_proj_64_64"):
+    with pytest.raises(ValueError, match="table_digest must be that of the index tables"):
         loaded(llama(4), tmp_path)
 
 
 def test_hot_reload_keeps_the_parameters(tmp_path):
     """load_adapter under a name that exists copies into the parameters that optimizers and compiled graphs hold."""
     model, batch = wrapped(), inputs("llama")
-    other = wrapped(seed=3)
+    other = wrapped()
+    by_hand(pools(other))
     with torch.no_grad():
         for pool in pools(other):
             pool.shards_b.mul_(3)
@@ -478,12 +592,25 @@ def test_hot_reload_keeps_the_parameters(tmp_path):
         assert torch.equal(a.shards_a.grad, b.shards_a.grad)
 
 
+def test_hot_reload_of_an_adapter_of_another_seed_is_refused(tmp_path):
+    """PEFT reads no configuration then, so the weights must say which tables they belong to."""
+    model, batch = wrapped(), inputs("llama")
+    wrapped(seed=3).save_pretrained(tmp_path)
+    before = logits(model, batch)
+    with pytest.raises(ValueError, match="table_digest must be that of the index tables .* another seed"):
+        model.load_adapter(tmp_path, adapter_name="default")
+    assert torch.equal(logits(model, batch), before)
+
+
 def test_modules_to_save_and_biases(tmp_path):
     model, batch = wrapped(modules_to_save=["lm_head"]), inputs("llama")
     with torch.no_grad():
         model.get_base_model().lm_head.modules_to_save["default"].weight.normal_()
     model.save_pretrained(tmp_path / "a")
     assert torch.equal(logits(loaded(llama(), tmp_path / "a"), batch), logits(model, batch))
+    native = mos_ext.load_adapter(llama(), tmp_path / "a")
+    assert torch.equal(logits(native, batch), logits(model, batch))
+    assert {n for n, p in native.named_parameters() if p.requires_grad and "mos_" not in n} == {"lm_head.weight"}
     for bias, count in (("mos_only", 12), ("all", 19)):
         model = wrapped(gpt2(), bias=bias)
         trained = [p for n, p in model.named_parameters() if n.endswith("bias") and p.requires_grad]
@@ -816,18 +943,29 @@ def test_linear_types_that_differ_in_punctuation_alone(tmp_path):
 @pytest.mark.parametrize("other", [{"hidden_size": 128}, {"num_key_value_heads": 4}])
 def test_a_model_of_another_width(other, tmp_path):
     wrapped().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the adapter must be for this model, got one without \['base_model.mos_"):
+    with pytest.raises(
+        ValueError, match=r"the adapter must be for this model, got an adapter without \['base_model.mos_"
+    ):
         loaded(llama(**other), tmp_path)
 
 
-@pytest.mark.parametrize("spoil", [lambda t: t.float() + 0.7, lambda t: t.bool(), lambda t: t.long() + 2**32])
-def test_tables_that_are_no_indices(spoil, tmp_path):
-    wrapped().save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.float() + 0.7, "index_a must be an integer tensor, .* got torch.float32"),
+        (lambda t: t.bool(), "index_a must be an integer tensor, .* got torch.bool"),
+        (lambda t: t.long() + 2**32, "index_a must use public shards in"),
+    ],
+)
+def test_tables_that_are_no_indices(spoil, message, tmp_path):
+    model = wrapped()
+    by_hand(pools(model))
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    file = tmp_path / "adapter_model.bin"
+    tensors = torch.load(file)
     key = next(k for k in tensors if k.endswith("index_a"))
-    save_file({**tensors, key: spoil(tensors[key])}, file)
-    with pytest.raises(ValueError, match="must hold indices as integers, got torch"):
+    torch.save({**tensors, key: spoil(tensors[key])}, file)
+    with pytest.raises(ValueError, match=message):
         loaded(llama(), tmp_path)
 
 

@@ -207,6 +207,32 @@ def test_trainer_resumes_to_the_bit(wrap, dropout, tmp_path):
     assert same([p.cpu() for p in kept], list(base.values()))
 
 
+def test_trainer_s_checkpoints_are_adapters(wrap, tmp_path):
+    """With what is trained beside the pools; and training goes on from them."""
+
+    def model():
+        fields = {"modules_to_save": ["lm_head"]} if wrap is under_peft else {}
+        model = wrap(llama(2), **fields)
+        if wrap is natively:
+            model.lm_head.requires_grad_(True)
+        return model
+
+    whole = train(model(), tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    saved = {file.name for file in checkpoint.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= saved
+    assert "config.json" not in saved
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*model*.safetensors"))
+    assert weights < 0.5 * sum(p.numel() * p.element_size() for p in llama(2).parameters())
+    resumed = train(model(), tmp_path / "resumed", resume=checkpoint)
+    assert losses(resumed)[3:] == losses(whole)[3:]
+    resumed.save_model(str(tmp_path / "final"))
+    loaded = mos_ext.load_adapter(llama(2), tmp_path / "final").to(resumed.model.device)
+    batch = {"input_ids": rows(2)[0]["input_ids"][None].to(resumed.model.device)}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, resumed.model.eval()(**batch).logits)
+
+
 def test_dropout_is_drawn_from_the_random_state_that_is_saved(wrap, tmp_path):
     """The test above would pass with dropout that does nothing, too."""
     runs = [

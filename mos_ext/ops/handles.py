@@ -91,22 +91,16 @@ class Stash:
     """
 
     def __init__(self, pool: Tensor, indices: Sequence[Tensor]) -> None:
-        self.pool, self.indices, self.delivered_in = pool, indices, -1
-        self.proxy: Tensor | None = None  # made when it is needed first
-        self.handles: tuple[Tensor, ...] = ()
+        self.pool, self.delivered_in = pool, -1
         self._delivery: Callable[[], _Delivery | None] = _none
-
-    def _make(self) -> Tensor:
+        # Ahead of time: while a layer is recomputed, selective checkpointing watches for operators that are new to it.
         with torch.enable_grad():
-            origin = torch.zeros((), dtype=reference.accumulate_dtype(self.pool.dtype), device=self.pool.device)
-            proxy = origin.expand(self.pool.shape).requires_grad_()
-            (self.handles,) = factor_handles([proxy], [self.indices])
-        return proxy
+            origin = torch.zeros((), dtype=reference.accumulate_dtype(pool.dtype), device=pool.device)
+            self.proxy = origin.expand(pool.shape).requires_grad_()
+            (self.handles,) = factor_handles([self.proxy], [indices])
 
     def open(self, ddp: DistributedDataParallel | None) -> tuple[Tensor, ...]:
         """The handles, for a layer that is recomputed inside a backward pass; ``ddp`` reduces the gradient."""
-        if self.proxy is None:
-            self.proxy = self._make()
         if self._delivery() is None:
             self.proxy.grad = None  # of a pass that failed
             delivery = _Delivery(self, None if ddp is None else ddp.find_unused_parameters)
@@ -119,8 +113,6 @@ class Stash:
     def take(self) -> Tensor | None:
         """What has come together in this pass so far."""
         self.delivered_in = torch._C._current_graph_task_id()
-        if self.proxy is None:
-            return None
         grad, self.proxy.grad = self.proxy.grad, None
         return None if self._delivery() is None else grad  # else of a pass that failed
 

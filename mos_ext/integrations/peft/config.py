@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
+import torch
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
+from torch import Tensor
 
 from ... import config as native
+from ... import files
 from .registration import add_peft_type
 
 add_peft_type("MOS")
 
 BIAS = ("none", "all", "mos_only")
 _OF_METHOD = tuple(f.name for f in fields(native.MoSConfig))
+_saving = threading.local()  # what a thread is saving, see `note`
+
+
+def note(config: MoSConfig, table_digest: str, tensors: Mapping[str, Tensor]) -> None:
+    """Tells :meth:`MoSConfig.save_pretrained` what PEFT is about to write before it calls that."""
+    _saving.config, _saving.digest = weakref.ref(config), table_digest
+    _saving.tensors = {name: weakref.ref(tensor) for name, tensor in tensors.items()}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, so that NaN is NaN."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.view(torch.uint8).equal(b.contiguous().view(torch.uint8))
 
 
 @native.names_what_is_meant
@@ -32,7 +52,8 @@ class MoSConfig(PeftConfig):
         modules_to_save: modules to train and save whole, beside the adapter.
         bias: ``"none"``, ``"all"`` or ``"mos_only"``: biases of the base to train.
         fan_in_fan_out: whether weights are stored as (in, out); found out by itself, as for ``Conv1D``.
-        table_digest: what an adapter file says of the index tables that its pools were trained with; loading checks it.
+        format_version, table_digest, tensor_digest: what an adapter's files say of their format, of the index tables
+            that the pools were trained with, and of the tensors; loading checks them.
         init_weights: False also draws the B-pool at random, for tests that want an adapter that does something.
 
     Raises:
@@ -62,14 +83,17 @@ class MoSConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'mos_only'"})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "whether weights are stored as (in, out)"})
     init_weights: bool = field(default=True, metadata={"help": "False draws the B-pool at random too"})
+    format_version: int | None = field(default=None, metadata={"help": "of the adapter's files"})
     table_digest: str | None = field(default=None, metadata={"help": "of the index tables, in a file"})
-    _saved_digest: ClassVar[str | None] = None  # of the tables in use, for files; the field may go to another model
+    tensor_digest: str | None = field(default=None, metadata={"help": "of the tensors, in a file"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MOS  # type: ignore[attr-defined]
         if self.bias not in BIAS:
             raise ValueError(f"bias must be one of {', '.join(BIAS)}, got {self.bias!r}")
+        if self.format_version not in (None, files.FORMAT_VERSION):
+            raise ValueError(f"format_version must be {files.FORMAT_VERSION}, got {self.format_version!r}")
         for name in ("fan_in_fan_out", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -82,9 +106,54 @@ class MoSConfig(PeftConfig):
         if self.pool_dtype is not None:
             self.pool_dtype = str(method.pool_dtype)
 
-    def to_dict(self) -> dict:
-        """Plain values for files, with the digest of the tables that were saved last."""
-        return {**super().to_dict(), "table_digest": self._saved_digest or self.table_digest}
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """See ``PeftConfig.save_pretrained``. Where a model calls it, after its weights, it also writes their digest,
+        and what loading needs to the model card; a configuration that is saved alone says nothing of weights.
+
+        Raises:
+            ValueError: the weights are not those that were just saved: somebody else is saving into the directory.
+        """
+        folder, own = Path(save_directory), copy.copy(self)
+        own.format_version = own.table_digest = own.tensor_digest = None
+        contents: dict[str, bytes] = {}
+        if "auto_mapping_dict" in kwargs:
+            own.format_version = files.FORMAT_VERSION
+            noted = getattr(_saving, "config", None)
+            known = noted is not None and noted() is self
+            own.table_digest = _saving.digest if known else None
+            if (folder / files.WEIGHTS).is_file():
+                own.tensor_digest = self._digest_of(folder / files.WEIGHTS, _saving.tensors if known else {})
+            contents = files.with_card(folder, contents)
+        with tempfile.TemporaryDirectory() as beside:
+            super(MoSConfig, own).save_pretrained(beside, **kwargs)
+            contents[files.CONFIG] = files.read(Path(beside, files.CONFIG))
+        files.write(folder, contents)
+
+    @staticmethod
+    def _digest_of(file: Path, saved: Mapping[str, weakref.ref[Tensor]]) -> str:
+        content = files.read(file)
+        there = files.tensors_of(content, file)
+        for name, reference in saved.items():
+            tensor = reference()
+            if tensor is not None and not (name in there and _same(there[name], tensor.detach().cpu())):
+                raise ValueError(
+                    f"{file} must hold what was just saved, got another {name}: another save into this directory is "
+                    f"under way, or an old file lies beside new ones of another format"
+                )
+        return files.tensor_digest(content)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """See ``PeftConfig.from_pretrained``.
+
+        Raises:
+            ValueError: the weights beside it are damaged, or of another save.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", files.WEIGHTS)
+        if config.tensor_digest is not None and file.is_file():
+            files.read_weights(file, config.tensor_digest)
+        return config
 
     def method(self, targets: Sequence[str] | None = None) -> native.MoSConfig:
         """The same adapter as a :class:`mos_ext.MoSConfig`; ``targets`` takes the place of ``target_modules``."""

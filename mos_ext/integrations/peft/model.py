@@ -15,7 +15,16 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from ...adapt import check_sole_owners
-from ...checkpoint import POOLS, TABLES, check_digest, read_tables, tables_to_keep
+from ...checkpoint import (
+    POOLS,
+    TABLES,
+    check_digest,
+    check_names,
+    digest_name,
+    read_tables,
+    tables_to_keep,
+    take_digest,
+)
 from ...linear import AdaptedLayer
 from ...planner import (
     LinearType,
@@ -35,7 +44,7 @@ from ...planner import (
 from ...pools import ShardPool
 from ...ranks import same_on_every_rank
 from ...routing import table_digest
-from .config import MoSConfig
+from .config import MoSConfig, note
 from .layer import MoSLayer, MoSLinear
 
 
@@ -44,7 +53,8 @@ class MoSModel(BaseTuner):
 
     Each linear type (role and shape, ``mos_ext.planner``) is one ``ModuleDict`` on this module, adapter name ->
     :class:`mos_ext.ShardPool`, named ``mos_`` and the type:
-    ``mos_model_layers_self_attn_q_proj_64_64.default.shards_a``. Here, at the root, FSDP shards them with the root's parameters and checkpoints hold them once.
+    ``mos_model_layers_self_attn_q_proj_64_64.default.shards_a``. Here, at the root, FSDP shards them with the root's
+    parameters and checkpoints hold them once.
     """
 
     prefix: str = "mos_"
@@ -350,12 +360,15 @@ class MoSModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """The adapter's tensors; with its index tables where they are not its configuration's."""
+        """The adapter's tensors; with its index tables where they are not its configuration's, and their digest."""
         out = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         pools = dict(cls._pools_of(model, adapter_name))
-        config._saved_digest = table_digest({pool.stream: pool.tables for pool in pools.values()})
         for prefix, pool in pools.items():
             out.update({f"{prefix}.{adapter_name}.{side}": table for side, table in tables_to_keep(pool).items()})
+        digest = table_digest({pool.stream: pool.tables for pool in pools.values()})
+        out[f"base_model.{digest_name(digest)}.{adapter_name}"] = torch.empty(0)
+        remove = partial(cls._remove_adapter_name_from_key, adapter_name=adapter_name)
+        note(config, digest, {remove(key): value for key, value in out.items()})
         return out
 
     @classmethod
@@ -369,12 +382,8 @@ class MoSModel(BaseTuner):
         """
         pools, state_dict = dict(cls._pools_of(model, adapter_name)), dict(state_dict)
         there = {key for key in state_dict if f".{cls.prefix}" in key and key.rpartition(".")[2] in POOLS}
-        expected = {f"{prefix}.{side}" for prefix in pools for side in POOLS}
-        if there != expected:
-            raise ValueError(
-                f"the adapter must be for this model, got one without {sorted(expected - there)} and with "
-                f"{sorted(there - expected)}"
-            )
+        check_names({f"{prefix}.{side}" for prefix in pools for side in POOLS}, there, "the adapter")
+        digest = take_digest(state_dict) or config.table_digest
         tables = {}
         for prefix, pool in pools.items():
             stored = {side: state_dict.pop(f"{prefix}.{side}", None) for side in TABLES}
@@ -382,7 +391,7 @@ class MoSModel(BaseTuner):
                 tables[prefix] = read_tables(stored, pool.config, pool.ranks) or pool.drawn_tables()
             except ValueError as error:
                 raise ValueError(f"{prefix}: {error}") from None
-        check_digest(config.table_digest, {pool.stream: tables[prefix] for prefix, pool in pools.items()})
+        check_digest(digest, {pool.stream: tables[prefix] for prefix, pool in pools.items()})
         out = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for prefix, pool in pools.items():
             if pool.tables is not tables[prefix]:
