@@ -94,6 +94,7 @@ def import_warnings(site, **env):
 
 def test_sdist_and_wheel(tree):
     """sdist -> wheel -> installed: the native library is in it, tagged for every Python 3, and runs."""
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", "dist", ".", cwd=tree)
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     run("tar", "xzf", sdist, cwd=tree)
