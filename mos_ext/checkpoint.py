@@ -157,7 +157,7 @@ def _whole(name: str, value: Tensor, state: Mapping[str, Tensor] | None) -> Tens
 
 
 def modules_beside(model: nn.Module, adapter: Adapter, level: int) -> list[str]:
-    """The modules to save with an adapter. Warns, ``level`` frames up, of trained parameters that none of them holds."""
+    """The modules to save with an adapter. Warns, ``level`` frames up, of trained parameters that none of them has."""
     pools = {id(parameter) for parameter in adapter.parameters()}
     named = dict(model.named_modules(remove_duplicate=False))
     adapted = [name for name, module in named.items() if isinstance(module, AdaptedLayer)]
