@@ -95,18 +95,21 @@ def _contents(
     _check_dtype(dtype)
     adapter, model = adapter_of(model), unwrap(model)
     names = [t.name for t in adapter.linear_types]
-    tensors = {}
-    for name, key, pool in zip(names, type_keys(names), adapter.pools, strict=True):
+    for name, pool in zip(names, adapter.pools, strict=True):
         _check_in_memory(name, pool)
+    beside = modules_beside(model, adapter, 4)
+    # FSDP2 shards again what it has gathered when a module is asked for its state: all of them before a value is read.
+    pools, others = adapter.state_dict(), _states(model, beside)
+    tensors = {}
+    for key, pool in zip(type_keys(names), adapter.pools, strict=True):
         for side in POOLS:
-            value = _whole(f"{ADAPTER}.{key}.{side}", getattr(pool, side), state)
+            value = _whole(f"{ADAPTER}.{key}.{side}", pools[f"{key}.{side}"], state)
             tensors[_tensor_name(key, side)] = value.to("cpu", dtype or value.dtype)
         for side, table in tables_to_keep(pool).items():
             tensors[_tensor_name(key, side)] = table
     digest = table_digest(adapter.tables)
     tensors[f"base_model.{digest_name(digest)}"] = torch.empty(0)
-    beside, others = modules_beside(model, adapter, state, 4)
-    tensors.update(others)
+    tensors.update({f"{_BESIDE}{name}": _whole(name, value, state).cpu() for name, value in others.items()})
     _check_finite(tensors)
     if state is None and not _writes(model):
         return None
@@ -153,13 +156,8 @@ def _whole(name: str, value: Tensor, state: Mapping[str, Tensor] | None) -> Tens
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def modules_beside(
-    model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor] | None, level: int
-) -> tuple[list[str], dict[str, Tensor]]:
-    """The modules to save with an adapter, and their tensors, named as in a file.
-
-    Warns the caller ``level`` frames up of what cannot be saved.
-    """
+def modules_beside(model: nn.Module, adapter: Adapter, level: int) -> list[str]:
+    """The modules to save with an adapter. Warns, ``level`` frames up, of trained parameters that none of them has."""
     pools = {id(parameter) for parameter in adapter.parameters()}
     named = dict(model.named_modules(remove_duplicate=False))
     adapted = [name for name, module in named.items() if isinstance(module, AdaptedLayer)]
@@ -187,14 +185,18 @@ def modules_beside(
     # PEFT reads these names as endings: a "norm" of the root is also every other "...norm", which it looks for in the
     # file.
     also = [name for name in named if name.endswith(tuple(modules)) and separate(name)]
-    modules = [name for name in also if not _is_inside(name, also)]
-    tensors = {
-        f"{_BESIDE}{name}.{key}": _whole(f"{name}.{key}", value, state).cpu()
-        for name in modules
-        for key, value in named[name].state_dict().items()
+    return [name for name in also if not _is_inside(name, also)]
+
+
+def _states(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
+    """What some modules of a model hold, under the model's names."""
+    states = {name: model.get_submodule(name).state_dict() for name in modules}
+    return {
+        f"{name}.{key}": value
+        for name, values in states.items()
+        for key, value in values.items()
         if isinstance(value, Tensor)
     }
-    return modules, tensors
 
 
 def _is_inside(name: str, modules: Iterable[str]) -> bool:
@@ -662,9 +664,10 @@ def export_lora(
     if peft_config is not None:
         config.update(_trained_beside(peft_config, model, str(adapter_name), tensors))
     else:
-        beside, others = modules_beside(model, adapter_of(model), None, 3)
+        beside = modules_beside(model, adapter_of(model), 3)
         config["modules_to_save"] = beside or None
-        tensors.update(others)
+        others = _states(model, beside)
+        tensors.update({f"{_BESIDE}{name}": _whole(name, value, None).cpu() for name, value in others.items()})
     _check_finite(tensors)
     if _writes(model):
         files.write(Path(path), {WEIGHTS: files.weights(tensors), CONFIG: files.json_content(config)})

@@ -227,8 +227,32 @@ def load_sharded(folder):
     state = get_model_state_dict(model)
     distributed.checkpoint.load(state, checkpoint_id=f"{folder}/dcp")
     set_model_state_dict(model, state)
-    tables = [pool.index_a.clone() for pool in model.mos_pools.pools]
-    return {n: whole(p) for n, p in trainable(model).items()}, tables
+    return {n: whole(p) for n, p in trainable(model).items()}
+
+
+def save_sharded_beside(folder):
+    """A transformers model with a norm and a head that are trained too, saved in every way; returns its outputs."""
+    rank, _ = rank_and_world()
+    model = randomize(mos_ext.adapt(llama(), mos_ext.MoSConfig(**RANKS)))
+    for module in (model.model.norm, model.model.layers[1].input_layernorm, model.lm_head):
+        module.weight.requires_grad_(True)
+        with torch.no_grad():
+            module.weight.add_(torch.arange(module.weight.shape[-1]) / 100)
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    logits = model(input_ids=torch.arange(1, 9)[None]).logits.detach()
+    mos_ext.save_adapter(model, f"{folder}/adapter")
+    mos_ext.export_lora(model, f"{folder}/lora")
+    model.save_pretrained(f"{folder}/hf")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:  # as transformers.Trainer does
+        model.save_pretrained(f"{folder}/gathered", state_dict=state)
+        try:
+            model.save_pretrained(f"{folder}/shards", state_dict={})
+        except ValueError as error:
+            return logits, str(error)
+    return logits, None
 
 
 def save_peft_sharded(folder):

@@ -108,9 +108,21 @@ def test_saving_sharded_models(ranks, tmp_path):
     assert all(torch.equal(p, pools[n]) for n, p in cases.trainable(loaded).items())
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
     # Another world size, one process without any group among them.
-    for got, tables in [*ranks.run(cases.load_sharded, str(tmp_path)), cases.load_sharded(str(tmp_path))]:
+    for got in [*ranks.run(cases.load_sharded, str(tmp_path)), cases.load_sharded(str(tmp_path))]:
         assert all(torch.equal(got[n], pools[n]) for n in pools)
-        assert all(torch.equal(t, p.index_a) for t, p in zip(tables, loaded.mos_pools.pools, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_saving_sharded_modules_beside_the_pools(ranks, tmp_path):
+    from peft import PeftModel
+
+    (logits, refused), _ = ranks.run(cases.save_sharded_beside, str(tmp_path))
+    assert "state_dict must have the whole of mos_pools." in refused
+    for name in ("adapter", "hf", "gathered"):
+        loaded = mos_ext.load_adapter(llama(), tmp_path / name)
+        torch.testing.assert_close(loaded(input_ids=torch.arange(1, 9)[None]).logits, logits, rtol=1e-5, atol=1e-5)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora")
+    torch.testing.assert_close(loaded(input_ids=torch.arange(1, 9)[None]).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
