@@ -249,8 +249,6 @@ def _why_slow(
         return "a TorchDispatchMode is active (selective checkpointing, say): no result is written to twice"
     if torch.is_grad_enabled():
         for (operands, _), (pool, _) in zip(todo, adapters, strict=True):
-            if not pool.uses_handles:
-                continue
             without = [side for side in "ab" if operands[f"handle_{side}"] is None]
             if without and any(getattr(pool, f"shards_{side}").requires_grad for side in without):
                 return "pools were replaced by other tensors (functional_call, FSDP1): a dense gradient per layer"

@@ -72,7 +72,6 @@ class ShardPool(nn.Module):
     index_a: Tensor
     index_b: Tensor
     _ddp: weakref.ref[DistributedDataParallel] | None = None  # the wrapper that forward last ran in
-    _waits = False  # whether one gradient must be put together from several backward passes
     _replaced = False  # whether somebody else, FSDP2 say, put other parameters here and collects their gradients
 
     def __init__(
@@ -118,8 +117,6 @@ class ShardPool(nn.Module):
         self.shards_a = nn.Parameter(torch.empty(n, in_features // l, dtype=config.torch_pool_dtype, device=device))
         self.shards_b = nn.Parameter(torch.empty(n, out_features // l, dtype=config.torch_pool_dtype, device=device))
         self.reset_parameters()
-        # The only layer of a pool gives it its gradient itself, unless that must be put together (`_waits`).
-        self.uses_handles = num_layers > 1
         self._sides: dict[str, _Side] = {}
         self._renew()
 
@@ -215,7 +212,7 @@ class ShardPool(nn.Module):
                 "a pool must be whole while layers use it, got a DTensor: call fully_shard on the blocks and then "
                 "on the model, whose forward gathers the pools; not on the pools alone; and call the whole model"
             )
-        handle = self._handle(side, pool, layer, inside) if self.uses_handles else None
+        handle = self._handle(side, pool, layer, inside)
         if handle is not None and self._forward_hooks:
             handle = handle.view_as(handle)  # hooks may hang something on what they see, and handles are for ever
         # (Slicing costs an eager layer 3 us; a traced one would take each slice for an input of its graph.)
@@ -288,25 +285,14 @@ class ShardPool(nn.Module):
             active = DistributedDataParallel._active_ddp_module
             if active is not None and active is not ddp:
                 self._ddp = weakref.ref(active)
-                self._wait()
-            elif self.training and not self._waits and not torch.is_grad_enabled():
-                self._wait()  # the forward pass of reentrant checkpointing, most likely
+                run_last(self._sides["a"].handles, True)
             return False
         # FSDP2 reduces what has come together when a pass ends, and is done before any callback of ours. With a static
         # graph DDP itself counts how often a gradient is delivered.
-        if self._collected() or (ddp is not None and ddp.static_graph):
-            return False
-        self._wait()
-        return True
+        return not (self._collected() or (ddp is not None and ddp.static_graph))
 
     def _reducer(self) -> DistributedDataParallel | None:
         return None if self._ddp is None else self._ddp()
-
-    def _wait(self) -> None:
-        """From now on, one gradient is put together from all backward passes inside the outermost one."""
-        if not self._waits:
-            self.uses_handles = self._waits = True
-            run_last(self._sides["a"].handles, not self._collected())
 
     def _collected(self) -> bool:
         """Whether FSDP2 collects this pool's gradients until the pass ends, so that each may come when it is there."""
@@ -328,7 +314,7 @@ class ShardPool(nn.Module):
         stashes = [Stash(*of) for of in zip(pools, tables, strict=True)]
         with torch.enable_grad():
             handles = factor_handles(pools, tables, stashes)
-        run_last(handles[0], self._waits and not self._collected())
+        run_last(handles[0], not self._collected())
         for handle in (*handles[0], *handles[1]):
             # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a
             # leaf unless the gradient is there. Nobody reads or accumulates this one, and like the handle it has no
