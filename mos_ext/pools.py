@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from . import reference
@@ -200,10 +201,13 @@ class ShardPool(nn.Module):
                 "on the model, whose forward gathers the pools; not on the pools alone; and call the whole model"
             )
         handle = self._handle(side, pool, layer, inside) if self.uses_handles else None
-        if handle is not None and self._forward_hooks:
-            handle = handle.view_as(handle)  # hooks may hang something on what they see, and handles are for ever
         # (Slicing costs an eager layer 3 us; a traced one would take each slice for an input of its graph.)
         table = self.table(side, layer) if torch.compiler.is_compiling() else self._side(side, pool).tables[layer]
+        if self._forward_hooks or "forward" in self.__dict__ or _has_any_global_hook():
+            # Hooks may put something else into the parameter before the layer is done (casts do), and hang something
+            # on what they see (profilers do), though handles are for ever.
+            pool = pool.view_as(pool)
+            handle = None if handle is None else handle.view_as(handle)
         # Where a handle takes the gradient, the pool only gives its values.
         return (pool, None, table) if handle is None else (pool.detach(), handle, table)
 
