@@ -8,7 +8,7 @@ See the README for a tour, ``python -m mos_ext`` for what was built.
 
 from . import functional, reference
 from ._version import __version__
-from .adapt import ParameterReport, adapt, disabled, merge, parameter_report, unmerge
+from .adapt import ParameterReport, adapt, disabled, merge, parameter_report, unload, unmerge
 from .checkpoint import export_lora, load_adapter, save_adapter
 from .config import MoSConfig
 from .explain import Explanation, LayerExplanation, explain
@@ -33,5 +33,6 @@ __all__ = [
     "parameter_report",
     "reference",
     "save_adapter",
+    "unload",
     "unmerge",
 ]

@@ -1,16 +1,18 @@
-"""Whole models: adapt, switch off, merge, report."""
+"""Whole models: adapt, switch off, merge, take out again, report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from .config import MoSConfig
 from .linear import AdaptedLayer, MoSLinear, MoSModule
-from .planner import LinearType, by_role, device_of, keep_calling, left_out, plan, type_keys, unwrap
+from .planner import LinearType, by_role, device_of, keep_calling, left_out, plan, stop_calling, type_keys, unwrap
 from .pools import ShardPool
 from .ranks import same_on_every_rank
 from .routing import IndexTables
@@ -56,8 +58,74 @@ class Adapter(nn.Module):
         return {pool.stream: pool.tables for pool in self.pools}
 
 
+class _Installed:
+    """What :func:`install` did to a model, as a hook of its forward: layers that were replaced are noticed there.
+
+    Converters swap modules by ``isinstance(module, nn.Linear)`` (torchao's to float8, say), and an adapter that goes
+    with its layer would be lost without a word. A look at each layer takes 0.03 us. The hook belongs to the
+    model, not to the adapter, so that copies of the pools copy no model.
+
+    Attributes:
+        places: (parent, key, layer) wherever a layer was put. before: (module, attribute, value before) of whatever
+            else was set.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[tuple[nn.Module, str, MoSModule]] = []
+        self.before: list[tuple[nn.Module, str, Any]] = []
+
+    @staticmethod
+    def of(model: nn.Module) -> Iterator[tuple[int, _Installed]]:
+        """The hook of an adapted model, and its key among the hooks; nothing where somebody took it away."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, _Installed):
+                yield key, hook
+
+    def __call__(self, model: nn.Module, _inputs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for parent, key, layer in self.places:
+            if parent._modules.get(key) is not layer:
+                self.check(model, merged=True)
+                break
+
+    def check(self, model: nn.Module, *, merged: bool = False) -> None:
+        """ValueError when other modules are in the place of adapted layers, and do not hold them.
+
+        ``merged`` permits it of layers whose adapter was in their weight, and so in what that was converted to.
+        """
+        elsewhere = [
+            (parent, key, layer)
+            for parent, key, layer in self.places
+            if not _holds(parent._modules.get(key), layer) and not (merged and layer.merged)
+        ]
+        names = {module: name for name, module in model.named_modules()} if elsewhere else {}
+        lost = [(parent, key) for parent, key, layer in elsewhere if layer not in names]
+        if lost:
+            parent, key = lost[0]
+            name = f"{names.get(parent, '')}.{key}".lstrip(".")
+            others = f" (and {len(lost) - 1} others)" if len(lost) > 1 else ""
+            raise ValueError(
+                f"model must keep its adapted layers, got a {type(parent._modules.get(key)).__name__} in place of "
+                f"{name}{others}, whose adapter is lost: convert the base before it is adapted, or call "
+                f"mos_ext.unload(model) first"
+            )
+
+
+def _holds(module: nn.Module | None, layer: nn.Module) -> bool:
+    """Whether a module is an adapted layer, or a wrapper of it."""
+    return module is layer or (module is not None and layer in module.modules())
+
+
 def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter of an adapted model. ValueError for any other."""
+    """The adapter of an adapted model. ValueError for any other, and for one whose layers were replaced."""
+    adapter = _adapter_of(model)
+    for _, installed in _Installed.of(unwrap(model)):
+        installed.check(unwrap(model))
+    return adapter
+
+
+def _adapter_of(model: nn.Module) -> Adapter:
     adapter = getattr(unwrap(model), POOLS, None)
     if not isinstance(adapter, Adapter):
         if hasattr(model, "peft_config"):
@@ -126,7 +194,10 @@ def check_unadapted(model: nn.Module) -> None:
         # PEFT's layers, of any method, have a list of merged adapters.
         if isinstance(module, AdaptedLayer) or hasattr(module, "merged_adapters"):
             got = f"one where {name} is a {type(module).__name__}"
-            raise ValueError(f"model must not be adapted yet, got {got}; start from the base model")
+            remedy = (
+                "call mos_ext.unload(model)" if isinstance(module, MoSModule) else "call unload() of the PEFT model"
+            )
+            raise ValueError(f"model must not be adapted yet, got {got}: start from the base model, or {remedy} first")
     if hasattr(model, POOLS):
         raise ValueError(f"model must have no attribute {POOLS}, which holds the adapter, got one of its own")
 
@@ -143,12 +214,15 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
     adapter = Adapter(config, linear_types, pools, left_out(model, config))
 
     model.requires_grad_(False)
+    installed = _Installed()
     for parent in modules.values():
         # By identity, wherever it occurs: a module tied to two places is replaced in both.
         found = {key: layers[child] for key, child in parent._modules.items() if child in layers}
         for key, layer in found.items():
             setattr(parent, key, layer)
-    keep_calling(model, set(layers.values()))
+            installed.places.append((parent, key, layer))
+    installed.before = keep_calling(model, set(layers.values()))
+    model.register_forward_pre_hook(installed)
     model.add_module(POOLS, adapter)
     for act in after_install:
         act(model)
@@ -221,6 +295,38 @@ def unmerge(model: nn.Module) -> nn.Module:
     merged = {name: layer for name, layer in mos_layers(model) if layer.merged}
     _for_each(merged, lambda layer: layer.check_unmergeable(layer.weight))
     _for_each(merged, MoSModule.unmerge)
+    return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Takes every adapter out again, in place: the base layers come back, and the pools are gone.
+
+    They are of their class of before, with the same parameters, hooks and attributes, those that were set since
+    included. Layers that are merged keep what is merged in. Parameters stay frozen, as :func:`adapt` left them.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: the model is not adapted, or a layer has parametrizations or a forward (of a hook of accelerate,
+            say) that it got since, and which know the adapted layer. Nothing changes then.
+    """
+    _adapter_of(model)
+    base = unwrap(model)
+    layers = dict(mos_layers(model))
+    _for_each(layers, MoSModule.check_releasable)
+    released = {layer: layer.release() for layer in layers.values()}
+    for parent in list(base.modules()):
+        for key, child in list(parent._modules.items()):
+            if child in released:
+                setattr(parent, key, released[child])
+    for hook, installed in _Installed.of(base):
+        for module, attribute, before in installed.before:
+            setattr(module, attribute, before)
+        for module in released.values():
+            stop_calling(module)
+        del base._forward_pre_hooks[hook]
+    delattr(base, POOLS)
     return model
 
 

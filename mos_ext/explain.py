@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .adapt import POOLS, adapter_of
 from .linear import FUSED, AdaptedLayer
 from .planner import role_of, unwrap
 
@@ -66,8 +67,10 @@ def explain(model: nn.Module) -> Explanation:
     (logger ``mos_ext``). Dropout, a bias, any float dtype, any strides and any rank do not.
 
     Raises:
-        ValueError: the model has no adapted layer.
+        ValueError: the model has no adapted layer, or other modules are in the place of some.
     """
+    if hasattr(unwrap(model), POOLS):
+        adapter_of(model)
     layers = tuple(
         LayerExplanation(name, module.base_name(), module.path(), dict(module.paths))
         for name, module in unwrap(model).named_modules()

@@ -17,7 +17,7 @@ from .config import MoSConfig
 from .functional import accumulate, fused
 from .merging import Lost, add, subtract
 from .ops.autograd import autocast, transforms_active, unseen
-from .ops.checks import check_integer, why_not_native
+from .ops.checks import check_integer, has_values, why_not_native
 from .planner import device_of, features_of, is_conv1d, why_opaque, why_opaque_weight
 from .pools import ShardPool
 
@@ -153,7 +153,7 @@ class AdaptedLayer:
             ValueError: with ``check``, the sum is not finite.
         """
         total, lost = add(weight, self._product(names, weight.device))
-        if check and total.device.type != "meta" and not torch.isfinite(total).all():
+        if check and has_values(total) and not torch.isfinite(total).all():
             if list(names) == [None]:
                 raise ValueError("the weight must be finite after merge, got inf or NaN")
             broken = ", ".join(map(str, names))  # in PEFT's own words
@@ -249,6 +249,8 @@ def _why_slow(
         return "a TorchDispatchMode is active (selective checkpointing, say): no result is written to twice"
     if torch.is_grad_enabled():
         for (operands, _), (pool, _) in zip(todo, adapters, strict=True):
+            if pool.num_layers == 1:
+                continue
             without = [side for side in "ab" if operands[f"handle_{side}"] is None]
             if without and any(getattr(pool, f"shards_{side}").requires_grad for side in without):
                 return "pools were replaced by other tensors (functional_call, FSDP1): a dense gradient per layer"
@@ -306,6 +308,19 @@ class MoSModule(nn.Module, AdaptedLayer):
         own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         self.__dict__.update({k: v.copy() if k in own else v for k, v in vars(base).items()})
         self.in_features, self.out_features = _features(base)
+
+    def check_releasable(self) -> None:
+        """ValueError when something that the layer got since it was adapted would go on computing the adapter."""
+        if type(self) not in (MoSLinear, MoSConv1D, CalledMoSLinear):
+            raise ValueError(
+                f"a layer must have the class that adapt gave it, got a {type(self).__name__}: call "
+                f"torch.nn.utils.parametrize.remove_parametrizations first, where those are the cause"
+            )
+        if "forward" in vars(self):
+            raise ValueError(
+                "a layer must have no forward that was put there after it was adapted, got one (of a hook of "
+                "accelerate, say): call accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
 
     def release(self) -> nn.Module:
         """The base layer without the adapter, with what is merged into it."""

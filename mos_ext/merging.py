@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ops.checks import has_values
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,7 +40,7 @@ def add(weight: Tensor, product: Tensor) -> tuple[Tensor, Lost]:
     """
     wide = torch.promote_types(weight.dtype, product.dtype)
     total = weight.to(wide).add(product).to(weight.dtype)
-    if weight.device.type == "meta":
+    if not has_values(weight):
         return total, Lost(None, weight, None)
     wrong = _bits(_minus(total, product)) != _bits(weight.contiguous())
     where = wrong.flatten().nonzero().squeeze(1)

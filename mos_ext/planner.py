@@ -71,20 +71,32 @@ def reader_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
-def keep_calling(model: nn.Module, layers: Collection[nn.Module]) -> None:
+def keep_calling(model: nn.Module, layers: Collection[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
     """Makes torch's transformer encoders call those of ``layers`` that they hold in eval mode too.
 
     There an ``nn.TransformerEncoderLayer`` reads the weights of its children, unless one has a hook: it gets one that
     does nothing, and goes with the layer. And ``nn.TransformerEncoder`` makes nested tensors of padded batches, for
     which attention has no other way than the one without gradients.
+
+    Returns:
+        (module, attribute, value before) of what was set.
     """
+    before: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             for child in module.children():
                 if child in layers and _called not in child._forward_pre_hooks.values():
                     child.register_forward_pre_hook(_called)
         elif isinstance(module, nn.TransformerEncoder) and any(child in layers for child in module.modules()):
+            before.append((module, "use_nested_tensor", module.use_nested_tensor))
             module.use_nested_tensor = False
+    return before
+
+
+def stop_calling(module: nn.Module) -> None:
+    """Takes the hook of :func:`keep_calling` away from a module that is no adapted layer any more."""
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _called]:
+        del module._forward_pre_hooks[key]
 
 
 def _called(module: nn.Module, args: Any) -> None:

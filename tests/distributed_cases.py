@@ -307,3 +307,21 @@ def shard_the_pools_alone():
     model = build()
     fully_shard(model.mos_pools)
     model(batches(1)[0][0])
+
+
+def shard_each_pool(frees):
+    """The pools as units of FSDP2 of their own: their forward is what gathers them."""
+    rank, world = rank_and_world()
+    model = build()
+    if world > 1:
+        for pool in model.mos_pools.pools:
+            fully_shard(pool, reshard_after_forward=frees)
+        shard(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    history = []
+    for (batch,) in batches(1):
+        model(batch[rank::world].clone().requires_grad_()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append([whole(p) for p in trainable(model).values()])
+    return history

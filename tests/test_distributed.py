@@ -161,6 +161,17 @@ def test_sharded_before_adapted(ranks):
         assert "whose weight is a DTensor: adapt the model before fully_shard" in error
 
 
+def test_pools_that_are_units_of_fsdp2_of_their_own(ranks):
+    """Kept whole until backward is done they train as one process does; freed before their layers run, they are told."""
+    want = cases.shard_each_pool(frees=False)
+    for got in ranks.run(cases.shard_each_pool, frees=False):
+        for a, b in zip(got, want, strict=True):
+            for p, q in zip(a, b, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    for error in ranks.errors(cases.shard_each_pool, frees=True):
+        assert error.endswith("fully_shard(pool, reshard_after_forward=False), or leave the pools to the root")
+
+
 def test_pools_sharded_alone(ranks):
     for error in ranks.errors(cases.shard_the_pools_alone):
         assert error.startswith(

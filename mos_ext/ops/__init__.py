@@ -2,6 +2,7 @@
 
 from . import (
     autograd,  # noqa: F401
+    flops,  # noqa: F401
     loader,  # noqa: F401
     schema,  # noqa: F401  (defines the operators that loader's libraries implement)
 )

@@ -140,19 +140,23 @@ for _name in ("low_rank_", "low_rank_backward_"):
 # ------------------------------------------------------------------------------------------------ the fused layer
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products on the device of x in; None where it is off, or unknown (meta)."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
+    device_type = x.device.type
+    # Named first because torch 2.11 cannot trace is_autocast_available.
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """What autocast does to the arguments of ``F.linear``: x and the others in its dtype, float64 untouched.
 
     Not for pools, which keep theirs.
     """
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if (dtype := _autocast_dtype(x)) is None:
         return x, *others
-    device_type = x.device.type
-    # Named first because torch 2.11 cannot trace is_autocast_available.
-    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
-    if not (available and torch.is_autocast_enabled(device_type)):
-        return x, *others
-    dtype = torch.get_autocast_dtype(device_type)
 
     def cast(t: Tensor | None) -> Tensor | None:
         return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
@@ -243,8 +247,7 @@ def mos_linear_forward(
 def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, bias, pool_a, pool_b, handle_a, handle_b), None for those that ``needs`` does not ask
     for."""
-    eager = not torch.compiler.is_compiling()
-    if eager and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(dy.device.type):
+    if not torch.compiler.is_compiling() and _autocast_dtype(dy) is not None:
         # Backward was called inside of it: it is not meant for these products.
         with torch.autocast(dy.device.type, enabled=False):
             return _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed)

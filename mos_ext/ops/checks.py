@@ -16,6 +16,11 @@ from .schema import NAMESPACE
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers to look at: it is neither on the meta device nor one of ``FakeTensorMode``."""
+    return tensor.device.type != "meta" and type(tensor).__name__ != "FakeTensor"
+
+
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -58,8 +63,8 @@ def check_index(name: str, index: Tensor, num_shards: int) -> None:
         raise TypeError(f"{name} must be int32, got {index.dtype}")
     if index.dim() < 2:
         raise ValueError(f"{name} must have the shape (r, l), got {tuple(index.shape)}")
-    if index.device.type == "meta" or index.numel() == 0 or torch.compiler.is_compiling():
-        return  # no values to read; a traced call checks shapes and dtypes only
+    if index.numel() == 0 or torch.compiler.is_compiling() or not has_values(index):
+        return  # a traced call checks shapes and dtypes only
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= num_shards:
         raise ValueError(f"{name} must be in [0, {num_shards}), got {low if low < 0 else high}")
@@ -114,16 +119,19 @@ def why_not_native(op: str, device_type: str) -> str | None:
     Every float dtype, shape, stride and rank up to 256 has one, so the reasons are only ever the library's or the
     GPU's. For reports, not for every call: it asks the GPU.
     """
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", device_type.upper()):
-        if device_type == "cuda" and torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability()
-            if (major, minor) < CUDA_CAPABILITY:
-                return (
-                    f"the GPU has compute capability {major}.{minor}, _C_cuda needs "
-                    f"{CUDA_CAPABILITY[0]}.{CUDA_CAPABILITY[1]} or newer (MOS_EXT_DISABLE_NATIVE=1 runs plain PyTorch)"
-                )
-        return None
-    for name, library in loader.libraries.items():
-        if loader.DEVICE_OF[name] == device_type:
-            return f"{name}: {library.problem}" if library.problem else f"{name} has no kernel for {op}"
-    return f"there are no native kernels for {device_type} tensors"
+    if device_type == "meta":
+        return None  # nothing is computed but shapes
+    name = next((name for name, kind in loader.DEVICE_OF.items() if kind == device_type), None)
+    if name is None:
+        return f"there are no native kernels for {device_type} tensors"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", device_type.upper()):
+        problem = loader.libraries[name].problem
+        return f"{name}: {problem}" if problem else f"{name} has no kernel for {op}"
+    if device_type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < CUDA_CAPABILITY:
+            return (
+                f"the GPU has compute capability {major}.{minor}, _C_cuda needs "
+                f"{CUDA_CAPABILITY[0]}.{CUDA_CAPABILITY[1]} or newer (MOS_EXT_DISABLE_NATIVE=1 runs plain PyTorch)"
+            )
+    return None

@@ -46,6 +46,7 @@ class MoSLayer(BaseTunerLayer, AdaptedLayer):
     other_param_names = ("mos_layer",)
     mos_pools: nn.ModuleDict
     base_layer: nn.Module
+    cast_input_dtype_enabled = True  # what peft.helpers.disable_input_dtype_casting sets; nothing is cast here
 
     def __init__(self, pools: nn.ModuleDict, **quantization: Any) -> None:
         features = features_of(self.get_base_layer())

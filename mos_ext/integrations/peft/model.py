@@ -147,8 +147,8 @@ class MoSModel(BaseTuner):
         for name, module in model.named_modules():
             if isinstance(module, AdaptedLayer) and not isinstance(module, MoSLayer):
                 raise ValueError(
-                    f"model must not be adapted with mos_ext.adapt, got one where {name} is a {type(module).__name__}; "
-                    f"start from the base model"
+                    f"model must not be adapted with mos_ext.adapt, got one where {name} is a {type(module).__name__}: "
+                    f"start from the base model, or call mos_ext.unload(model) first"
                 )
         bases = dict(self._bases(model))
         with same_on_every_rank() as say:
