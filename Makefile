@@ -11,13 +11,14 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV  := build/cuda-torch/venv
 CXX_FILES   = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite lint format check-cuda check-cuda-torch cuda-resources mutants bench quality gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite fuzz lint format check-cuda check-cuda-torch cuda-resources mutants bench quality gpu-report native wheel clean
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
 	@echo "make test        the test-suite"
 	@echo "make test-all    the test-suite, and PEFT's own suite over MoS (fetched from PyPI)"
 	@echo "make peft-suite  the latter alone; counts and reasons of skips go to build/peft-suite"
+	@echo "make fuzz        odd input to the public face, and every causal model of transformers that can be made small (minutes)"
 	@echo "make lint        ruff, clang-format and mypy, as CI runs them; make format applies the first two"
 	@echo "make check-cuda  compile and link every .cu for every architecture, and check the machine code; needs nvcc, no GPU"
 	@echo "make check-cuda-torch  build, link and import beside a CUDA build of torch (a download of gigabytes, once); no GPU"
@@ -49,6 +50,10 @@ test-all: test peft-suite
 
 peft-suite: native
 	$(BIN)/python tests/peft_suite/run.py -n auto
+
+# -rf: architectures that cannot be made small are counted, not listed; ARGS=-rs lists them.
+fuzz: native
+	$(BIN)/python -m pytest -n auto --dist worksteal -rf $(ARGS) tests/fuzz/fuzz_public.py tests/fuzz/fuzz_architectures.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
