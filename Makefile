@@ -9,13 +9,14 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite lint format check-oldest check-cuda cuda-resources mutants bench quality gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources mutants bench quality gpu-report native wheel clean
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
 	@echo "make test        the test-suite"
 	@echo "make test-all    the test-suite, PEFT's own suite over MoS (fetched from PyPI), check-oldest with every newer torch"
 	@echo "make peft-suite  the latter alone; counts and reasons of skips go to build/peft-suite"
+	@echo "make fuzz        odd input to the public face, and every causal model of transformers that can be made small (minutes)"
 	@echo "make lint        ruff, clang-format and mypy, as CI runs them; make format applies the first two"
 	@echo "make check-oldest  build against torch $(OLDEST) (fetched from PyPI, 530 MB), import and test beside it; CUDA, too, with nvcc"
 	@echo "make check-cuda  check-oldest, and check the machine code of every .cu for every architecture; needs nvcc, no GPU"
@@ -48,6 +49,10 @@ test-all: test peft-suite
 
 peft-suite: native
 	$(BIN)/python tests/peft_suite/run.py -n auto
+
+# -rf: architectures that cannot be made small are counted, not listed; ARGS=-rs lists them.
+fuzz: native
+	$(BIN)/python -m pytest -n auto --dist worksteal -rf $(ARGS) tests/fuzz/fuzz_public.py tests/fuzz/fuzz_architectures.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

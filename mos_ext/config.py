@@ -235,6 +235,7 @@ class MoSConfig:
                 raise ValueError(
                     f"layers_to_transform must be given with layers_pattern={self.layers_pattern!r}, got None"
                 )
+            object.__setattr__(self, "layers_pattern", None)  # an empty list, say, could not be hashed
             return
         if isinstance(self.target_modules, str):
             raise ValueError(

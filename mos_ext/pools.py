@@ -94,11 +94,12 @@ class ShardPool(nn.Module):
             raise TypeError(f"config must be a MoSConfig, got {type(config).__name__}")
         for name, value in (("in_features", in_features), ("out_features", out_features), ("num_layers", num_layers)):
             check_integer(name, value, 1)
+            if value >= 2**31:
+                raise ValueError(f"{name} must be below 2^31, got {value}")
         if ranks is None:  # before there are as many of them as layers
             check_ranks(config, in_features, out_features, num_layers)
         self.ranks = (config.r,) * num_layers if ranks is None else tuple(ranks)
         self.scales = (config.scale,) * num_layers if scales is None else tuple(scales)
-        self._initial_scales, self._strengths = self.scales, [1.0] * num_layers
         for name, values in (("ranks", self.ranks), ("scales", self.scales)):
             if len(values) != num_layers:
                 raise ValueError(f"{name} must have one entry for each of {num_layers} layers, got {len(values)}")
@@ -106,6 +107,8 @@ class ShardPool(nn.Module):
             config.check_rank("ranks", r)
             check_number("scales", scale)
             check_ranks(config, in_features, out_features, num_layers, r=r)
+        self.scales = tuple(float(scale) for scale in self.scales)  # operators take no integer beyond 64 bits
+        self._initial_scales, self._strengths = self.scales, [1.0] * num_layers
         self.config, self.in_features, self.out_features, self.num_layers = (
             config,
             in_features,
@@ -195,8 +198,8 @@ class ShardPool(nn.Module):
     def forward(self, layer: int) -> dict[str, Any]:
         """What the fused operators need of this pool to compute a layer, gradient handles included."""
         inside = self._inside_backward()
-        # The only layer of a pool gives it its gradient itself, which saves a node (10 us of the 84 of a 64 x 64 layer on
-        # one core of an EPYC), once a pass with handles has shown that there is nothing to put together.
+        # The only layer of a pool gives it its gradient itself, which saves a node (10 us of a 64 x 64 layer's 84, on one
+        # core of an EPYC), once a pass with handles has shown that there is nothing to put together.
         direct = self.num_layers == 1 and not self._waits and self._sides["a"].stash.delivered_in != -1
         direct = direct and not torch.compiler.is_compiling()
         pool_a, handle_a, index_a = self._operand("a", self.shards_a, layer, inside, direct)
