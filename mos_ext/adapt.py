@@ -62,7 +62,8 @@ class _Installed:
     """What :func:`install` did to a model, as a hook of its forward: layers that were replaced are noticed there.
 
     Converters swap modules by ``isinstance(module, nn.Linear)`` (torchao's to float8, say), and an adapter that goes
-    with its layer would be lost without a word. A look at each layer takes 0.03 us. The hook belongs to the
+    with its layer would be lost without a word. A look at each layer takes 0.05 us (28 of them, 0.08 % of a
+    forward pass of a four-layer model of width 64). The hook belongs to the
     model, not to the adapter, so that copies of the pools copy no model.
 
     Attributes:
