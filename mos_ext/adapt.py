@@ -62,17 +62,19 @@ class _Installed:
     """What :func:`install` did to a model, as a hook of its forward: layers that were replaced are noticed there.
 
     Converters swap modules by ``isinstance(module, nn.Linear)`` (torchao's to float8, say), and an adapter that goes
-    with its layer would be lost without a word. A look at each layer takes 0.03 us. The hook belongs to the
-    model, not to the adapter, so that copies of the pools copy no model.
+    with its layer would be lost without a word. A look at each layer takes 0.05 us (28 of them, 0.08 % of a
+    forward pass of a four-layer model of width 64). The hook belongs to the model, not to the adapter, so that copies
+    of the pools copy no model.
 
     Attributes:
         places: (parent, key, layer) wherever a layer was put. before: (module, attribute, value before) of whatever
-            else was set.
+            else was set. added: attributes that the model got.
     """
 
     def __init__(self) -> None:
         self.places: list[tuple[nn.Module, str, MoSModule]] = []
         self.before: list[tuple[nn.Module, str, Any]] = []
+        self.added: set[str] = set()
 
     @staticmethod
     def of(model: nn.Module) -> Iterator[tuple[int, _Installed]]:
@@ -224,8 +226,10 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
     installed.before = keep_calling(model, set(layers.values()))
     model.register_forward_pre_hook(installed)
     model.add_module(POOLS, adapter)
+    before = set(vars(model))
     for act in after_install:
         act(model)
+    installed.added = vars(model).keys() - before
     return model
 
 
@@ -323,6 +327,8 @@ def unload(model: nn.Module) -> nn.Module:
     for hook, installed in _Installed.of(base):
         for module, attribute, before in installed.before:
             setattr(module, attribute, before)
+        for attribute in installed.added:
+            vars(base).pop(attribute, None)
         for module in released.values():
             stop_calling(module)
         del base._forward_pre_hooks[hook]
