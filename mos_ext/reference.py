@@ -72,9 +72,10 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
     device = seed.device
     row = torch.arange(rows, device=device).unsqueeze(1)
     group = torch.arange((cols + 7) // 8, device=device).unsqueeze(0)
-    words = philox(seed, group, row)
-    bits = torch.stack([word >> shift & 0xFFFF for word in words for shift in (0, 16)], dim=-1)
-    return bits.flatten(1)[:, :cols] >= dropout_threshold(p)
+    words, threshold = philox(seed, group, row), dropout_threshold(p)
+    # Compared before they are stacked: bits in int64 would take 8 bytes an element.
+    kept = torch.stack([(word >> shift & 0xFFFF) >= threshold for word in words for shift in (0, 16)], dim=-1)
+    return kept.flatten(1)[:, :cols]
 
 
 def dropout_threshold(p: float) -> int:
@@ -90,7 +91,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if seed is None:
         raise ValueError(f"seed must be given for dropout with p={p}, got None")
     keep_scale = DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold) if threshold < DROPOUT_LEVELS else 0.0
-    return torch.where(dropout_mask(x.shape[0], x.shape[1], p, seed), x * keep_scale, torch.zeros_like(x))
+    return torch.where(dropout_mask(x.shape[0], x.shape[1], p, seed), x * keep_scale, 0.0)
 
 
 def shrink(x: Tensor, pool: Tensor, index: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:

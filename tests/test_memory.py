@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mos_ext
+from mos_ext import reference
 from mos_ext.ops.checks import why_not_native
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -276,13 +277,18 @@ def test_no_operator_returns_activations_in_float32(way, base, adapters, dropout
     assert all(p.grad.dtype == torch.float32 for n, p in layer.model.named_parameters() if p.requires_grad)
 
 
-def largest_allocation(layer):
-    """The most that one operator allocates, results included, in bytes, of one forward and backward pass, inside of kernels too."""
-    x = layer.x()
-    run(layer, x)  # whatever is made once
+def largest_allocation_in(function):
+    """The most that one operator allocates, results included, in bytes, inside of kernels too."""
+    function()  # whatever is made once
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run(layer, x.detach().requires_grad_())
+        function()
     return max(event.self_cpu_memory_usage for event in profile.events())
+
+
+def largest_allocation(layer):
+    """Of one forward and backward pass."""
+    x = layer.x()
+    return largest_allocation_in(lambda: run(layer, x.detach().requires_grad_()))
 
 
 @pytest.mark.parametrize(("way", "base", "adapters", "dropout"), CASES)
@@ -302,6 +308,11 @@ def test_both_of_the_above_see_lora_widen_x():
         run(layer, layer.x())
     assert ("aten._to_copy.default", (2, T // 2, IN)) in mode.found
     assert largest_allocation(layer) >= T * IN * 4
+
+
+def test_the_mask_of_plain_pytorch_is_made_of_bytes():
+    """A word of eight elements is in int64, and a decision is a byte; the bits of each element in int64 would be eight."""
+    assert largest_allocation_in(lambda: reference.dropout_mask(T, OUT, 0.5, torch.tensor(7))) <= T * OUT
 
 
 # ------------------------------------------------------------------------------------------------ inside of kernels
