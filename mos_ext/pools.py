@@ -260,7 +260,8 @@ class ShardPool(nn.Module):
         return self._handle(side, getattr(self, f"shards_{side}"), layer, self._inside_backward())
 
     def _handle(self, side: str, pool: Tensor, layer: int, inside: bool) -> Tensor | None:
-        if not (torch.is_grad_enabled() and pool.requires_grad) or not isinstance(pool, nn.Parameter):
+        wanted = torch.is_grad_enabled()
+        if not ((wanted or inside) and pool.requires_grad) or not isinstance(pool, nn.Parameter):
             return None
         made = self._sides[side]
         stale = made.pool is not pool or not made.requires_grad
@@ -273,7 +274,9 @@ class ShardPool(nn.Module):
                 self._replaced = True
             self._renew()
             made = self._sides[side]
-        return made.stash.open(self._reducer())[layer] if inside else made.handles[layer]
+        # (Without gradients too: a nested checkpoint that is computed now will be computed again in a pass inside.)
+        handles = made.stash.open(self._reducer()) if inside else made.handles
+        return handles[layer] if wanted else None
 
     def _inside_backward(self) -> bool:
         """Whether a layer is recomputed inside a backward pass, and must not give the pool a gradient of its own."""

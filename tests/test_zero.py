@@ -30,7 +30,7 @@ def agree(ranks, stage, **kwargs):
         close(got, want)
 
 
-@pytest.mark.parametrize("blocks", ["nnnn", "oooo", "rrrr", "rnor", "nrrn"])
+@pytest.mark.parametrize("blocks", ["nnnn", "oooo", "rrrr", "rnor", "nrRn"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_steps(ranks, stage, blocks):
     agree(ranks, stage, blocks=blocks)
