@@ -28,7 +28,17 @@ from .config import POOL_DTYPES, MoSConfig
 from .files import CONFIG, FORMAT_VERSION, WEIGHTS
 from .linear import AdaptedLayer
 from .ops.checks import check_integer
-from .planner import LinearType, device_of, group_modules, select_modules, type_keys, type_name, unwrap
+from .planner import (
+    LinearType,
+    device_of,
+    group_modules,
+    is_sharded,
+    select_modules,
+    type_keys,
+    type_name,
+    unwrap,
+    whole,
+)
 from .pools import ShardPool
 from .routing import IndexTables, check_ranks, check_tables, draw_tables, streams, table_digest
 
@@ -69,8 +79,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
     no module holds which could be saved so: those of adapted layers and of the model itself.
 
     Args:
-        model: an adapted model; merged or not makes no difference. When FSDP2 has sharded it, every rank must call, and
-            the first writes.
+        model: an adapted model; merged or not makes no difference. When FSDP2 or ZeRO-3 has sharded it, every rank must
+            call, and the first writes.
         path: a directory, made if needed. Files of an earlier save are replaced only once the new ones are complete on
             disk. Saves of several threads leave the files of one of them; loading refuses a mixture that other
             processes, or a crash, have left. A README.md (a model card) is made, or gets a few lines on loading.
@@ -99,7 +109,7 @@ def _contents(
         _check_in_memory(name, pool)
     beside = modules_beside(model, adapter, 4)
     # FSDP2 shards again what it has gathered when a module is asked for its state: all of them before a value is read.
-    pools, others = adapter.state_dict(), _states(model, beside)
+    pools, others = adapter.state_dict(keep_vars=True), _states(model, beside)
     tensors = {}
     for key, pool in zip(type_keys(names), adapter.pools, strict=True):
         for side in POOLS:
@@ -147,13 +157,12 @@ def take_digest(tensors: dict[str, Tensor]) -> str | None:
 
 
 def _whole(name: str, value: Tensor, state: Mapping[str, Tensor] | None) -> Tensor:
-    """A tensor of a model, whole. Where FSDP2 has sharded it and ``state`` has no copy, that is a collective."""
+    """A tensor of a model, whole. Where it is sharded and ``state`` has no copy, that is a collective."""
     if state is not None:
         value = state.get(name, value)
-        if hasattr(value, "full_tensor"):
+        if is_sharded(value):
             raise ValueError(f"state_dict must have the whole of {name}, whose shards are on several ranks")
-    value = value.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole(value).detach()
 
 
 def modules_beside(model: nn.Module, adapter: Adapter, level: int) -> list[str]:
@@ -190,7 +199,7 @@ def modules_beside(model: nn.Module, adapter: Adapter, level: int) -> list[str]:
 
 def _states(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     """What some modules of a model hold, under the model's names."""
-    states = {name: model.get_submodule(name).state_dict() for name in modules}
+    states = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in modules}
     return {
         f"{name}.{key}": value
         for name, values in states.items()
@@ -205,7 +214,7 @@ def _is_inside(name: str, modules: Iterable[str]) -> bool:
 
 def _writes(model: nn.Module) -> bool:
     """Whether this process writes files: of ranks that hold one sharded model together, the first."""
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    sharded = any(map(is_sharded, model.parameters()))
     return not sharded or torch.distributed.get_rank() == 0
 
 

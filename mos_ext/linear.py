@@ -18,7 +18,7 @@ from .functional import accumulate, fused
 from .merging import Lost, add, subtract
 from .ops.autograd import autocast, transforms_active, unseen
 from .ops.checks import check_integer, has_values, why_not_native
-from .planner import device_of, features_of, is_conv1d, why_opaque, why_opaque_weight
+from .planner import device_of, features_of, is_conv1d, is_sharded, why_opaque, why_opaque_weight
 from .pools import ShardPool
 
 logger = logging.getLogger("mos_ext")
@@ -413,7 +413,7 @@ class MoSModule(nn.Module, AdaptedLayer):
     def merged_weight(self) -> tuple[Tensor, Lost]:
         """What :meth:`merge` makes of the weight, and what that loses; checked, nothing is written."""
         cause = self.opaque
-        if hasattr(self._parameters.get("weight"), "full_tensor"):
+        if (weight := self._parameters.get("weight")) is not None and is_sharded(weight):
             raise ValueError("a merged weight must be whole, got one that is sharded over ranks")
         if cause is None and "weight" not in self._parameters:
             cause = "the weight is computed from other parameters"

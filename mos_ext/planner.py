@@ -155,6 +155,23 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has only a part of a tensor: FSDP2 or DeepSpeed's ZeRO-3 has put the rest on other ranks."""
+    return hasattr(tensor, "full_tensor") or shape_of(tensor) != tuple(tensor.shape)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered where it is sharded. That is a collective: every rank must ask."""
+    if not is_sharded(tensor):
+        return tensor
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    from deepspeed import zero
+
+    with zero.GatheredParameters(tensor):
+        return tensor.detach().clone()
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's linear, transformers' ``Conv1D``, which stores its weight as (in, out)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -17,7 +17,7 @@ from . import reference
 from .config import MoSConfig
 from .ops.checks import check_integer, check_number
 from .ops.handles import Stash, factor_handles, run_last
-from .planner import LinearType
+from .planner import LinearType, shape_of, whole
 from .routing import IndexTables, check_ranks, draw_tables
 
 
@@ -243,9 +243,8 @@ class ShardPool(nn.Module):
         return made
 
     def values(self, side: str) -> Tensor:
-        """A pool as a whole tensor. Where FSDP2 has sharded it, that is a collective: every rank must ask."""
-        pool = getattr(self, f"shards_{side}")
-        return pool.full_tensor() if hasattr(pool, "full_tensor") else pool
+        """A pool as a whole tensor. Where it is sharded over ranks, that is a collective: every rank must ask."""
+        return whole(getattr(self, f"shards_{side}"))
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a layer, assembled, in the pools' dtype: its LoRA matrices without the scale."""
@@ -275,7 +274,8 @@ class ShardPool(nn.Module):
         return self._handle(side, getattr(self, f"shards_{side}"), layer, self._inside_backward())
 
     def _handle(self, side: str, pool: Tensor, layer: int, inside: bool) -> Tensor | None:
-        if not (torch.is_grad_enabled() and pool.requires_grad) or not isinstance(pool, nn.Parameter):
+        wanted = torch.is_grad_enabled()
+        if not ((wanted or inside) and pool.requires_grad) or not isinstance(pool, nn.Parameter):
             return None
         made = self._sides[side]
         stale = made.pool is not pool or not made.requires_grad
@@ -287,7 +287,9 @@ class ShardPool(nn.Module):
             self._look_for_others()
             self._renew()
             made = self._sides[side]
-        return made.stash.open(self._reducer())[layer] if inside else made.handles[layer]
+        # (Without gradients too: a nested checkpoint that is computed now will be computed again in a pass inside.)
+        handles = made.stash.open(self._reducer()) if inside else made.handles
+        return handles[layer] if wanted else None
 
     def _inside_backward(self) -> bool:
         """Whether a layer is recomputed inside a backward pass, and must not give the pool a gradient of its own."""
@@ -332,9 +334,10 @@ class ShardPool(nn.Module):
             for table, pool in zip((self.tables.a, self.tables.b), pools, strict=True)
         ]
         tables = [tuple(self._table(index, k) for k in range(self.num_layers)) for index in indices]
-        stashes = [Stash(*of) for of in zip(pools, tables, strict=True)]
+        shapes = [shape_of(pool) for pool in (self.shards_a, self.shards_b)]
+        stashes = [Stash(*of) for of in zip(pools, shapes, tables, strict=True)]
         with torch.enable_grad():
-            handles = factor_handles(pools, tables, stashes)
+            handles = factor_handles(pools, shapes, tables, stashes)
         run_last(handles[0], not self._collected())
         for handle in (*handles[0], *handles[1]):
             # torch.compile looks at .grad of every tensor it meets, and torch warns at that look for one that is not a

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from functools import partial
 
 import torch
 from models import llama, randomize, stack
@@ -28,7 +29,8 @@ def rank_and_world():
 
 
 class Model(nn.Module):
-    """Residual blocks, each called plainly (n), under non-reentrant (o) or reentrant (r) checkpointing, or not at all (-)."""
+    """Residual blocks, each called plainly (n), under non-reentrant (o) or reentrant (r) checkpointing, the latter inside
+    another (R), or not at all (-)."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -38,6 +40,8 @@ class Model(nn.Module):
         for how, block in zip(self.how, self.layers, strict=True):
             if how in "or":
                 x = checkpoint(block, x, use_reentrant=how == "r")
+            elif how == "R":
+                x = checkpoint(partial(checkpoint, block, use_reentrant=True), x, use_reentrant=True)
             elif how == "n":
                 x = block(x)
         return x

@@ -36,7 +36,7 @@ def test_plain(ranks, wrapper, way):
     agree(ranks, wrapper=wrapper, way=way)
 
 
-@pytest.mark.parametrize("blocks", ["oooo", "rrrr", "rnor", "nrrn"])
+@pytest.mark.parametrize("blocks", ["oooo", "rrrr", "rnor", "nrrn", "RnRr"])
 @pytest.mark.parametrize("wrapper", ["ddp", "ddp static", "fsdp2", "fsdp2 keep"])
 def test_checkpointing(ranks, wrapper, blocks):
     agree(ranks, wrapper=wrapper, blocks=blocks)

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -513,6 +514,109 @@ def test_selective_checkpointing_of_a_transformer(wrap, saved):
     # bf16 has 8 bits, and without a policy each layer rounds its sum in another place. Both ways are off by 0.07 from
     # float32, as plain PyTorch is (test_scaled_gradients); from each other by less.
     assert error(results[0], gradients(model, loss)) < 0.07
+
+
+# ------------------------------------------------------------------------------------------------ hooks of parameters
+
+
+def run_blocks(blocks, how, x):
+    """Each block plainly (n), under non-reentrant (o) or reentrant (r) checkpointing, or the latter inside
+    either (N, R)."""
+
+    for block, way in zip(blocks, how, strict=True):
+        if way == "n":
+            x = block(x)
+        elif way in "or":
+            x = checkpoint(block, x, use_reentrant=way == "r")
+        else:
+            x = checkpoint(partial(checkpoint, block, use_reentrant=True), x, use_reentrant=way == "R")
+    return x
+
+
+def blocks_of(model):
+    return [module for module in model.modules() if hasattr(module, "up")]
+
+
+def adapted_stack(way, tied=False):
+    """With every layer of a type in one pool; or one block, alone in its pools, that is called three times."""
+    model = fill(WAYS[way](stack(1 if tied else 3).double(), pool_dtype="float64", **({"r": 3} if tied else {})))
+    return model, blocks_of(model) * (3 if tied else 1)
+
+
+def deliveries(model):
+    """What hooks of the pools see, per parameter: a list of gradients."""
+    seen = {name: [] for name, p in model.named_parameters() if p.requires_grad}
+
+    def watch(name):
+        return lambda p: seen[name].append(p.grad.clone())
+
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(watch(name))
+    assert len(seen) == 4
+    return seen
+
+
+HOWS = ["nnn", "ooo", "rrr", "nor", "ron", "nrn", "rnr", "RRR", "NNN", "nRN"]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pool_gets_its_gradient_once_per_backward_pass(way, how, tied, train):
+    x = torch.randn(5, 24, dtype=torch.float64)
+
+    def backward(model, blocks, how, scale=1.0):
+        (scale * run_blocks(blocks, how, x.clone().requires_grad_()).square().mean()).backward()
+
+    plain, blocks = adapted_stack(way, tied)
+    backward(plain, blocks, "nnn")
+    want = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    model, blocks = adapted_stack(way, tied)
+    model.train(train)
+    seen = deliveries(model)
+    for passes, total in enumerate((1, 3, 4), 1):  # gradients accumulate, from another loss the second time
+        backward(model, blocks, how, total - (0, 1, 3)[passes - 1])
+        for name, gradients_seen in seen.items():
+            assert len(gradients_seen) == passes
+            # float64: a sum in another order.
+            torch.testing.assert_close(gradients_seen[-1], total * want[name], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["nnn", "ooo", "rrr", "nrn", "RRR"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_optimizer_that_steps_in_hooks(way, how):
+    """One that steps after backward makes the same steps: layer-wise optimisers, torchtune's optimizer_in_bwd."""
+    xs = torch.randn(4, 5, 24, dtype=torch.float64)
+
+    def optimizers(model):
+        return {p: torch.optim.Adam([p], lr=0.01) for p in model.parameters() if p.requires_grad}
+
+    plain, blocks = adapted_stack(way)
+    after = optimizers(plain)
+    for x in xs:
+        run_blocks(blocks, "nnn", x).square().mean().backward()
+        for optimizer in after.values():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, blocks = adapted_stack(way)
+    inside, steps = optimizers(model), []
+
+    def step(p):
+        inside[p].step()
+        inside[p].zero_grad()
+        steps.append(p)
+
+    for p in inside:
+        p.register_post_accumulate_grad_hook(step)
+    for x in xs:
+        run_blocks(blocks, how, x.clone().requires_grad_()).square().mean().backward()
+    assert len(steps) == 4 * len(inside)
+    for got, want in zip(inside, after, strict=True):
+        # float64; Adam divides by the gradient's size, so roundings of 2e-16 grow with small gradients.
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ accumulation, autocast

@@ -66,8 +66,8 @@ def start(model, **kwargs):
 
 
 def whole(model, stage):
-    """All trained parameters."""
-    parameters = list(cases.trainable(model).values())
+    """All trained parameters, by name."""
+    parameters = [p for _, p in sorted(cases.trainable(model).items())]
     gathered = deepspeed().zero.GatheredParameters(parameters) if stage == 3 else contextlib.nullcontext()
     with gathered:
         return [p.detach().float().clone() for p in parameters]

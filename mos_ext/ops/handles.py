@@ -25,15 +25,22 @@ from .autograd import below_autograd, first_order, ops, unseen
 
 class _FactorHandles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, indices: Sequence[Sequence[Tensor]], stashes: Sequence[Stash | None], *pools: Tensor):
+    def forward(
+        ctx,
+        shapes: Sequence[tuple[int, ...]],
+        indices: Sequence[Sequence[Tensor]],
+        stashes: Sequence[Stash | None],
+        *pools: Tensor,
+    ):
         ctx.set_materialize_grads(False)
         # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run in
         # every step.
-        ctx.pools = [(*of, p.shape[0], p.dtype) for *of, p in zip(indices, stashes, pools, strict=True)]
+        each = list(zip(shapes, indices, stashes, pools, strict=True))
+        ctx.pools = [(tables, stash, n, pool.dtype) for (n, _), tables, stash, pool in each]
         handles = []
-        for tables, pool in zip(indices, pools, strict=True):
+        for (_, width), tables, _, pool in each:
             origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
-            handles += [origin.expand(i.shape[0], i.shape[1] * pool.shape[1]) for i in tables]
+            handles += [origin.expand(i.shape[0], i.shape[1] * width) for i in tables]
         return tuple(handles)
 
     @staticmethod
@@ -54,15 +61,19 @@ class _FactorHandles(torch.autograd.Function):
                         pool_grad += stashed
                     pool_grad = pool_grad.to(dtype)
                 pool_grads.append(pool_grad)
-        return None, None, *pool_grads
+        return None, None, None, *pool_grads
 
 
 def factor_handles(
-    pools: Sequence[Tensor], indices: Sequence[Sequence[Tensor]], stashes: Sequence[Stash | None] | None = None
+    pools: Sequence[Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    indices: Sequence[Sequence[Tensor]],
+    stashes: Sequence[Stash | None],
 ) -> list[tuple[Tensor, ...]]:
     """For each pool, one handle per layer: a storage-free (r, d) stand-in for its factor, whose gradient flows to the
-    pool. ``indices`` are the layers' tables, of each pool."""
-    handles = iter(_FactorHandles.apply(indices, stashes or [None] * len(pools), *pools))
+    pool. ``indices`` are the layers' tables, of each pool. ``shapes`` are the pools': ZeRO-3 leaves a parameter empty
+    while no layer uses it."""
+    handles = iter(_FactorHandles.apply(shapes, indices, stashes, *pools))
     return [tuple(next(handles) for _ in tables) for tables in indices]
 
 
@@ -90,14 +101,14 @@ class Stash:
     parameter sees one gradient.
     """
 
-    def __init__(self, pool: Tensor, indices: Sequence[Tensor]) -> None:
+    def __init__(self, pool: Tensor, shape: tuple[int, ...], indices: Sequence[Tensor]) -> None:
         self.pool, self.delivered_in = pool, -1
         self._delivery: Callable[[], _Delivery | None] = _none
         # Ahead of time: while a layer is recomputed, selective checkpointing watches for operators that are new to it.
         with torch.enable_grad():
             origin = torch.zeros((), dtype=reference.accumulate_dtype(pool.dtype), device=pool.device)
-            self.proxy = origin.expand(pool.shape).requires_grad_()
-            (self.handles,) = factor_handles([self.proxy], [indices])
+            self.proxy = origin.expand(shape).requires_grad_()
+            (self.handles,) = factor_handles([self.proxy], [shape], [indices], [None])
 
     def open(self, ddp: DistributedDataParallel | None) -> tuple[Tensor, ...]:
         """The handles, for a layer that is recomputed inside a backward pass; ``ddp`` reduces the gradient."""

@@ -37,6 +37,7 @@ from ...planner import (
     output_head,
     plan_modules,
     role_of,
+    shape_of,
     tell_of_fitting,
     type_keys,
     type_name,
@@ -364,6 +365,14 @@ class MoSModel(BaseTuner):
         out = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         pools = dict(cls._pools_of(model, adapter_name))
         for prefix, pool in pools.items():
+            for side in POOLS:
+                value = out.get(f"{prefix}.{adapter_name}.{side}")
+                if value is not None and value.shape != shape_of(getattr(pool, side)):
+                    raise ValueError(
+                        f"{prefix}.{side} must be whole, got a parameter that ZeRO-3 has partitioned: save inside of "
+                        "deepspeed.zero.GatheredParameters(list(model.parameters())), on every rank, or give a "
+                        "state_dict"
+                    )
             out.update({f"{prefix}.{adapter_name}.{side}": table for side, table in tables_to_keep(pool).items()})
         digest = table_digest({pool.stream: pool.tables for pool in pools.values()})
         out[f"base_model.{digest_name(digest)}.{adapter_name}"] = torch.empty(0)
