@@ -764,6 +764,22 @@ def test_configurations_survive_json(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOS"
 
 
+def test_a_merged_adapter_is_not_deleted():
+    """Its pools are what takes it out of the weights again."""
+    model, batch = wrapped(), inputs("llama")
+    model.add_adapter("other", config())
+    want = logits(model, batch)
+    model.merge_adapter()
+    with pytest.raises(
+        ValueError, match="a deleted adapter must not be merged, got 'default', which is in model.layers.0"
+    ):
+        model.delete_adapter("default")
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, batch), want)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+
+
 # ------------------------------------------------------------------------------------------------ a second adapter on one base
 
 # PEFT's own words, for a base that still has the layers of an earlier adapter.

@@ -255,7 +255,7 @@ class MoSLinear(nn.Module, MoSLayer):
             raise ValueError(f"a merged layer must have a weight that can be added to, got one of which {cause}")
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mos_layer]
         if names:
-            weight, kept = self._readable_weight("Merge"), _Kept(self.base_layer)
+            weight, kept = self._readable_weight(), _Kept(self.base_layer)
             total, lost = self.sum_with(weight, names, check=safe_merge)
             self.set_base_weight(total)
             self.note_merge(names, lost if self.quantization_backend is None else kept, self.merged_weight())
@@ -291,12 +291,12 @@ class MoSLinear(nn.Module, MoSLayer):
             if self._merges:
                 self._merges[-1].weight = mark(self.merged_weight())
 
-    def _readable_weight(self, what: str) -> Tensor:
-        """The base's weight, dequantised; with PEFT's warning where it will be quantised anew."""
+    def _readable_weight(self) -> Tensor:
+        """The base's weight, dequantised; with PEFT's warning that the merged one will be quantised anew."""
         backend = self.quantization_backend
         if backend is not None and "bnb" in backend.backend_name:
             warnings.warn(
-                f"{what} mos module to {backend.backend_name} linear may get different generations due to rounding "
+                f"Merge mos module to {backend.backend_name} linear may get different generations due to rounding "
                 "errors.",
                 stacklevel=3,
             )

@@ -300,6 +300,17 @@ class MoSModel(BaseTuner):
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """See ``BaseTuner.delete_adapter``.
+
+        Raises:
+            ValueError: the adapter is merged, and could not be taken out of the weights without its pools.
+        """
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, MoSLayer) and adapter_name in layer.merged_adapters:
+                raise ValueError(
+                    f"a deleted adapter must not be merged, got {adapter_name!r}, which is in {name}: call "
+                    f"unmerge_adapter() first"
+                )
         super().delete_adapter(adapter_name)
         self._drop_pools(adapter_name)
 
