@@ -24,12 +24,14 @@ def test_smoke_report_and_resume(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.gpu_report", out, "--device", "cpu", "--section", "ceilings"]
     command += ["--part", "build,test,bench"]
+    in_place = sorted((ROOT / "mos_ext").glob("*.so"))
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     report = json.loads((out / "report.json").read_text())
     assert {name: part["status"] for name, part in report["parts"].items()} == dict.fromkeys(
         ("build", "test", "bench"), "ok"
     )
+    assert sorted((ROOT / "mos_ext").glob("*.so")) == in_place  # somebody's work
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["commit"]
     assert report["parts"]["test"]["pytest"]["outcomes"]["passed"] > 10
