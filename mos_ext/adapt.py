@@ -306,7 +306,8 @@ def unload(model: nn.Module) -> nn.Module:
     """Takes every adapter out again, in place: the base layers come back, and the pools are gone.
 
     They are of their class of before, with the same parameters, hooks and attributes, those that were set since
-    included. Layers that are merged keep what is merged in. Parameters stay frozen, as :func:`adapt` left them.
+    included, but for what was set on a layer whose base is called: that goes with the layer. Merged layers keep what is
+    merged in. Parameters stay frozen, as :func:`adapt` left them.
 
     Returns:
         ``model`` itself.

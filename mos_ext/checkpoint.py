@@ -118,7 +118,7 @@ def _contents(
         for side, table in tables_to_keep(pool).items():
             tensors[_tensor_name(key, side)] = table
     digest = table_digest(adapter.tables)
-    tensors[f"base_model.{digest_name(digest)}"] = torch.empty(0)
+    tensors[f"base_model.{digest_name(digest)}"] = torch.empty(0, device="cpu")
     tensors.update({f"{_BESIDE}{name}": _whole(name, value, state).cpu() for name, value in others.items()})
     _check_finite(tensors)
     if state is None and not _writes(model):
@@ -313,7 +313,7 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
 
 def tables_to_keep(pool: ShardPool) -> dict[str, Tensor]:
     """Those of a pool's tables that do not follow from its configuration, in the smallest integer type."""
-    if pool.tables.drawn:
+    if pool.tables_are_drawn():
         return {}
     largest = pool.shards_a.shape[0] - 1
     smallest = torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32

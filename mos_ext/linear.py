@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .config import MoSConfig
 from .functional import accumulate, fused
-from .merging import Lost, add, subtract
+from .merging import Lost, add, subtract, version
 from .ops.autograd import autocast, transforms_active, unseen
 from .ops.checks import check_integer, has_values, why_not_native
 from .planner import device_of, features_of, is_conv1d, is_sharded, why_opaque, why_opaque_weight
@@ -217,7 +217,7 @@ class AdaptedLayer:
 
 def mark(weight: Tensor) -> tuple[Tensor, int, torch.dtype]:
     """Tells later whether a weight is still this one, unchanged in place, of the same dtype."""
-    return weight, weight._version, weight.dtype
+    return weight, version(weight), weight.dtype
 
 
 def _is_still(marks: tuple[Any, ...] | None, weight: Tensor) -> bool:

@@ -73,6 +73,11 @@ def subtract(total: Tensor, product: Tensor | None, lost: Lost) -> Tensor:
     return weight
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 for one made in inference mode, which does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _minus(total: Tensor, product: Tensor) -> Tensor:
     wide = torch.promote_types(total.dtype, product.dtype)
     return total.to(wide).sub(product).to(total.dtype).contiguous()

@@ -15,10 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import reference
 from .config import MoSConfig
+from .merging import version
+from .ops.autograd import without_autocast
 from .ops.checks import check_integer, check_number
 from .ops.handles import Stash, factor_handles, run_last
 from .planner import LinearType, shape_of, whole
-from .routing import IndexTables, check_ranks, draw_tables
+from .routing import IndexTables, check_ranks, draw_tables, origin
 
 
 def _stream(pool: Tensor) -> int:
@@ -118,7 +120,7 @@ class ShardPool(nn.Module):
         l, n = config.shards_per_vector, config.num_shards(num_layers)
         self._check_tables(tables)
         self.stream = stream
-        self.tables = self.drawn_tables() if tables is None else tables
+        self.tables = draw_tables(config, stream, self.ranks) if tables is None else tables
         self.shards_a = nn.Parameter(torch.empty(n, in_features // l, dtype=config.torch_pool_dtype, device=device))
         self.shards_b = nn.Parameter(torch.empty(n, out_features // l, dtype=config.torch_pool_dtype, device=device))
         self.reset_parameters()
@@ -139,8 +141,11 @@ class ShardPool(nn.Module):
 
     def drawn_tables(self) -> IndexTables:
         """The index tables that follow from the configuration; those in use, mostly."""
-        tables = getattr(self, "tables", None)
-        return tables if tables is not None and tables.drawn else draw_tables(self.config, self.stream, self.ranks)
+        return self.tables if self.tables_are_drawn() else draw_tables(self.config, self.stream, self.ranks)
+
+    def tables_are_drawn(self) -> bool:
+        """Whether the index tables in use follow from the configuration, so that no file needs them."""
+        return self.tables.drawn == origin(self.config, self.stream, self.ranks)
 
     def set_tables(self, tables: IndexTables) -> None:
         """Replaces the index tables of all layers, (L, r, l) int32 each.
@@ -255,11 +260,12 @@ class ShardPool(nn.Module):
     def delta_weight(self, layer: int) -> Tensor:
         """scale * B A (out, in) of a layer, in the accumulation dtype of the pools."""
         tables = (self.table("a", layer), self.values("b"), self.table("b", layer))
-        return reference.delta_weight(self.values("a"), *tables, self.scales[layer])
+        with without_autocast(self.shards_a):  # what is merged inside of it must be what is taken out outside
+            return reference.delta_weight(self.values("a"), *tables, self.scales[layer])
 
     def marks(self) -> tuple[tuple[Any, int], ...]:
         """Tells later whether pools and tables are still these, unchanged in place: compare with :meth:`unchanged`."""
-        return (self.tables, 0), *((pool, pool._version) for pool in (self.shards_a, self.shards_b))
+        return (self.tables, 0), *((pool, version(pool)) for pool in (self.shards_a, self.shards_b))
 
     def unchanged(self, marks: tuple[tuple[Any, int], ...]) -> bool:
         """Whether nothing has changed since :meth:`marks`. (Writing to ``.data`` cannot be seen.)"""
@@ -321,6 +327,7 @@ class ShardPool(nn.Module):
         """Whether FSDP2 collects this pool's gradients until the pass ends, so that each may come when it is there."""
         return self._replaced and self._ddp is None
 
+    @torch.inference_mode(False)  # whoever moves a model inside of it wants to train it later
     def _renew(self) -> None:
         """Tables and handles for the parameters as they are now. Threads find the old ones, or the new.
 

@@ -86,12 +86,12 @@ class IndexTables:
     """The tables of all layers of one linear type: ``a`` and ``b``, each (L, r, l) int32, entries below the number of
     shards. r is the largest rank among the layers; a layer of rank r_k uses the last r_k rows of its table.
 
-    ``drawn`` tables follow from the configuration, so files leave them out.
+    ``drawn`` is what the tables follow from (:func:`origin`), so that files leave them out; None if they were given.
     """
 
     a: np.ndarray
     b: np.ndarray
-    drawn: bool = False
+    drawn: tuple | None = None
 
 
 def _public_draws(config: MoSConfig, stream: str, ranks: Sequence[int]) -> np.ndarray:
@@ -129,7 +129,13 @@ def draw_tables(config: MoSConfig, linear_type: str, ranks: Sequence[int]) -> In
         return np.concatenate([public, private], axis=1).reshape(num_layers, r, l)
 
     a = side("a")
-    return IndexTables(a, side("b") if config.pair_dissociation else a.copy(), drawn=True)
+    return IndexTables(a, side("b") if config.pair_dissociation else a.copy(), origin(config, linear_type, ranks))
+
+
+def origin(config: MoSConfig, stream: str, ranks: Sequence[int]) -> tuple:
+    """All that a draw depends on."""
+    shape = config.equivalent_rank, config.private_rank, config.shards_per_vector, tuple(ranks)
+    return stream, config.seed, config.routing, config.pair_dissociation, shape
 
 
 def streams(types: Sequence[tuple[str, int, int]]) -> list[str]:

@@ -89,7 +89,7 @@ def test_tables_given_by_hand_are_stored_and_small(layers, integer, tmp_path):
     assert len(tensors) == 4 * 7 + 1
     loaded = mos_ext.load_adapter(base(), tmp_path)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
-    assert not any(pool.tables.drawn for pool in loaded.mos_pools.pools)
+    assert not any(pool.tables_are_drawn() for pool in loaded.mos_pools.pools)
 
 
 def test_pools_of_another_private_rank_leave_the_tables_of_the_model(tmp_path):
@@ -906,3 +906,14 @@ def test_bad_exports(tmp_path):
     with pytest.raises(ValueError, match="model must be adapted"):
         mos_ext.export_lora(llama(), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_tables_of_another_draw_are_kept_in_the_file(tmp_path):
+    """They follow from a configuration, but not from this one."""
+    model, other = randomize(mos_ext.adapt(llama(), SMALL)), mos_ext.adapt(llama(), replace(SMALL, seed=SMALL.seed + 1))
+    for pool, from_other in zip(model.mos_pools.pools, other.mos_pools.pools, strict=True):
+        pool.set_tables(from_other.tables)
+    mos_ext.save_adapter(model, tmp_path)
+    loaded = mos_ext.load_adapter(llama(), tmp_path)
+    batch = inputs("llama")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -161,6 +162,37 @@ def test_several_adapters_come_out_in_turn():
     with model.disable_adapter(), torch.no_grad():
         model(**inputs("llama"))  # takes them out
     assert same(before, bits(model))
+
+
+@pytest.mark.parametrize("inside", ["merge", "unmerge", "disable"])
+def test_autocast_does_not_reach_merges(inside):
+    """A trainer's reference pass in bfloat16 takes the adapter out inside of autocast."""
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    if inside == "disable":
+        model = get_peft_model(llama(), PeftMoSConfig(**FIELDS, target_modules="all-linear", init_weights=False))
+        before = bits(model)
+        model.merge_adapter()
+        with autocast, model.disable_adapter(), torch.no_grad():
+            model(**inputs("llama"))
+    else:
+        model, alone = (randomize(mos_ext.adapt(llama(), MoSConfig(**FIELDS))) for _ in range(2))
+        before = bits(model)
+        with autocast if inside == "merge" else nullcontext():
+            mos_ext.merge(model)
+        assert same(bits(model), bits(mos_ext.merge(alone)))
+        with autocast if inside == "unmerge" else nullcontext():
+            mos_ext.unmerge(model)
+    assert same(before, bits(model))
+
+
+def test_inference_mode():
+    """Models that are made in it merge, unmerge and unload, though its tensors count no versions."""
+    with torch.inference_mode():
+        model = randomize(mos_ext.adapt(llama(), MoSConfig(**FIELDS)))
+        before = bits(model)
+        mos_ext.unmerge(mos_ext.merge(model))
+        assert same(before, bits(model))
+        get_peft_model(llama(), PeftMoSConfig(**FIELDS, target_modules="all-linear")).merge_and_unload()
 
 
 def test_merged_conv1d():

@@ -764,22 +764,6 @@ def test_configurations_survive_json(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOS"
 
 
-def test_a_merged_adapter_is_not_deleted():
-    """Its pools are what takes it out of the weights again."""
-    model, batch = wrapped(), inputs("llama")
-    model.add_adapter("other", config())
-    want = logits(model, batch)
-    model.merge_adapter()
-    with pytest.raises(
-        ValueError, match="a deleted adapter must not be merged, got 'default', which is in model.layers.0"
-    ):
-        model.delete_adapter("default")
-    model.unmerge_adapter()
-    assert torch.equal(logits(model, batch), want)
-    model.set_adapter("other")
-    model.delete_adapter("default")
-
-
 # ------------------------------------------------------------------------------------------------ a second adapter on one base
 
 # PEFT's own words, for a base that still has the layers of an earlier adapter.
@@ -868,6 +852,18 @@ def test_a_second_adapter_on_a_merged_one():
         get_peft_model(base, config())
     first.unmerge_adapter()
     get_peft_model(base, config())
+
+
+@again
+def test_a_second_adapter_with_modules_that_the_first_model_does_not_know(tmp_path):
+    base = llama()
+    first = wrapped(base, target_modules=["q_proj"])
+    second = get_peft_model(base, config(target_modules=["q_proj", "o_proj"]), adapter_name="two")
+    with pytest.raises(
+        ValueError, match="model must have all pools of adapter 'two', got none for .*o_proj: another model"
+    ):
+        first.save_pretrained(tmp_path, selected_adapters=["two"])
+    second.save_pretrained(tmp_path)
 
 
 @again

@@ -256,6 +256,17 @@ def test_copies_and_moves(how):
     )
 
 
+@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.load_state_dict(m.state_dict())])
+def test_moves_in_inference_mode(move):
+    """What an evaluation does to the model must not keep it from training."""
+    model, x = adapted(), torch.randn(5, 24, dtype=torch.float64)
+    want = gradients(model, lambda: model(x).square().sum())
+    with torch.inference_mode():
+        move(model)
+        model(x)
+    close(gradients(model, lambda: model(x).square().sum()), want)
+
+
 def test_other_tables_after_training():
     """Handles were made for the old tables; forward and backward must both use the new ones."""
     model, x = adapted(), torch.randn(5, 24, dtype=torch.float64)

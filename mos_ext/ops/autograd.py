@@ -150,6 +150,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 
 
+def without_autocast(x: Tensor):
+    """Where autocast is off for products on the device of x."""
+    return contextlib.nullcontext() if _autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """What autocast does to the arguments of ``F.linear``: x and the others in its dtype, float64 untouched.
 
@@ -249,7 +254,7 @@ def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index
     for."""
     if not torch.compiler.is_compiling() and _autocast_dtype(dy) is not None:
         # Backward was called inside of it: it is not meant for these products.
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             return _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed)
     need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
     arguments = (dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed)

@@ -151,8 +151,9 @@ class MoSConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         file = Path(pretrained_model_name_or_path, subfolder or "", files.WEIGHTS)
-        if config.tensor_digest is not None and file.is_file():
-            files.read_weights(file, config.tensor_digest)
+        digest = getattr(config, "tensor_digest", None)  # (PEFT returns whatever type of configuration the file is of)
+        if digest is not None and file.is_file():
+            files.read_weights(file, digest)
         return config
 
     def method(self, targets: Sequence[str] | None = None) -> native.MoSConfig:

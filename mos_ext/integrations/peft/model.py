@@ -300,17 +300,6 @@ class MoSModel(BaseTuner):
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """See ``BaseTuner.delete_adapter``.
-
-        Raises:
-            ValueError: the adapter is merged, and could not be taken out of the weights without its pools.
-        """
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, MoSLayer) and adapter_name in layer.merged_adapters:
-                raise ValueError(
-                    f"a deleted adapter must not be merged, got {adapter_name!r}, which is in {name}: call "
-                    f"unmerge_adapter() first"
-                )
         super().delete_adapter(adapter_name)
         self._drop_pools(adapter_name)
 
@@ -375,6 +364,14 @@ class MoSModel(BaseTuner):
         """The adapter's tensors; with its index tables where they are not its configuration's, and their digest."""
         out = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         pools = dict(cls._pools_of(model, adapter_name))
+        layers: Any = [
+            (n, m) for n, m in model.named_modules() if isinstance(m, MoSLayer) and m.has_adapter(adapter_name)
+        ]
+        if unknown := [n for n, m in layers if m.adapter(adapter_name)[0] not in pools.values()]:
+            raise ValueError(
+                f"model must have all pools of adapter {adapter_name!r}, got none for {unknown[0]}: another model was "
+                f"made of its base since, with modules that this one does not know; save that one"
+            )
         for prefix, pool in pools.items():
             for side in POOLS:
                 value = out.get(f"{prefix}.{adapter_name}.{side}")
@@ -386,7 +383,7 @@ class MoSModel(BaseTuner):
                     )
             out.update({f"{prefix}.{adapter_name}.{side}": table for side, table in tables_to_keep(pool).items()})
         digest = table_digest({pool.stream: pool.tables for pool in pools.values()})
-        out[f"base_model.{digest_name(digest)}.{adapter_name}"] = torch.empty(0)
+        out[f"base_model.{digest_name(digest)}.{adapter_name}"] = torch.empty(0, device="cpu")
         remove = partial(cls._remove_adapter_name_from_key, adapter_name=adapter_name)
         note(config, digest, {remove(key): value for key, value in out.items()})
         return out
