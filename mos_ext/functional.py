@@ -37,7 +37,7 @@ def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
 
     Args:
         pool: (n, d/l) shards, float.
-        index: (r, l) int32, entries in [0, n).
+        index: (r, l) int32, entries in [0, n). Read once, and again when it has changed.
 
     Returns:
         (r, d) in the pool's dtype. Differentiable in ``pool``; the gradient is a deterministic ordered scatter-add.
@@ -78,7 +78,9 @@ def mos_linear(
         weight: (out, in), of x's dtype. bias: (out,) or None.
         pool_a: (n_a, in/l), pool_b: (n_b, out/l): float32, or x's dtype. float32 pools under bf16/fp16 x are converted
             inside the kernel.
-        index_a, index_b: (r, l) int32, entries in [0, n); 1 <= r <= 256.
+        index_a, index_b: (r, l) int32, entries in [0, n); 1 <= r <= 256. Read once, and again when they have changed,
+            which waits for the GPU; not while a CUDA graph is captured: kernels themselves stop at an entry out of
+            range.
         scale: alpha / r.
         dropout: probability in [0, 1), applied to the low-rank branch only; 0 for evaluation. Rounded to the nearest
             1/65536.

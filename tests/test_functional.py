@@ -1,6 +1,7 @@
 """functional.mos_linear: the fused forward and backward as users call it."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 
 from mos_ext import MoSConfig, MoSLinear, reference
 from mos_ext.functional import gather_concat, mos_linear
-from mos_ext.ops import autograd
+from mos_ext.ops import autograd, checks
 from mos_ext.testing import assert_error_ratio, check_case, random_case
 
 
@@ -387,3 +388,83 @@ def test_more_bad_input():
 def test_gather_concat_for_users(device):
     case = random_case(4, 12, 8, 3, 2, device=device)
     assert torch.equal(gather_concat(case.pool_a, case.index_a), reference.gather_concat(case.pool_a, case.index_a))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts how often values of a table are read."""
+    counted = []
+    least = torch.Tensor.min
+    monkeypatch.setattr(torch.Tensor, "min", lambda t, *rest: counted.append(t.shape) or least(t, *rest))
+    return counted
+
+
+def call_with(case, **tables):
+    """The operator on a case, as layers without tables of their own call it: sliced anew."""
+    return mos_linear(*replace(case, **tables).arguments())
+
+
+def test_values_of_a_table_are_read_once(reads, device):
+    """Reading them waits for a GPU: not at every call, nor for every slice of a table; and of no copy that is gone."""
+    case = random_case(4, 12, 8, 3, 2, device=device)
+    tables = torch.stack((case.index_a, case.index_a.flip(0)))
+    before = len(checks._ranges)
+    y = [call_with(case, index_a=tables[layer]) for layer in (0, 1, 0, 1)]
+    assert torch.equal(y[0], y[2])
+    assert torch.equal(y[1], y[3])
+    assert len(reads) == 3  # two slices, and index_b
+    with torch.inference_mode():
+        call_with(case, index_a=tables[1])
+    gather_concat(case.pool_a, tables[0])
+    assert len(reads) == 3
+    assert len(checks._ranges) == before + 2
+    del tables
+    assert len(checks._ranges) == before + 1
+    with pytest.raises(ValueError, match=r"index_b must be in \[0, 1\), got"):  # what was read is known of every pool
+        call_with(case, pool_b=case.pool_b[:1])
+    assert len(reads) == 4  # index_a itself
+
+
+@pytest.mark.parametrize("change", ["the table", "a view", "what it is a view of", "in inference mode"])
+def test_a_table_that_has_changed_is_read_again(change, device):
+    case = random_case(4, 12, 8, 3, 2, device=device)
+    tables = torch.stack((case.index_a, case.index_a))
+    table = tables[1]
+    call_with(case, index_a=table)
+    with torch.inference_mode(change == "in inference mode"):
+        {"a view": table[0], "what it is a view of": tables}.get(change, table).fill_(12)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"index_a must be in \[0, 12\), got 12"):
+            call_with(case, index_a=table)
+    with pytest.raises(ValueError, match=r"index_a must be in \[0, 12\), got 12"):
+        call_with(case, index_a=tables[1])
+    tables.zero_()
+    call_with(case, index_a=table)
+
+
+def test_tables_made_in_inference_mode_do_not_tell_when_they_change(device):
+    case = random_case(4, 12, 8, 3, 2, device=device)
+    with torch.inference_mode():
+        table = case.index_a.clone()
+        call_with(case, index_a=table)
+        table[1, 1] = -1
+        with pytest.raises(ValueError, match=r"index_a must be in \[0, 12\), got -1"):
+            call_with(case, index_a=table)
+
+
+def test_no_table_is_read_while_a_stream_is_captured(reads, monkeypatch):
+    """A wait would break the capture. What was read before is known; what was not is read by the first call after."""
+    case = random_case(4, 12, 8, 3, 2)
+    bad = torch.full_like(case.index_a, 12)
+    call_with(case)
+    reads.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "_is_capturing", lambda device: True)
+        call_with(case)
+        with pytest.raises((RuntimeError, IndexError)):  # whoever computes notices it
+            call_with(case, index_a=bad)
+        with pytest.raises(ValueError, match=r"index_b must be in \[0, 1\), got"):
+            call_with(case, pool_b=case.pool_b[:1])
+    assert not reads
+    with pytest.raises(ValueError, match=r"index_a must be in \[0, 12\), got 12"):
+        call_with(case, index_a=bad)

@@ -9,6 +9,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import loader
 from .schema import NAMESPACE
@@ -57,7 +58,9 @@ def check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
 def check_index(name: str, index: Tensor, num_shards: int) -> None:
     """An (r, l) int32 table with entries in [0, num_shards).
 
-    Reads the values, so call it where a table is made, not per launch.
+    Values are read once, and again after each change in place that torch counts: what is written to ``.data`` is not
+    seen, nor what a replayed CUDA graph writes. While a stream is captured nothing may wait for it, so a table that was
+    not read before passes. The kernels stop at an entry out of range in any case.
     """
     if index.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {index.dtype}")
@@ -65,9 +68,39 @@ def check_index(name: str, index: Tensor, num_shards: int) -> None:
         raise ValueError(f"{name} must have the shape (r, l), got {tuple(index.shape)}")
     if index.numel() == 0 or torch.compiler.is_compiling() or not has_values(index):
         return  # a traced call checks shapes and dtypes only
-    low, high = int(index.min()), int(index.max())
-    if low < 0 or high >= num_shards:
-        raise ValueError(f"{name} must be in [0, {num_shards}), got {low if low < 0 else high}")
+    entries = _range_of(index)
+    if entries is not None and (entries[0] < 0 or entries[1] >= num_shards):
+        raise ValueError(f"{name} must be in [0, {num_shards}), got {entries[0] if entries[0] < 0 else entries[1]}")
+
+
+# Tensor that owns tables -> its version then, and the least and the largest entry of its views, by where they lie.
+# (Users slice a table out of all layers' anew for each call; what they slice stays.)
+_ranges: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _range_of(index: Tensor) -> tuple[int, int] | None:
+    """The least and the largest entry of a table; None where reading them would break a capture."""
+    counted = not index.is_inference()  # others do not count changes
+    owner = index if index._base is None else index._base
+    where = (index.storage_offset(), index.shape, index.stride())
+    version, ranges = _ranges.get(owner, (None, {}))
+    if counted and version == index._version and where in ranges:
+        return ranges[where]
+    if _is_capturing(index.device):
+        return None
+    low, high = torch.stack((index.min(), index.max())).tolist()  # waits once
+    if counted:
+        version, known = index._version, ranges if version == index._version else {}
+        _ranges[owner] = version, {**known, where: (low, high)}
+    return low, high
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether torch's stream of a device is recorded into a CUDA graph, so that nothing may wait for it."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, pool_a: Tensor, pool_b: Tensor) -> None:
