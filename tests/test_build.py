@@ -339,6 +339,61 @@ def test_fallback(tmp_path, library, reason):
     assert "self-test      passed" in text
 
 
+@pytest.fixture
+def beside_a_driver(tmp_path):
+    """A CUDA build of torch with a GPU, as far as loading is concerned; _C_cuda.so, built with CUDA 13.1, without kernels; and
+    a driver that answers as it is told. Gives the import's warnings and the report."""
+    site = copied_package(tmp_path, lambda good: good)
+    package = site / "mos_ext"
+    (package / "_C_cuda.so").write_bytes(b"mos_ext interface 2. CUDA 13010. but no library")
+    machine = site / "machine"
+    machine.mkdir()
+    lines = ["import torch", "torch.version.cuda = '12.8'", "torch.cuda.device_count = lambda: 1"]
+    (machine / "sitecustomize.py").write_text("\n".join(lines))
+
+    def ask(answer):
+        driver = machine / "libcuda.so.1"
+        if answer is None:
+            driver.write_bytes(b"")
+        else:
+            source = f"int cuDriverGetVersion(int* version) {{ {answer} }}"
+            subprocess.run(
+                ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", driver], input=source, text=True, check=True
+            )
+        env = {"PYTHONPATH": machine, "LD_LIBRARY_PATH": machine}
+        return import_warnings(site, **env), report(site, **env)[1]
+
+    return ask
+
+
+def test_a_driver_older_than_the_runtime_that_is_linked_in(beside_a_driver):
+    """One sentence wherever it is asked for, and plain PyTorch, instead of an error at every call."""
+    warned, text = beside_a_driver("*version = 12080; return 0;")
+    why = (
+        "_C_cuda: built with CUDA 13.1, for which the NVIDIA driver here, of CUDA 12.8, is too old: update the driver, or "
+        "build _C_cuda with CUDA 12"
+    )
+    assert [w.partition("Warning: ")[2] for w in warned] == [
+        f"mos_ext runs plain PyTorch on cuda ({why}). Mend that and install again, or choose it with MOS_EXT_BUILD=python; "
+        "`python -m mos_ext` shows what serves what."
+    ]
+    assert f"_C_cuda        {why.removeprefix('_C_cuda: ')}" in text
+    assert f"cuda python    all operators: {why}" in text
+    assert "self-test      passed" in text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["*version = 13000; return 0;", "*version = 14020; return 0;", "return 100;", None],
+    ids=["of the same major version", "newer", "cannot say", "none"],
+)
+def test_drivers_that_serve(beside_a_driver, answer):
+    """What comes next is that the stand-in is no library."""
+    warned, _ = beside_a_driver(answer)
+    assert len(warned) == 1
+    assert "on cuda (_C_cuda: does not load: " in warned[0]
+
+
 def test_a_wrong_result_fails_the_self_test(tmp_path):
     """The exit code is worth something: a reference that computes something else is noticed."""
     site = copied_package(tmp_path, lambda good: good)

@@ -27,6 +27,7 @@ for device in devices:
 check_case(random_case(37, 120, 48, 5, 3))
 
 if "cuda" in devices:
+    assert int(loader.RUNTIME.search(loader.libraries["_C_cuda"].path.read_bytes())[1]) >= 12000
     with FakeTensorMode():
         x = torch.empty(7, 64, dtype=torch.bfloat16, device="cuda")
         weight = torch.empty(96, 64, dtype=torch.bfloat16, device="cuda")

@@ -323,4 +323,8 @@ STABLE_TORCH_LIBRARY_IMPL(mos_ext, MOS_DISPATCH_KEY, m) { MOS_EXT_IMPLEMENT_OPER
 
 }  // namespace mos::cuda
 
-extern "C" __attribute__((visibility("default"), used)) const char mos_ext_cuda_interface[] = MOS_EXT_INTERFACE;
+// With the version of the runtime that is linked in: loader.py asks whether the driver is new enough for it.
+#define MOS_TEXT_OF(number) #number
+#define MOS_RUNTIME(version) " CUDA " MOS_TEXT_OF(version) "."
+extern "C" __attribute__((visibility("default"), used)) const char mos_ext_cuda_interface[] =
+    MOS_EXT_INTERFACE MOS_RUNTIME(CUDART_VERSION);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from .schema import INTERFACE
 PACKAGE = Path(__file__).resolve().parent.parent
 # library name -> the torch device type whose kernels it brings
 DEVICE_OF = {"_C": "cpu", "_C_cuda": "cuda"}
+# What _C_cuda was linked with, as CUDART_VERSION has it (csrc/cuda/ops.cpp).
+RUNTIME = re.compile(rb"mos_ext interface \d+\. CUDA (\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,34 @@ def build_record() -> dict:
         return {}
 
 
+def _driver_version() -> int | None:
+    """1000 * major + 10 * minor of the newest CUDA that the NVIDIA driver can run; None where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+
+
+def _driver_problem(name: str, content: bytes) -> str | None:
+    """Why the driver cannot serve the CUDA runtime inside a library: every call of it would fail.
+
+    A driver serves runtimes of its major version, newer ones too (NVIDIA: "minor version compatibility"), and older.
+    """
+    built, driver = RUNTIME.search(content), _driver_version()
+    if built is None or driver is None:
+        return None
+    runtime = int(built[1])
+    if driver // 1000 >= runtime // 1000:
+        return None
+    texts = [f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver)]
+    return (
+        f"built with CUDA {texts[0]}, for which the NVIDIA driver here, of CUDA {texts[1]}, is too old: update the "
+        f"driver, or build {name} with CUDA {driver // 1000}"
+    )
+
+
 def _load(name: str) -> Library:
     path = PACKAGE / f"{name}.so"
     if os.environ.get("MOS_EXT_DISABLE_NATIVE") == "1":
@@ -53,10 +84,13 @@ def _load(name: str) -> Library:
         )
     if DEVICE_OF[name] == "cuda" and torch.version.cuda is None:
         return Library(name, path, "built, but the installed torch is a CPU build")
-    if b"mos_ext interface %d." % INTERFACE not in path.read_bytes():
+    content = path.read_bytes()
+    if b"mos_ext interface %d." % INTERFACE not in content:
         return Library(
             name, path, f"{path.name} is damaged or was built for another version of mos_ext: build it again"
         )
+    if DEVICE_OF[name] == "cuda" and (problem := _driver_problem(name, content)):
+        return Library(name, path, problem)
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#define CUDART_VERSION 0
+
 #define __host__
 #define __device__
 #define __global__
