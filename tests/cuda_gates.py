@@ -2,7 +2,7 @@
 
     python tests/cuda_gates.py LIBRARY [--write csrc/cuda/RESOURCES.md]
 
-For every architecture: no kernel spills registers or keeps a stack, every block fits, 16-bit and TF32 products are done
+Every GPU from compute capability 8.0 finds code that it can run. For every architecture: no kernel spills registers or keeps a stack, every block fits, 16-bit and TF32 products are done
 by tensor cores and the others are not, activations travel 16 bytes at a time. Prints registers, shared memory and
 blocks per multiprocessor of every kernel. Reads the library with cuobjdump, of the CUDA toolkit or from PyPI
 (nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
@@ -31,6 +31,10 @@ LIMITS = {
     "sm_100": (228, 2048, 32),
     "sm_120": (100, 1536, 24),
 }
+# Compute capabilities from 8.0 that nvcc 13.0 knows. Jetsons run real code of their own or translated PTX, but no real code
+# of another GPU: CUDA programming guide, "Binary compatibility".
+CAPABILITIES = (80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
+JETSONS = (87, 110)
 REGISTERS = 65536  # of a multiprocessor, everywhere; a warp takes them in units of 256
 RESERVED = 1024  # bytes of shared memory that every block costs beyond its own
 THREADS = {"shrink": 128, "expand": 128, "backward": 128, "scatter_add": 128, "sum": 256, "gather_concat": 256}
@@ -74,6 +78,19 @@ def short_name(text):
     ranks = int(re.sub(r"\(int\)", "", parts[1])) if kernel != "expand" else None
     which = [] if kernel != "backward" else ["x pass" if flags[0] else "dy pass"]
     return kernel, ARITHMETIC[parts[0]][0], ranks, " ".join([*which, "whole" if flags[-1] else "any"])
+
+
+def has_code(capability, real, ptx):
+    """Whether a GPU can run one of these images: real code of its major version and no newer minor one, or older PTX."""
+    others = () if capability in JETSONS else real
+    older = any(cc // 10 == capability // 10 and cc <= capability for cc in others)
+    return capability in real or older or any(cc <= capability for cc in ptx)
+
+
+def images(library):
+    """The compute capabilities that a library has real code and PTX for."""
+    listed = (dump(library, option) for option in ("--list-elf", "--list-ptx"))
+    return [{int(cc) for cc in re.findall(r"\bsm_(\d+)\.(?:cubin|ptx)", text)} for text in listed]
 
 
 def resources(library):
@@ -131,6 +148,10 @@ def blocks_per_multiprocessor(architecture, registers, shared, threads):
 
 def problems(library):
     """Every broken rule, in a sentence."""
+    real, ptx = images(library)
+    for capability in CAPABILITIES:
+        if not has_code(capability, real, ptx):
+            yield f"no code for compute capability {capability / 10}: real code is of {sorted(real)}, PTX of {sorted(ptx)}"
     used = resources(library)
     for architecture in ARCHITECTURES:
         kernels = {name: use for (arch, name), use in used.items() if arch == architecture}

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import cuda_gates
 import pytest
 
 import mos_ext
@@ -288,6 +290,27 @@ def test_without_torch(tree, tmp_path, command):
         "mos_ext needs torch to build its native libraries: run `pip install torch` and then `pip install --no-build-isolation .`"
         in text
     )
+
+
+def test_every_gpu_finds_code_that_it_can_run():
+    """Those that the gates know and those that this machine's nvcc knows, from the oldest that the kernels are for."""
+    entries = re.search(r'CUDA_ARCHITECTURES = "(.+)"', (ROOT / "setup.py").read_text()).group(1).split(";")
+    number = {entry: int(entry.removesuffix("+PTX").replace(".", "")) for entry in entries}
+    real, ptx = set(number.values()), {number[entry] for entry in entries if entry.endswith("+PTX")}
+    known = set(cuda_gates.CAPABILITIES)
+    if nvcc := shutil.which("nvcc"):
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+        known |= {cc for cc in map(int, re.findall(r"compute_(\d+)\b", listed)) if cc >= min(real)}
+    assert [cc for cc in sorted(known) if not cuda_gates.has_code(cc, real, ptx)] == []
+
+
+def test_what_code_a_gpu_can_run():
+    assert cuda_gates.has_code(103, {100}, ())
+    assert not cuda_gates.has_code(100, {103}, ())
+    assert not cuda_gates.has_code(87, {80, 86}, ())
+    assert cuda_gates.has_code(87, {87}, ())
+    assert cuda_gates.has_code(110, {100}, {100})
+    assert not cuda_gates.has_code(110, {100, 120}, {120})
 
 
 def test_unknown_mode(tree):

@@ -157,8 +157,8 @@ def test_nothing_but_kernels_is_exported():
 
 def test_architectures_are_the_same_everywhere():
     """What setup.py compiles for is what the gates look at, and what the oldest GPU with kernels is taken to be."""
-    text = re.search(r'CUDA_ARCHITECTURES = "([\d.;]+)\+PTX"', (ROOT / "setup.py").read_text()).group(1)
-    compiled = [tuple(map(int, number.split("."))) for number in text.split(";")]
+    text = re.search(r'CUDA_ARCHITECTURES = "(.+)"', (ROOT / "setup.py").read_text()).group(1)
+    compiled = [tuple(map(int, number.split("."))) for number in text.replace("+PTX", "").split(";")]
     assert min(compiled) == CUDA_CAPABILITY
     gates = (ROOT / "tests" / "cuda_gates.py").read_text()
     checked = re.findall(r'"sm_(\d+)"', re.search(r"ARCHITECTURES = \((.*?)\)", gates).group(1))
