@@ -133,7 +133,7 @@ def loads_in_flight(ops):
 def shared_bytes(kernel, arithmetic, ranks):
     if kernel not in LOW_RANK:
         return 0
-    library = ctypes.CDLL(str(emulator.build("plain")))
+    library = ctypes.CDLL(str(emulator.build_geometry()))
     size = dict(ARITHMETIC.values())[arithmetic]
     return library.mos_shared_bytes(LOW_RANK.index(kernel), size, ranks or 0)
 

@@ -1,6 +1,5 @@
 // The kernels' host functions (csrc/cuda/launch.h) with C linkage, for kernels.py. Views travel as pointers to the
 // structs of csrc/common/params.h and launch.h, which kernels.py mirrors.
-#include "../../csrc/cuda/heuristics.h"
 #include "../../csrc/cuda/launch.h"
 
 using namespace mos;
@@ -53,31 +52,6 @@ int mos_gather_concat(const Factor* factor, const Matrix* out) { return launch_g
 int mos_scatter_add(const FactorGradient* modules, int count, const Matrix* pool_grad) {
   return launch_scatter_add(modules, count, *pool_grad, nullptr);
 }
-
-// Geometry, for the tests of heuristics.h.
-void mos_shrink_geometry(int64_t rows, int64_t cols, int64_t rank, int size, int64_t* out) {
-  const ShrinkGeometry g = shrink_geometry(rows, cols, rank, size);
-  const int64_t all[] = {g.ranks, g.row_tiles, g.columns.count, g.columns.tiles, g.rank_blocks};
-  for (int i = 0; i < 5; ++i) out[i] = all[i];
-}
-void mos_expand_geometry(int64_t rows, int64_t cols, int64_t rank, int size, int64_t* out) {
-  const ExpandGeometry g = expand_geometry(rows, cols, rank, size);
-  const int64_t all[] = {g.ranks, g.column_tiles, g.column_blocks, g.rows.count, g.rows.tiles};
-  for (int i = 0; i < 5; ++i) out[i] = all[i];
-}
-void mos_backward_geometry(int64_t rows, int64_t cols, int64_t rank, int size, int64_t* out) {
-  const BackwardGeometry g = backward_geometry(rows, cols, rank, size);
-  const int64_t all[] = {g.ranks, g.column_blocks, g.rows.count, g.rows.tiles, g.rank_blocks};
-  for (int i = 0; i < 5; ++i) out[i] = all[i];
-}
-// The most shared memory of a kernel's blocks: of shrink with a float pool, of expand with all its column tiles.
-int mos_shared_bytes(int kernel, int size, int ranks) {
-  return kernel == 0   ? shrink_shared(size, ranks, shrink_factor_group(size, size > 4 ? size : 4))
-         : kernel == 1 ? expand_shared(size, wide_ranks(size), max_expand_tiles(size))
-                       : backward_shared(size, ranks);
-}
-uint32_t mos_divide(uint32_t n, uint32_t d) { return divide(n, divider(d)); }
-int mos_sum_first(int64_t planes, int64_t readers, int64_t elements) { return sum_first(planes, readers, elements); }
 
 // What the last launch was: grid x, y, z, threads, bytes of shared memory; returns "kernel arithmetic"'s two halves.
 const char* mos_last_kernel(int64_t* out) {

@@ -128,9 +128,15 @@ def build_library(sources, target, flavour="plain"):
 
 
 def build(flavour="plain"):
-    """The library of every kernel of csrc/cuda, with bindings.cpp."""
+    """The library of every kernel of csrc/cuda, with bindings.cpp and geometry.cpp."""
     kernels = [*sorted(CUDA.glob("*.cu")), CUDA / "launch.cpp"]
-    return build_library([HERE / "bindings.cpp", *kernels], OUTPUT / f"{flavour}.so", flavour)
+    bindings = [HERE / "bindings.cpp", HERE / "geometry.cpp"]
+    return build_library([*bindings, *kernels], OUTPUT / f"{flavour}.so", flavour)
+
+
+def build_geometry():
+    """The library of geometry.cpp alone, which needs neither the emulator nor a kernel."""
+    return _link(OUTPUT / "geometry.so", [HERE / "geometry.cpp"], "plain", shared=True)
 
 
 def build_operators():

@@ -329,7 +329,8 @@ EQUIVALENT = {
 
 # ---------------------------------------------------------------------------------------------- builds
 
-UNITS = ["tests/cuda_emulator/emulator.cpp", "tests/cuda_emulator/bindings.cpp", "csrc/cuda/launch.cpp"]
+UNITS = [f"tests/cuda_emulator/{name}.cpp" for name in ("emulator", "bindings", "geometry")]
+UNITS += ["csrc/cuda/launch.cpp"]
 UNITS += [f"csrc/cuda/{path.name}" for path in sorted(emulator.CUDA.glob("*.cu"))]
 
 
