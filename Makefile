@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources mutants bench quality gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources mutants bench kernel-model quality gpu-report native wheel clean
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make cuda-resources    check-cuda, and keep its table of registers and occupancy"
 	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
 	@echo "make bench       what MoS costs on this CPU, beside PEFT: CSV, tables and plots in build/bench (at most 8 minutes)"
+	@echo "make kernel-model   what the CUDA kernels of a layer should take, by a model; ARGS=\"--rows 2048 --rank 64\", or --table"
 	@echo "make quality     the paper in miniature: MoS, its ablations, LoRA, VeRA, VB-LoRA; report in build/quality (at most 15 minutes)"
 	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
 	@echo "make wheel       sdist and wheel in dist/"
@@ -84,6 +85,9 @@ mutants: $(READY)
 # OUT=dir puts the results elsewhere; ARGS="--grid all" measures everything. See benchmarks/README.md.
 bench: native
 	$(BIN)/python -m benchmarks $(or $(OUT),build/bench) $(ARGS)
+
+kernel-model: $(READY)
+	@$(BIN)/python -m benchmarks.kernel_model $(ARGS)
 
 # Resumable: run again to go on. See benchmarks/quality/README.md.
 quality: native

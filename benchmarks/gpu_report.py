@@ -36,7 +36,8 @@ GRACE = 10  # a program that is told to stop may take this long
 # Tests that a GPU adds nothing to: they use the CPU alone, and CI runs them.
 NOT_HERE = (
     *("test_benchmarks.py", "test_build.py", "test_cuda_emulator.py", "test_cuda_kernels.py", "test_distributed.py"),
-    *("test_gpu_report.py", "test_memory.py", "test_peft.py", "test_quantized.py", "test_readme.py"),
+    *("test_gpu_report.py", "test_kernel_model.py", "test_memory.py", "test_peft.py", "test_quantized.py"),
+    "test_readme.py",
 )
 # What a file imports that a machine with a GPU may not have: it is left out then, and the report says why.
 NEEDS = {"test_training.py": ("accelerate", "datasets", "trl", "mos_ext.integrations.peft")}
