@@ -1,5 +1,6 @@
 """Installing: every way of building, and every way in which a build or a library can fail, each in a fresh copy of the sources."""
 
+import ctypes
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import cuda_gates
 import pytest
 
 import mos_ext
+from mos_ext.ops import loader
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = [
@@ -362,59 +364,65 @@ def test_fallback(tmp_path, library, reason):
     assert "self-test      passed" in text
 
 
-@pytest.fixture
-def beside_a_driver(tmp_path):
-    """A CUDA build of torch with a GPU, as far as loading is concerned; _C_cuda.so, built with CUDA 13.1, without kernels; and
-    a driver that answers as it is told. Gives the import's warnings and the report."""
+def stand_in_driver(folder, answer):
+    """A libcuda.so.1 that answers so when it is asked for its version."""
+    source = f"int cuDriverGetVersion(int* version) {{ {answer} }}"
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", folder / "libcuda.so.1"]
+    subprocess.run(command, input=source, text=True, check=True)
+    return folder / "libcuda.so.1"
+
+
+BUILT_WITH_13_1 = b"mos_ext interface 2. CUDA 13010. but no library"
+
+
+def test_a_driver_older_than_the_runtime_that_is_linked_in(tmp_path):
+    """One sentence wherever it is asked for, and plain PyTorch, instead of an error at every call."""
     site = copied_package(tmp_path, lambda good: good)
-    package = site / "mos_ext"
-    (package / "_C_cuda.so").write_bytes(b"mos_ext interface 2. CUDA 13010. but no library")
+    (site / "mos_ext" / "_C_cuda.so").write_bytes(BUILT_WITH_13_1)
     machine = site / "machine"
     machine.mkdir()
     lines = ["import torch", "torch.version.cuda = '12.8'", "torch.cuda.device_count = lambda: 1"]
     (machine / "sitecustomize.py").write_text("\n".join(lines))
-
-    def ask(answer):
-        driver = machine / "libcuda.so.1"
-        if answer is None:
-            driver.write_bytes(b"")
-        else:
-            source = f"int cuDriverGetVersion(int* version) {{ {answer} }}"
-            subprocess.run(
-                ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", driver], input=source, text=True, check=True
-            )
-        env = {"PYTHONPATH": machine, "LD_LIBRARY_PATH": machine}
-        return import_warnings(site, **env), report(site, **env)[1]
-
-    return ask
-
-
-def test_a_driver_older_than_the_runtime_that_is_linked_in(beside_a_driver):
-    """One sentence wherever it is asked for, and plain PyTorch, instead of an error at every call."""
-    warned, text = beside_a_driver("*version = 12080; return 0;")
+    stand_in_driver(machine, "*version = 12080; return 0;")
+    environment = {"PYTHONPATH": machine, "LD_LIBRARY_PATH": machine}
     why = (
         "_C_cuda: built with CUDA 13.1, for which the NVIDIA driver here, of CUDA 12.8, is too old: update the driver, or "
         "build _C_cuda with CUDA 12"
     )
-    assert [w.partition("Warning: ")[2] for w in warned] == [
+    (warned,) = import_warnings(site, **environment)
+    assert warned.partition("Warning: ")[2] == (
         f"mos_ext runs plain PyTorch on cuda ({why}). Mend that and install again, or choose it with MOS_EXT_BUILD=python; "
         "`python -m mos_ext` shows what serves what."
-    ]
+    )
+    _, text = report(site, **environment)
     assert f"_C_cuda        {why.removeprefix('_C_cuda: ')}" in text
     assert f"cuda python    all operators: {why}" in text
     assert "self-test      passed" in text
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["*version = 13000; return 0;", "*version = 14020; return 0;", "return 100;", None],
-    ids=["of the same major version", "newer", "cannot say", "none"],
+    ("answer", "content", "problem"),
+    [
+        (
+            "*version = 12090; return 0;",
+            BUILT_WITH_13_1,
+            "built with CUDA 13.1, for which the NVIDIA driver here, of CUDA 12.9,",
+        ),
+        ("*version = 13000; return 0;", BUILT_WITH_13_1, None),
+        ("*version = 14020; return 0;", BUILT_WITH_13_1, None),
+        ("*version = 12090; return 0;", b"mos_ext interface 2.", None),
+        ("return 100;", BUILT_WITH_13_1, None),
+        (None, BUILT_WITH_13_1, None),
+    ],
+    ids=["older", "of the same major version", "newer", "an unknown runtime", "a driver that cannot say", "no driver"],
 )
-def test_drivers_that_serve(beside_a_driver, answer):
-    """What comes next is that the stand-in is no library."""
-    warned, _ = beside_a_driver(answer)
-    assert len(warned) == 1
-    assert "on cuda (_C_cuda: does not load: " in warned[0]
+def test_drivers_that_serve(tmp_path, monkeypatch, answer, content, problem):
+    """A machine without a driver is not at fault: whoever computes there uses the CPU."""
+    driver = tmp_path / "none" if answer is None else stand_in_driver(tmp_path, answer)
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(driver if name == "libcuda.so.1" else name))
+    found = loader._driver_problem("_C_cuda", content)
+    assert found == problem if problem is None else found.startswith(problem)
 
 
 def test_a_wrong_result_fails_the_self_test(tmp_path):
