@@ -24,13 +24,14 @@ struct BackwardParams {
   Rows<const E> in;  // dy, or x
   PlaneParams<S> s;  // S, or dS
   FactorParams factor;
-  S s_scale, out_scale, grad_scale;
+  S s_scale, out_scale;
   S* projected;  // planes of dS
   S* grad;       // planes of dF
   Rows<E> dx;
   bool write_dx, accumulate;
   const int64_t* seed;
   uint32_t threshold;
+  int32_t column_tiles;  // of a block
   int64_t row_tiles, row_tiles_of_part;
 };
 
@@ -41,63 +42,43 @@ struct BackwardShared {
   static constexpr int kInPitch = pitch_of(kCols, kSize), kInBytes = kTileRows * kInPitch;
   static constexpr int kFactorPitch = pitch_of(kTiles * kCols, kSize), kSPitch = pitch_of(kRanks, kSize);
   static constexpr int kFactorAt = backward_stages(kSize) * kInBytes, kSAt = kFactorAt + kRanks * kFactorPitch;
-  static constexpr int kKeepAt = kSAt + kTileRows * kSPitch, kBytes = kKeepAt + kTileRows * kCols / kGroup;
+  static constexpr int kMasksAt = kSAt + kTileRows * kSPitch, kBytes = kMasksAt + mask_bytes(kCols);
   static_assert(kBytes == backward_shared(kSize, kRanks));
 };
 
-// dx of one tile over the warp's 16 rows of it in shared memory: ds F, times scale, plus what is there.
-template <class M, int kRanks, class Finish>
-MOS_DEVICE void multiply_tile(const SharedMatrix<typename M::E>& tile, const SharedMatrix<typename M::E>& s,
-                              const SharedMatrix<typename M::E>& factor, int first_row, int factor_col, int cols,
-                              int lane, const Finish& finish) {
-  // Fragments of tensor cores are small: all of the warp's s at once. Volatile loads are not hoisted by the compiler.
-  constexpr bool kHoist = sizeof(typename M::E) == 2;
-  typename M::A a[kHoist ? kRanks / M::kStep : 1];
-  if constexpr (kHoist) {
-#pragma unroll
-    for (int k = 0; k < kRanks; k += M::kStep) a[k / M::kStep] = M::a_rows(s, first_row, k, lane);
-  }
-#pragma unroll 2
-  for (int n = 0; n < cols; n += 16) {
-    Block<typename M::S> sums;
-    clear(sums);
-#pragma unroll(kHoist ? kRanks / M::kStep : M::kUnroll)
-    for (int k = 0; k < kRanks; k += M::kStep) {
-      if constexpr (!kHoist) a[0] = M::a_rows(s, first_row, k, lane);
-      M::multiply(sums, a[kHoist ? k / M::kStep : 0], M::b_cols(factor, k, factor_col + n, lane));
-    }
-    for_each_pair(sums, lane, [&](int r, int c, typename M::S first, typename M::S second) {
-      finish(first_row + r, n + c, tile.at(first_row + r, n + c), first, second);
-    });
-  }
-}
-
-template <class M, int kRanks, bool kXPass, bool kWhole>
+template <class M, int kRanks, bool kXPass, Variant kVariant>
 __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
     backward_kernel(const __grid_constant__ BackwardParams<typename M::E, typename M::S> p) {
   using E = typename M::E;
   using S = typename M::S;
   using Shared = BackwardShared<E, kRanks>;
-  constexpr int kCols = Shared::kCols, kTiles = Shared::kTiles, kGroups = kCols / kGroup;
-  constexpr int kStages = backward_stages(sizeof(E)), kAhead = kStages - 1;
-  constexpr int kOwn = kWarpRows * kGroups / kWarp, kRankBlocks = kRanks / 16;
+  constexpr int kCols = Shared::kCols, kTiles = Shared::kTiles;
+  constexpr int kStages = backward_stages(sizeof(E)), kAhead = kStages - 1, kRankBlocks = kRanks / 16;
   constexpr int kWarpCols = kCols / kWarps, kGradBlocks = kWarpCols / 16;
+  using Own = Share<kWarpRows, kCols / kGroup>;
   MOS_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, first_row = warp * kWarpRows;
-  const int64_t col0 = blockIdx.x * static_cast<int64_t>(kTiles * kCols);
+  const Own own(first_row, lane);
+  const int64_t col0 = blockIdx.x * (static_cast<int64_t>(p.column_tiles) * kCols);
   const int64_t tile0 = blockIdx.y * p.row_tiles_of_part, tile_end = min64(tile0 + p.row_tiles_of_part, p.row_tiles);
   const int rank0 = blockIdx.z * kRanks;
-  const SharedMatrix<E> factor = shared_matrix<E>(shared + Shared::kFactorAt, Shared::kFactorPitch);
-  const SharedMatrix<E> s = shared_matrix<E>(shared + Shared::kSAt, Shared::kSPitch);
-  unsigned char* keep = shared + Shared::kKeepAt;
+  const SharedMatrix<E> factor{shared + Shared::kFactorAt, Shared::kFactorPitch};
+  const SharedMatrix<E> s{shared + Shared::kSAt, Shared::kSPitch};
+  uint32_t* masks = reinterpret_cast<uint32_t*>(shared + Shared::kMasksAt);
+  const bool write_dx = kXPass && ((kVariant & kWhole) || p.write_dx);
+  const bool drops = kXPass && does<kVariant, kDropout>(p.threshold != 0);
+  const bool accumulate = does<kVariant, kAccumulate>(p.accumulate);
 
-  const auto load = [&](int stage, int64_t row_tile, int column_tile) {
-    const SharedMatrix<E> tile = shared_matrix<E>(shared + stage * Shared::kInBytes, Shared::kInPitch);
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      const int i = j * kWarp + lane, row = first_row + i / kGroups, col = i % kGroups * kGroup;
-      load_group<kWhole>(tile.at(row, col), p.in, row_tile * kTileRows + row, col0 + column_tile * kCols + col);
+  // Tiles are visited row by row; loads run kAhead tiles ahead.
+  int64_t row_ahead = tile0;
+  int tile_ahead = 0;
+  const auto load_next = [&](int stage) {
+    if (row_ahead < tile_end) {
+      const SharedMatrix<E> tile{shared + stage * Shared::kInBytes, Shared::kInPitch};
+      load_share<kVariant>(tile, own, p.in, row_ahead * kTileRows, col0 + tile_ahead * kCols);
     }
+    cp_async_commit();
+    if (++tile_ahead == p.column_tiles) tile_ahead = 0, ++row_ahead;
   };
 
   Block<S> grad[kTiles][kRankBlocks][kGradBlocks];
@@ -110,45 +91,36 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
     }
   }
 
-  // Tiles are visited row by row; `load` runs kAhead tiles ahead.
+  // In the dy pass, everything may be the work of the launch before, which need not be ours. In the x pass only dS is,
+  // and what is in dx already is as old as x.
+  if (!kXPass) wait_for_launch_before();
 #pragma unroll
-  for (int t = 0; t < kAhead; ++t) {
-    if (tile0 + t / kTiles < tile_end) load(t, tile0 + t / kTiles, t % kTiles);
-    cp_async_commit();
-  }
-  load_factor<kWhole>(factor, p.factor, rank0, kRanks, col0, kTiles * kCols);
+  for (int stage = 0; stage < kAhead; ++stage) load_next(stage);
+  load_factor<kVariant>(factor, p.factor, rank0, kRanks, col0, p.column_tiles * kCols);
+  if (kXPass) wait_for_launch_before();
+  let_next_launch_start();
+  const DropoutRule rule(p.seed, drops ? p.threshold : 0);
   int stage = 0;
   for (int64_t row_tile = tile0; row_tile < tile_end; ++row_tile) {
     const int64_t row0 = row_tile * kTileRows;
     __syncthreads();  // nobody needs s of the tile before any more
-    load_sums<4>(s, p.s, row0, first_row, kWarpRows, rank0, kRanks, p.s_scale, static_cast<S*>(nullptr), lane, kWarp);
+    load_sums<kVariant, kWarpRows, kRanks, kWarp>(s, p.s, row0, first_row, rank0, p.s_scale, static_cast<S*>(nullptr),
+                                                  lane);
     Block<S> projected[kXPass ? 1 : kRankBlocks];
     if constexpr (!kXPass) {
 #pragma unroll
-      for (int n = 0; n < kRankBlocks; ++n) clear(projected[n]);
+      for (auto& block : projected) clear(block);
     }
 
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const SharedMatrix<E> tile = shared_matrix<E>(shared + stage * Shared::kInBytes, Shared::kInPitch);
+      if (t >= p.column_tiles) break;
+      const SharedMatrix<E> tile{shared + stage * Shared::kInBytes, Shared::kInPitch};
       const int64_t tile_col = col0 + t * kCols;
       cp_async_wait<kAhead - 1>();
-      if (kXPass && p.threshold) {
-#pragma unroll 1
-        for (int j = 0; j < kOwn; ++j) {
-          const int i = j * kWarp + lane, row = first_row + i / kGroups, group = i % kGroups;
-          const KeepMask mask = keep_mask(p.seed, p.threshold, row0 + row, tile_col + group * kGroup);
-          drop_group(tile.at(row, group * kGroup), mask);
-          keep[row * kGroups + group] = static_cast<unsigned char>(mask.bits());
-        }
-      }
+      if (drops) drop_share<kVariant>(tile, own, rule, row0, tile_col, masks);
       __syncthreads();  // the tile and s are complete, and the stage of the tile before is free
-      {
-        const int64_t row_ahead = row_tile + (t + kAhead) / kTiles;
-        const int stage_ahead = stage == 0 ? kStages - 1 : stage - 1;
-        if (row_ahead < tile_end) load(stage_ahead, row_ahead, (t + kAhead) % kTiles);
-        cp_async_commit();
-      }
+      load_next(stage == 0 ? kStages - 1 : stage - 1);
 
       if constexpr (!kXPass) {
 #pragma unroll M::kUnroll
@@ -173,43 +145,26 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
         }
       }
 
-      if (kXPass && p.write_dx) {
+      if (write_dx) {
         __syncthreads();  // nobody reads x of this tile any more: each warp writes dx over its rows
-        if (p.accumulate) {
-#pragma unroll 1
-          for (int j = 0; j < kOwn; ++j) {
-            const int i = j * kWarp + lane, row = first_row + i / kGroups, col = i % kGroups * kGroup;
-            const int64_t at = tile_col + col;
-            if (row0 + row < p.dx.rows && at < p.dx.cols) {
-              copy_group<kWhole>(tile.at(row, col), p.dx.at(row0 + row, at), p.dx.aligned, p.dx.cols - at);
-            }
-          }
+        if (accumulate) {
+          fetch_share<kVariant, kRanks == 64 ? 2 : 4>(tile, own, p.dx, row0, tile_col);
           __syncwarp();
         }
-        const auto finish = [&](int row, int col, E* target, S first, S second) {
-          first *= p.out_scale;
-          second *= p.out_scale;
-          if (p.threshold) {
-            const unsigned kept = keep[row * kGroups + col / kGroup] >> col % kGroup;
-            first = kept & 1 ? first : S(0);
-            second = kept & 2 ? second : S(0);
-          }
-          if (p.accumulate) {
-            first += to_sum(target[0]);
-            second += to_sum(target[1]);
-          }
-          store_pair(target, first, second);
-        };
-        multiply_tile<M, kRanks>(tile, s, factor, first_row, t * kCols, kCols, lane, finish);
-        __syncwarp();
-#pragma unroll 4
-        for (int j = 0; j < kOwn; ++j) {
-          const int i = j * kWarp + lane, row = first_row + i / kGroups, col = i % kGroups * kGroup;
-          const int64_t at = tile_col + col;
-          if (row0 + row < p.dx.rows && at < p.dx.cols) {
-            copy_group<kWhole>(p.dx.at(row0 + row, at), tile.at(row, col), p.dx.aligned, p.dx.cols - at);
-          }
+        RowsOf<M, kRanks> a;
+        a.load(s, first_row, lane);
+        constexpr int kAtOnce = 2;  // blocks of 16 columns; more, or more unrolled, and registers spill
+#pragma unroll(sizeof(E) == 2 && kRanks == 16 ? 2 : 1)
+        for (int col = 0; col < kCols; col += 16 * kAtOnce) {
+          Block<S> sums[kAtOnce];
+#pragma unroll
+          for (auto& block : sums) clear(block);
+          multiply_columns<M, kRanks>(sums, a, s, factor, first_row, t * kCols + col, lane);
+          write_columns<kAtOnce, E, S>(sums, tile, first_row, col, lane, accumulate, nullptr);
         }
+        __syncwarp();
+        store_share<kVariant>(p.dx, row0, tile_col, tile, own, drops ? masks : nullptr, accumulate);
+        __syncwarp();
       }
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
@@ -218,8 +173,8 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
       S* plane = p.projected + static_cast<int64_t>(blockIdx.x) * p.in.rows * p.factor.rank;
 #pragma unroll
       for (int n = 0; n < kRankBlocks; ++n) {
-        const int rank = rank0 + n * 16;
-        store_block(projected[n], plane, p.in.rows, p.factor.rank, row0 + first_row, rank, p.out_scale, lane);
+        store_block<kVariant>(projected[n], plane, p.in.rows, p.factor.rank, row0 + first_row, rank0 + n * 16,
+                              p.out_scale, lane);
       }
     }
   }
@@ -227,50 +182,41 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
   S* plane = p.grad + static_cast<int64_t>(blockIdx.y) * p.factor.rank * p.in.cols;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
+    if (t >= p.column_tiles) break;
 #pragma unroll
     for (int m = 0; m < kRankBlocks; ++m) {
 #pragma unroll
       for (int n = 0; n < kGradBlocks; ++n) {
         const int64_t col = col0 + t * kCols + warp * kWarpCols + n * 16;
-        store_block(grad[t][m][n], plane, p.factor.rank, p.in.cols, rank0 + m * 16, col, p.grad_scale, lane);
+        store_block<kVariant>(grad[t][m][n], plane, p.factor.rank, p.in.cols, rank0 + m * 16, col, S(1), lane);
       }
     }
   }
 }
 
-template <class M, int kRanks, bool kXPass>
+template <class M, int kRanks, bool kXPass, const auto& kVariants>
 cudaError_t backward_as(const Matrix& in, const ConstPlanes& s, const Factor& factor, double scale,
                         const DeviceDropout& dropout, const Planes* projected, const Matrix* dx, bool accumulate,
-                        const Planes& grad, cudaStream_t stream) {
+                        const Planes& grad, bool early, cudaStream_t stream) {
   using E = typename M::E;
   using S = typename M::S;
   const BackwardGeometry g = backward_geometry(in.rows, in.cols, factor.rank, sizeof(E));
-  const S kept = static_cast<S>(keep_scale(dropout));
-  const BackwardParams<E, S> params{rows_of<const E>(in),
-                                    plane_params<S>(s),
-                                    factor_params(factor),
-                                    static_cast<S>(kXPass ? 1.0 : scale),
-                                    kXPass ? kept : static_cast<S>(scale),
-                                    kXPass ? kept : S(1),
-                                    projected ? static_cast<S*>(projected->data) : nullptr,
-                                    static_cast<S*>(grad.data),
-                                    dx ? rows_of<E>(*dx) : Rows<E>{},
-                                    dx != nullptr,
-                                    accumulate,
-                                    dropout.seed,
-                                    dropout.threshold,
-                                    ceil_div(in.rows, kTileRows),
-                                    g.rows.tiles};
+  const BackwardParams<E, S> params{rows_of<const E>(in), plane_params<S>(s), factor_params(factor),
+                                    // Of kept elements, in the x pass: both its products are of s.
+                                    static_cast<S>(kXPass ? keep_scale(dropout) : scale), static_cast<S>(scale),
+                                    projected ? static_cast<S*>(projected->data) : nullptr, static_cast<S*>(grad.data),
+                                    dx ? rows_of<E>(*dx) : Rows<E>{}, dx != nullptr, accumulate, dropout.seed,
+                                    dropout.threshold, g.column_tiles, ceil_div(in.rows, kTileRows), g.rows.tiles};
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count),
                   static_cast<unsigned>(g.rank_blocks));
-  const char* name = kXPass ? "shrink_backward" : "expand_backward";
   constexpr size_t kBytes = BackwardShared<E, kRanks>::kBytes;
-  if constexpr (M::kWholeVariant) {
-    if (params.in.whole() && params.factor.aligned && (!dx || params.dx.aligned)) {
-      return launch(name, M::kName, backward_kernel<M, kRanks, kXPass, true>, grid, kThreads, kBytes, stream, params);
-    }
-  }
-  return launch(name, M::kName, backward_kernel<M, kRanks, kXPass, false>, grid, kThreads, kBytes, stream, params);
+  const bool whole = M::kWholeVariant && params.in.whole() && params.factor.whole() && params.s.aligned &&
+                     (!kXPass || (dx && params.dx.whole()));
+  return with_variant<M, kVariants>(variant_of(whole, dropout.threshold != 0, accumulate), [&](auto variant) {
+    return launch<backward_kernel<M, kRanks, kXPass, decltype(variant)::value>>(
+        kXPass ? "shrink_backward" : "expand_backward", M::kName, grid, kThreads, SharedBytes{kBytes, kBytes}, early,
+        stream, params);
+  });
 }
 
 bool wanted(const Matrix& in, const Factor& factor, const Planes* projected, const Planes& grad) {
@@ -290,8 +236,9 @@ cudaError_t launch_expand_backward(const Matrix& dy, const ConstPlanes& s, const
   if (factor.rank == 0) return cudaSuccess;
   if (!wanted(dy, factor, &ds, factor_grad) || !representable(factor)) return cudaErrorInvalidValue;
   return with_arithmetic(dy.dtype, float32, factor.rank, [&](auto arithmetic, auto ranks) {
-    return backward_as<decltype(arithmetic), decltype(ranks)::value, false>(dy, s, factor, scale, {nullptr, 0}, &ds,
-                                                                            nullptr, false, factor_grad, stream);
+    // It waits before it reads anything, so it may follow whatever comes before.
+    return backward_as<decltype(arithmetic), decltype(ranks)::value, false, kDyPassVariants>(
+        dy, s, factor, scale, {nullptr, 0}, &ds, nullptr, false, factor_grad, /*early=*/true, stream);
   });
 }
 
@@ -303,14 +250,14 @@ int64_t shrink_backward_fused_rank(DType dtype) { return wide_ranks(size_of(dtyp
 
 cudaError_t launch_shrink_backward(const Matrix& x, const ConstPlanes& ds, const Factor& factor,
                                    const DeviceDropout& dropout, const Matrix& dx, bool accumulate,
-                                   const Planes& factor_grad, Float32 float32, cudaStream_t stream) {
+                                   const Planes& factor_grad, bool early, Float32 float32, cudaStream_t stream) {
   if (x.cols == 0) return cudaSuccess;
   if (!wanted(x, factor, nullptr, factor_grad) || !representable(factor)) return cudaErrorInvalidValue;
   const bool fused = factor.rank > 0 && factor.rank <= shrink_backward_fused_rank(x.dtype);
   const cudaError_t error =
       factor.rank == 0 ? cudaSuccess : with_arithmetic(x.dtype, float32, factor.rank, [&](auto arithmetic, auto ranks) {
-        return backward_as<decltype(arithmetic), decltype(ranks)::value, true>(
-            x, ds, factor, 1.0, dropout, nullptr, fused ? &dx : nullptr, accumulate, factor_grad, stream);
+        return backward_as<decltype(arithmetic), decltype(ranks)::value, true, kXPassVariants>(
+            x, ds, factor, 1.0, dropout, nullptr, fused ? &dx : nullptr, accumulate, factor_grad, early, stream);
       });
   if (error != cudaSuccess || fused) return error;
   ExpandOptions options;

@@ -5,8 +5,19 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
 #include "../common/numeric.h"
 #include "launch.h"
+
+namespace mos::cuda {
+
+// Dynamic shared memory: of a launch, and the most that any launch of its kernel asks for.
+struct SharedBytes {
+  size_t bytes = 0, most = 0;
+};
+
+}  // namespace mos::cuda
 
 #if defined(__CUDACC__)
 
@@ -83,6 +94,41 @@ MOS_DEVICE uint32_t pack<f16_t>(float low, float high) {
 MOS_DEVICE float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 MOS_DEVICE float to_float(f16_t x) { return __half2float(__ushort_as_half(x.bits)); }
 
+// Of a word of two halves: the sign of each all over it.
+MOS_DEVICE uint32_t spread_signs(uint32_t x) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, 0, 0xBB99;\n" : "=r"(out) : "r"(x));
+  return out;
+}
+// Of the lower two bytes of a word, or the upper two: the sign of each all over a half.
+MOS_DEVICE uint32_t twice_signs_low(uint32_t x) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, 0, 0x9988;\n" : "=r"(out) : "r"(x));
+  return out;
+}
+MOS_DEVICE uint32_t twice_signs_high(uint32_t x) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, 0, 0xBBAA;\n" : "=r"(out) : "r"(x));
+  return out;
+}
+// Bytes 1 and 3 of two words.
+MOS_DEVICE uint32_t odd_bytes(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7531); }
+
+// Programmatic dependent launch, from compute capability 9.0 on. A kernel that was launched early (launch.h) runs
+// beside the one before it, up to here: returns when that, and what it had waited for, is complete and visible.
+MOS_DEVICE void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+// Lets the next launch start, if it was launched early, once every block of this one has come here. Only after a
+// kernel's own wait: the next one's prologue may read what any launch before this one has written.
+MOS_DEVICE void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
 // Aligned vectors of 16 bytes, global or shared.
 MOS_DEVICE uint4 load_16(const void* p) { return *static_cast<const uint4*>(p); }
 MOS_DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
@@ -90,17 +136,53 @@ MOS_DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 // Stops the kernel; the next synchronisation of the stream reports an error.
 MOS_DEVICE void trap() { __trap(); }
 
-template <class... P>
-cudaError_t start_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                         P... p) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+// What a kernel was found to be, once for each device: a bit for each of the first 64; on others it is asked every
+// time.
+struct KernelState {
+  std::atomic<uint64_t> known{0};
+  std::atomic<uint64_t> early{0};  // its code waits (wait_for_launch_before), so it may be launched early
+};
+
+// Looks at a kernel on the current device, and allows it more than the 48 KiB of shared memory that all may have.
+template <class Kernel>
+cudaError_t look_at(KernelState& state, Kernel kernel, size_t most_shared_bytes, bool& early) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  early = state.early.load(std::memory_order_relaxed) & bit;
+  if (state.known.load(std::memory_order_acquire) & bit) return cudaSuccess;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  // Not the device's capability: a new GPU may run what was compiled from the PTX of an old one, which has no wait.
+  cudaFuncAttributes attributes;
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, function)) return error;
+  early = attributes.ptxVersion >= 90;
+  if (most_shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(most_shared_bytes));
     if (error != cudaSuccess) return error;
   }
+  if (early) state.early.fetch_or(bit, std::memory_order_relaxed);
+  state.known.fetch_or(bit, std::memory_order_release);
+  return cudaSuccess;
+}
+
+template <class... P>
+cudaError_t start_kernel(KernelState& state, void (*kernel)(P...), dim3 grid, dim3 block, SharedBytes shared,
+                         bool early, cudaStream_t stream, P... p) {
+  bool able = false;
+  if (const cudaError_t error = look_at(state, kernel, shared.most, able)) return error;
+  cudaLaunchAttribute programmatic;
+  programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  programmatic.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared.bytes;
+  config.stream = stream;
+  config.attrs = &programmatic;
+  config.numAttrs = early && able ? 1 : 0;
   void* arguments[] = {&p...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes, stream);
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
 }
 
 }  // namespace mos::cuda
@@ -117,8 +199,10 @@ namespace mos::cuda {
 using emulator::cp_async_16;
 using emulator::cp_async_commit;
 using emulator::cp_async_wait;
+using emulator::KernelState;
 using emulator::ldmatrix_x4;
 using emulator::ldmatrix_x4_trans;
+using emulator::let_next_launch_start;
 using emulator::load_16;
 using emulator::mma_bf16;
 using emulator::mma_f16;
@@ -128,6 +212,7 @@ using emulator::shared_address;
 using emulator::start_kernel;
 using emulator::store_16;
 using emulator::trap;
+using emulator::wait_for_launch_before;
 
 template <class E>
 MOS_DEVICE uint32_t pack(float low, float high) {
@@ -135,6 +220,12 @@ MOS_DEVICE uint32_t pack(float low, float high) {
 }
 MOS_DEVICE float to_float(bf16_t x) { return x; }
 MOS_DEVICE float to_float(f16_t x) { return x; }
+MOS_DEVICE uint32_t spread_signs(uint32_t x) { return (x >> 15 & 0x00010001u) * 0xFFFFu; }
+MOS_DEVICE uint32_t odd_bytes(uint32_t a, uint32_t b) {
+  return (a >> 8 & 0xFFu) | (a >> 16 & 0xFF00u) | (b << 8 & 0xFF0000u) | (b & 0xFF000000u);
+}
+MOS_DEVICE uint32_t twice_signs_low(uint32_t x) { return spread_signs((x << 8 & 0x8000u) | (x << 16 & 0x80000000u)); }
+MOS_DEVICE uint32_t twice_signs_high(uint32_t x) { return twice_signs_low(x >> 16); }
 
 }  // namespace mos::cuda
 
@@ -143,11 +234,12 @@ MOS_DEVICE float to_float(f16_t x) { return x; }
 namespace mos::cuda {
 
 // Starts a kernel, and remembers what was started for the message of a failure (launch.h).
-template <class... P>
-cudaError_t launch(const char* name, const char* arithmetic, void (*kernel)(P...), dim3 grid, int threads,
-                   size_t shared_bytes, cudaStream_t stream, P... p) {
-  last_launch() = {name, arithmetic, {grid.x, grid.y, grid.z}, threads, shared_bytes};
-  return start_kernel(kernel, grid, dim3(threads), shared_bytes, stream, p...);
+template <auto kKernel, class... P>
+cudaError_t launch(const char* name, const char* arithmetic, dim3 grid, int threads, SharedBytes shared, bool early,
+                   cudaStream_t stream, P... p) {
+  static KernelState state;
+  last_launch() = {name, arithmetic, {grid.x, grid.y, grid.z}, threads, shared.bytes};
+  return start_kernel(state, kKernel, grid, dim3(threads), shared, early, stream, p...);
 }
 
 }  // namespace mos::cuda

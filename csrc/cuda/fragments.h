@@ -59,6 +59,37 @@ MOS_DEVICE void store_pair(E* target, S first, S second) {
   }
 }
 
+// Adds two neighbouring elements, read at once, to two sums.
+template <class E, class S>
+MOS_DEVICE void add_pair(const E* source, S& first, S& second) {
+  if constexpr (sizeof(E) == 2) {
+    const uint32_t both = *reinterpret_cast<const uint32_t*>(source);
+    first += to_sum(E{static_cast<uint16_t>(both)});
+    second += to_sum(E{static_cast<uint16_t>(both >> 16)});
+  } else {
+    first += to_sum(source[0]);
+    second += to_sum(source[1]);
+  }
+}
+// Four neighbouring elements, with one store where 16 bytes hold them; target is aligned to 16 bytes, or to all four.
+template <class E, class S>
+MOS_DEVICE void store_quad(E* target, S a, S b, S c, S d) {
+  if constexpr (sizeof(E) == 2) {
+    *reinterpret_cast<uint2*>(target) = {pack<E>(a, b), pack<E>(c, d)};
+  } else if constexpr (sizeof(E) == 4) {
+    store_16(target, {bit_cast<uint32_t>(a), bit_cast<uint32_t>(b), bit_cast<uint32_t>(c), bit_cast<uint32_t>(d)});
+  } else {
+    store_pair(target, a, b);
+    store_pair(target + 2, c, d);
+  }
+}
+// The same of the bits of four floats.
+template <class E>
+MOS_DEVICE void store_floats(E* target, const uint4& bits) {
+  store_quad(target, bit_cast<float>(bits.x), bit_cast<float>(bits.y), bit_cast<float>(bits.z),
+             bit_cast<float>(bits.w));
+}
+
 // Calls write(row, col, first, second) for each pair of neighbouring sums that this lane holds of a block.
 template <class S, class F>
 MOS_DEVICE void for_each_pair(const Block<S>& block, int lane, const F& write) {
@@ -71,22 +102,16 @@ MOS_DEVICE void for_each_pair(const Block<S>& block, int lane, const F& write) {
   }
 }
 
-// A matrix of E in shared memory. `group` is the distance in bytes between groups of 8 consecutive elements: 8 *
-// sizeof(E), or more where the elements were narrowed in place (shrink.cu). Pitches: heuristics.h.
+// A matrix of E in shared memory. Pitches: heuristics.h.
 template <class E>
 struct SharedMatrix {
   unsigned char* data;
   int pitch;  // bytes between rows
-  int group;
 
   MOS_DEVICE E* at(int row, int col) const {
-    return reinterpret_cast<E*>(data + row * pitch + col / 8 * group) + col % 8;
+    return reinterpret_cast<E*>(data + row * pitch + col * static_cast<int>(sizeof(E)));
   }
 };
-template <class E>
-MOS_DEVICE SharedMatrix<E> shared_matrix(unsigned char* data, int pitch) {
-  return {data, pitch, static_cast<int>(8 * sizeof(E))};
-}
 
 // 16-bit elements: mma.sync.m16n8k16 from ldmatrix.
 template <class E_>
@@ -95,7 +120,7 @@ struct TensorCore {
   using S = float;
   static constexpr const char* kName = std::is_same_v<E, bf16_t> ? "bfloat16" : "float16";
   static constexpr int kStep = 16;   // of the summed index, per multiply
-  static constexpr int kUnroll = 4;  // multiplies in a row worth their registers
+  static constexpr int kUnroll = 8;  // multiplies in a row worth their registers
   // Compile a kernel for whole vectors too: half the code. For the types that people train in.
   static constexpr bool kWholeVariant = true;
   struct A {

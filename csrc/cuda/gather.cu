@@ -116,7 +116,8 @@ cudaError_t gather_as(const Factor& f, const Matrix& out, int64_t segment_bytes,
   const int threads = threads_for(words);
   const dim3 grid(static_cast<unsigned>(min64(params.segments, 65535)),
                   static_cast<unsigned>(ceil_div(words, threads)));
-  return launch("gather_concat", "copy", gather_concat_kernel<W>, grid, threads, 0, stream, params);
+  return launch<gather_concat_kernel<W>>("gather_concat", "copy", grid, threads, SharedBytes{}, /*early=*/false, stream,
+                                         params);
 }
 
 template <class G, class S, int kColumns>
@@ -140,8 +141,9 @@ cudaError_t scatter_as(const FactorGradient* modules, int count, const Matrix& p
                           static_cast<int32_t>(m.grad.rows * m.shards_per_vector),
                           static_cast<int32_t>(m.shards_per_vector)};
     }
-    const cudaError_t error = launch("scatter_add", sizeof(S) == 4 ? "float32" : "float64",
-                                     scatter_add_kernel<G, S, kColumns>, grid, kThreads, 0, stream, params);
+    const cudaError_t error =
+        launch<scatter_add_kernel<G, S, kColumns>>("scatter_add", sizeof(S) == 4 ? "float32" : "float64", grid,
+                                                   kThreads, SharedBytes{}, /*early=*/false, stream, params);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -32,8 +32,9 @@ MOS_HOST_DEVICE constexpr int shrink_cols(int element_size, int ranks) {
   return 128 / element_size * kTileRows / shrink_rows(element_size, ranks);
 }
 constexpr int kShrinkStages = 3;
-// Planes cost expand a read each, for every block of columns.
-constexpr int64_t kMaxShrinkPlanes = 32;
+// Planes cost expand a read each, for every block of columns. Of the few rows of decoding they are small, and what
+// counts is that many multiprocessors fetch the factor.
+constexpr int64_t max_shrink_planes(int64_t rows) { return rows <= 4 ? 128 : 32; }
 // Entries of the index table that shrink keeps in shared memory; longer tables are read through L1.
 constexpr int kTableEntries = 1024;
 
@@ -82,29 +83,27 @@ inline Parts split(int64_t tiles, int64_t others, int64_t max_parts, int64_t min
 MOS_HOST_DEVICE constexpr int pitch_of(int cols, int size) { return cols * size + 16; }
 
 // Shared memory of a block, in bytes. All stay below the 99 KiB that sm_86, sm_89 and sm_120 allow.
-// shrink: stages of x and of F (as the pool stores it, or as E where that is wider), and the index table.
-constexpr int shrink_factor_group(int size, int pool_size) { return kGroup * (size > pool_size ? size : pool_size); }
-MOS_HOST_DEVICE constexpr int shrink_factor_pitch(int cols, int factor_group) {
-  return cols / kGroup * factor_group + 16;
+constexpr int max_pool_bytes(int size) { return size > 4 ? size : 4; }
+// shrink: stages of x, stages of F as a pool of `pool_size` bytes stores it, two of F as E, and the index table.
+constexpr int shrink_shared(int size, int ranks, int pool_size) {
+  const int cols = shrink_cols(size, ranks), pitch = pitch_of(cols, size);
+  return kShrinkStages * (shrink_rows(size, ranks) * pitch + ranks * cols * pool_size) + 2 * ranks * pitch +
+         kTableEntries * 4;
 }
-constexpr int shrink_shared(int size, int ranks, int factor_group) {
-  const int cols = shrink_cols(size, ranks);
-  const int x = shrink_rows(size, ranks) * pitch_of(cols, size),
-            factor = ranks * shrink_factor_pitch(cols, factor_group);
-  return kShrinkStages * (x + factor) + kTableEntries * 4;
-}
-// expand: F, s, y, the bias, and a byte of dropout decisions for each group of y.
+// A word of dropout decisions for each group of a tile.
+MOS_HOST_DEVICE constexpr int mask_bytes(int cols) { return kTileRows * cols / kGroup * 4; }
+// expand: F, s, y, the bias and masks.
 constexpr int expand_shared(int size, int ranks, int column_tiles) {
   const int columns = column_tiles * kExpandCols, sum_size = size == 8 ? 8 : 4;
-  return ranks * pitch_of(columns, size) +
-         kTileRows * (pitch_of(ranks, size) + pitch_of(kExpandCols, size) + kExpandCols / kGroup) + columns * sum_size;
+  return ranks * pitch_of(columns, size) + kTileRows * (pitch_of(ranks, size) + pitch_of(kExpandCols, size)) +
+         columns * sum_size + mask_bytes(kExpandCols);
 }
-// backward: stages of activations, F, s, and a byte of dropout decisions for each group of a tile.
+// backward: stages of activations, F, s and masks.
 constexpr int backward_shared(int size, int ranks) {
   const int cols = backward_cols(size);
   return backward_stages(size) * kTileRows * pitch_of(cols, size) +
-         ranks * pitch_of(backward_tiles(size, ranks) * cols, size) +
-         kTileRows * (pitch_of(ranks, size) + cols / kGroup);
+         ranks * pitch_of(backward_tiles(size, ranks) * cols, size) + kTileRows * pitch_of(ranks, size) +
+         mask_bytes(cols);
 }
 
 struct ShrinkGeometry {
@@ -117,17 +116,17 @@ inline ShrinkGeometry shrink_geometry(int64_t rows, int64_t cols, int64_t rank, 
   const int ranks = ranks_for(rank, element_size);
   const int64_t row_tiles = ceil_div(rows, shrink_rows(element_size, ranks)), rank_blocks = ceil_div(rank, ranks);
   const int64_t column_tiles = ceil_div(cols, shrink_cols(element_size, ranks));
-  return {ranks, row_tiles, split(column_tiles, row_tiles * rank_blocks, kMaxShrinkPlanes), rank_blocks};
+  return {ranks, row_tiles, split(column_tiles, row_tiles * rank_blocks, max_shrink_planes(rows)), rank_blocks};
 }
 
 struct ExpandGeometry {
-  int ranks;         // of one step of the sum over ranks, a multiple of 16
+  int ranks;         // of one step of the sum over ranks
   int column_tiles;  // of a block
   int64_t column_blocks;
   Parts rows;  // in tiles of kTileRows
 };
 inline ExpandGeometry expand_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
-  const int ranks = static_cast<int>(min64(wide_ranks(element_size), round_up(max64(rank, 1), 16)));
+  const int ranks = ranks_for(rank, element_size);
   const int64_t row_tiles = ceil_div(rows, kTileRows), column_tiles = ceil_div(cols, kExpandCols);
   // Wide blocks share the sums of s; but first there must be blocks for every multiprocessor. A factor of more ranks
   // than one step is read again for every tile, so there sharing is of no use.
@@ -139,17 +138,24 @@ inline ExpandGeometry expand_geometry(int64_t rows, int64_t cols, int64_t rank, 
 
 struct BackwardGeometry {
   int ranks;              // of a block
+  int column_tiles;       // of a block
   int64_t column_blocks;  // grid x: planes of dS
   Parts rows;             // grid y, in tiles of kTileRows: planes of dF
   int64_t rank_blocks;    // grid z
 };
 inline BackwardGeometry backward_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
   const int ranks = ranks_for(rank, element_size);
-  const int64_t width = backward_cols(element_size) * backward_tiles(element_size, ranks);
-  const int64_t column_blocks = max64(1, ceil_div(cols, width)), rank_blocks = ceil_div(rank, ranks);
-  const int64_t row_tiles = ceil_div(rows, kTileRows);
-  return {ranks, column_blocks, split(row_tiles, column_blocks * rank_blocks, max64(1, row_tiles), kMinBackwardTiles),
-          rank_blocks};
+  const int64_t column_tiles = max64(1, ceil_div(cols, backward_cols(element_size)));
+  const int64_t row_tiles = ceil_div(rows, kTileRows), rank_blocks = ceil_div(rank, ranks);
+  // A block as wide as its registers allow writes the fewest planes of dS and reads the fewest of S. Where that leaves
+  // multiprocessors idle, the width shrinks before the rows are cut: a plane of dS weighs rows * rank, one of dF
+  // cols * rank, and there are fewer rows.
+  int64_t width = backward_tiles(element_size, ranks);
+  const int64_t most_parts = max64(1, row_tiles / kMinBackwardTiles);
+  while (width > 1 && 2 * ceil_div(column_tiles, width) * most_parts * rank_blocks <= kTargetBlocks) width /= 2;
+  const int64_t column_blocks = ceil_div(column_tiles, width);
+  return {ranks, static_cast<int>(width), column_blocks,
+          split(row_tiles, column_blocks * rank_blocks, max64(1, row_tiles), kMinBackwardTiles), rank_blocks};
 }
 
 // Whether `planes` planes of `elements` sums are better added by a launch of their own than by each of their `readers`.

@@ -4,6 +4,10 @@
 //
 // Nothing here allocates, synchronises or reads device memory, and geometry is a function of shapes alone
 // (heuristics.h), so every launch can be captured into a CUDA graph.
+//
+// `early` launches may start while the launch before them on the stream still runs (programmatic dependent launch, from
+// compute capability 9.0 on). They wait for it before they read what it writes, but read everything else at once, so
+// that must be older: early is only what follows a launch of this file in the same operator.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -57,6 +61,7 @@ struct ExpandOptions {
   bool accumulate = false;
   DeviceDropout dropout{nullptr, 0};
   void* s_sum = nullptr;
+  bool early = false;
 };
 cudaError_t launch_expand(const ConstPlanes& s, const Factor& factor, double scale, const Matrix& y,
                           const ExpandOptions& options, Float32 float32, cudaStream_t stream);
@@ -81,7 +86,7 @@ cudaError_t launch_expand_backward(const Matrix& dy, const ConstPlanes& s, const
 int64_t shrink_backward_fused_rank(DType dtype);
 cudaError_t launch_shrink_backward(const Matrix& x, const ConstPlanes& ds, const Factor& factor,
                                    const DeviceDropout& dropout, const Matrix& dx, bool accumulate,
-                                   const Planes& factor_grad, Float32 float32, cudaStream_t stream);
+                                   const Planes& factor_grad, bool early, Float32 float32, cudaStream_t stream);
 
 // out[i] = the sum of planes, in order; up to kSums of them in one launch. `out` may be the first plane.
 constexpr int kSums = 2;
@@ -89,7 +94,7 @@ struct Sum {
   ConstPlanes planes;
   void* out;
 };
-cudaError_t launch_sum(const Sum* sums, int count, DType dtype, cudaStream_t stream);
+cudaError_t launch_sum(const Sum* sums, int count, DType dtype, bool early, cudaStream_t stream);
 
 // out (rank, cols), contiguous = the assembled factor, in the pool's dtype.
 cudaError_t launch_gather_concat(const Factor& factor, const Matrix& out, cudaStream_t stream);

@@ -88,10 +88,10 @@ struct PlanesTensor {
 };
 ConstPlanes one_plane(const Tensor& s) { return {s.const_data_ptr(), 1, s.size(0), s.size(1)}; }
 
-// A launch that adds planes, which may begin with the place of their sum.
+// A launch that adds planes, which may begin with the place of their sum. Every sum follows the launch that wrote them.
 void sum_into(void* out, const ConstPlanes& planes, DType dtype, const Launcher& to) {
   const Sum sum{planes, out};
-  check_launch(launch_sum(&sum, 1, dtype, to.stream));
+  check_launch(launch_sum(&sum, 1, dtype, /*early=*/true, to.stream));
 }
 
 // Planes that leave the kernels: their sum, (rows, cols).
@@ -126,12 +126,12 @@ ExpandBackwardResult expand_backward_into_planes(const Tensor& dy, const Tensor&
 }
 
 PlanesTensor shrink_backward_into_planes(const Tensor& x, const ConstPlanes& ds, const Factor& factor,
-                                         const DeviceDropout& dropout, const Tensor& dx, bool accumulate,
+                                         const DeviceDropout& dropout, const Tensor& dx, bool accumulate, bool early,
                                          Float32 float32, const Launcher& to) {
   const Matrix view = matrix_of(x);
   PlanesTensor grad(x, backward_planes(view, factor.rank).factor_grad, factor.rank, view.cols);
-  check_launch(launch_shrink_backward(view, ds, factor, dropout, output_matrix_of(dx), accumulate, grad.view, float32,
-                                      to.stream));
+  check_launch(launch_shrink_backward(view, ds, factor, dropout, output_matrix_of(dx), accumulate, grad.view, early,
+                                      float32, to.stream));
   return grad;
 }
 
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x,
   Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
   const PlanesTensor grad =
       shrink_backward_into_planes(x_c, one_plane(ds_c), factor.view, dropout_of(p, seed, to.device), dx,
-                                  /*accumulate=*/false, float32_of(tf32), to);
+                                  /*accumulate=*/false, /*early=*/false, float32_of(tf32), to);
   return {dx, summed(grad, to)};
 }
 
@@ -225,6 +225,7 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tenso
   std::optional<Tensor> bias_c;
   ExpandOptions options;
   options.accumulate = accumulate;
+  options.early = true;  // shrink comes before, or the sum of its planes
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->numel() == y.size(1) && bias->scalar_type() == y.scalar_type(),
                     "bias must be (columns of y,) of y's dtype");
@@ -285,14 +286,14 @@ std::tuple<Tensor, Tensor> low_rank_backward_into(const Tensor& dx, bool accumul
     sum_into(first.ds.view.data, ds, dtype_of(s_c), to);  // the sum becomes the first plane
     ds.count = 1;
   }
-  const PlanesTensor second =
-      shrink_backward_into_planes(x_c, ds, a.view, dropout_of(p, seed, to.device), dx, accumulate, float32, to);
+  const PlanesTensor second = shrink_backward_into_planes(x_c, ds, a.view, dropout_of(p, seed, to.device), dx,
+                                                          accumulate, /*early=*/true, float32, to);
   Tensor grad_a = second.result(), grad_b = first.factor_grad.result();
   Sum sums[kSums];
   int count = 0;
   if (second.view.count > 1) sums[count++] = {second.read(), grad_a.mutable_data_ptr()};
   if (first.factor_grad.view.count > 1) sums[count++] = {first.factor_grad.read(), grad_b.mutable_data_ptr()};
-  if (count) check_launch(launch_sum(sums, count, dtype_of(s_c), to.stream));
+  if (count) check_launch(launch_sum(sums, count, dtype_of(s_c), /*early=*/true, to.stream));
   return {grad_a, grad_b};
 }
 

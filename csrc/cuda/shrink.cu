@@ -3,8 +3,8 @@
 // A block owns 64 rows (128 where it has 64 ranks, so that F is read half as often), its ranks, and a range of columns;
 // its sums stay in registers until the range is done. Tiles of x and of F stream through shared memory, three stages
 // deep. Each warp copies, drops and multiplies its own rows of x, so only F makes the warps wait for each other: one
-// barrier per tile. F arrives as the pool stores it; a float pool under 16-bit activations is narrowed in place by the
-// thread that copied it, between its wait and the barrier.
+// barrier per tile. F arrives as the pool stores it; the thread that copied it converts it into one of two buffers,
+// between its wait and the barrier.
 //
 // Traffic: x once; F once per block of rows, from L2; S once per range of columns.
 #include "tiles.h"
@@ -22,86 +22,138 @@ struct ShrinkParams {
   S scale;  // of kept elements
   S* planes;
   int64_t column_tiles, tiles_of_part;
-  int32_t factor_group;  // bytes between groups of F in shared memory: room for the pool's elements and for E's
 };
 
-template <class M, int kRanks, bool kWhole>
+// Where things are in shared memory.
+template <class E, int kRanks>
+struct ShrinkShared {
+  static constexpr int kSize = sizeof(E), kRows = shrink_rows(kSize, kRanks), kCols = shrink_cols(kSize, kRanks);
+  static constexpr int kPitch = pitch_of(kCols, kSize), kXBytes = kRows * kPitch, kFactorBytes = kRanks * kPitch;
+  static constexpr int kFactorAt = kShrinkStages * kXBytes, kTableAt = kFactorAt + 2 * kFactorBytes;
+  static constexpr int kRawAt = kTableAt + kTableEntries * 4;
+  static MOS_HOST_DEVICE constexpr int raw_bytes(int pool_bytes) { return kRanks * kCols * pool_bytes; }
+  static_assert(kRawAt + kShrinkStages * raw_bytes(4) == shrink_shared(kSize, kRanks, 4));
+};
+
+// Tiles of F on their way to a block: from the pool into stages, as it stores them, and from there, as E, to the warps.
+// What a thread has copied it converts.
+template <class M, int kRanks, Variant kVariant>
+struct FactorStream {
+  using E = typename M::E;
+  using Shared = ShrinkShared<E, kRanks>;
+  static constexpr int kCols = Shared::kCols, kGroups = kCols / kGroup;
+
+  const FactorParams& f;
+  const int32_t* table;  // of this block's ranks
+  unsigned char* shared;
+  int ranks;
+  bool bad = false;
+
+  MOS_DEVICE FactorStream(const FactorParams& factor, unsigned char* all, int rank0)
+      : f(factor), shared(all), ranks(min(kRanks, factor.rank - rank0)) {
+    // Looked up for every group of every tile: from shared memory it costs no trip to L2.
+    const int entries = ranks * f.shards_per_vector;
+    table = f.index + static_cast<int64_t>(rank0) * f.shards_per_vector;
+    if ((kVariant & kWhole) || entries <= kTableEntries) {
+      int32_t* copy = reinterpret_cast<int32_t*>(shared + Shared::kTableAt);
+      for (int i = threadIdx.x; i < entries; i += kThreads) copy[i] = table[i];
+      table = copy;
+      __syncthreads();
+    }
+  }
+
+  MOS_DEVICE SharedMatrix<E> tile(int number) const {
+    return {shared + Shared::kFactorAt + number % 2 * Shared::kFactorBytes, Shared::kPitch};
+  }
+
+  // Whole variants move half a group of floats, 16 bytes, at a time: kHalves of a thread's, below each other.
+  static constexpr int kHalf = kGroup / 2, kRowHalves = kCols / kHalf, kHalfStep = kThreads / kRowHalves;
+  static constexpr int kHalves = kRanks / kHalfStep;
+  MOS_DEVICE int half_rank() const { return threadIdx.x / kRowHalves; }
+  MOS_DEVICE int half_col() const { return threadIdx.x % kRowHalves * kHalf; }
+
+  MOS_DEVICE unsigned char* raw(int number) const {
+    return shared + Shared::kRawAt + number % kShrinkStages * Shared::raw_bytes(kVariant & kWhole ? 4 : f.pool_bytes);
+  }
+
+  MOS_DEVICE void load(int number, int64_t col0) {
+    if constexpr (kVariant & kWhole) {
+      const uint32_t target = shared_address(raw(number)) + threadIdx.x * kVector;
+      const uint32_t col = static_cast<uint32_t>(col0) + half_col(), part = divide(col, f.by_shard_size);
+      const float* source = static_cast<const float*>(f.pool) + (col - part * f.shard_size);
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        const int rank = half_rank() + h * kHalfStep;
+        const bool inside = rank < ranks && col < static_cast<uint32_t>(f.cols);
+        const uint32_t shard = static_cast<uint32_t>(table[inside ? rank * f.shards_per_vector + part : 0]);
+        bad = bad || shard >= f.shards;
+        cp_async_16(target + h * kThreads * kVector, source + uint64_t{shard} * static_cast<uint32_t>(f.pool_stride),
+                    inside && shard < f.shards ? kVector : 0);
+      }
+    } else {
+      for (int i = threadIdx.x; i < kRanks * kGroups; i += kThreads) {
+        const int rank = i / kGroups, col = i % kGroups * kGroup;
+        unsigned char* target = raw(number) + i * kGroup * f.pool_bytes;
+        const bool inside = rank < ranks && col0 + col < f.cols;
+        const char* pool = static_cast<const char*>(f.pool);
+        if (f.aligned) {
+          const int64_t offset = inside ? pool_offset(f, table, rank, col0 + col, bad) : 0;
+          for (int v = 0; v < kGroup * f.pool_bytes; v += kVector) {
+            cp_async_16(shared_address(target) + v, pool + offset * f.pool_bytes + v, inside ? kVector : 0);
+          }
+        } else if (f.pool_bytes == 4) {
+          load_factor_elements(reinterpret_cast<float*>(target), f, table, rank, col0 + col, inside, bad);
+        } else {
+          load_factor_elements(reinterpret_cast<E*>(target), f, table, rank, col0 + col, inside, bad);
+        }
+      }
+    }
+  }
+
+  MOS_DEVICE void convert(int number) const {
+    const SharedMatrix<E> target = tile(number);
+    if constexpr (kVariant & kWhole) {
+      const unsigned char* source = raw(number) + threadIdx.x * kVector;
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        store_floats(target.at(half_rank() + h * kHalfStep, half_col()), load_16(source + h * kThreads * kVector));
+      }
+    } else {
+      for (int i = threadIdx.x; i < kRanks * kGroups; i += kThreads) {
+        RawGroup<E> group;
+        load_raw(group, raw(number) + i * kGroup * f.pool_bytes, f.pool_bytes);
+        store_raw(target.at(i / kGroups, i % kGroups * kGroup), group, f.pool_bytes);
+      }
+    }
+  }
+};
+
+template <class M, int kRanks, Variant kVariant>
 __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
     shrink_kernel(const __grid_constant__ ShrinkParams<typename M::E, typename M::S> p) {
   using E = typename M::E;
   using S = typename M::S;
-  constexpr int kRows = shrink_rows(sizeof(E), kRanks), kOwnRows = kRows / kWarps;
-  constexpr int kCols = shrink_cols(sizeof(E), kRanks), kGroups = kCols / kGroup, kStages = kShrinkStages;
-  constexpr int kOwn = kOwnRows * kGroups / kWarp, kFactorGroups = kRanks * kGroups;
-  constexpr int kXPitch = pitch_of(kCols, sizeof(E)), kXBytes = kRows * kXPitch;
+  using Shared = ShrinkShared<E, kRanks>;
+  constexpr int kRows = Shared::kRows, kCols = Shared::kCols, kStages = kShrinkStages, kOwnRows = kRows / kWarps;
+  using Own = Share<kOwnRows, kCols / kGroup>;
   MOS_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % kWarp, first_row = threadIdx.x / kWarp * kOwnRows;
+  const Own own(first_row, lane);
   const int64_t row0 = blockIdx.x * static_cast<int64_t>(kRows);
-  const int rank0 = blockIdx.z * kRanks, ranks = min(kRanks, p.factor.rank - rank0);
+  const int rank0 = blockIdx.z * kRanks;
   const int64_t tile0 = blockIdx.y * p.tiles_of_part;
   const int tiles = static_cast<int>(min64(p.tiles_of_part, p.column_tiles - tile0));
-  const int factor_pitch = shrink_factor_pitch(kCols, p.factor_group), factor_bytes = kRanks * factor_pitch;
-  unsigned char* factor_shared = shared + kStages * kXBytes;
-  int32_t* shared_table = reinterpret_cast<int32_t*>(factor_shared + kStages * factor_bytes);
-  bool bad = false;
+  const DropoutRule rule(p.seed, does<kVariant, kDropout>(p.threshold != 0) ? p.threshold : 0);
+  let_next_launch_start();
+  FactorStream<M, kRanks, kVariant> factor(p.factor, shared, rank0);
 
-  // Looked up for every group of every tile: from shared memory it costs no trip to L2.
-  const int entries = ranks * p.factor.shards_per_vector;
-  const int32_t* table = p.factor.index + static_cast<int64_t>(rank0) * p.factor.shards_per_vector;
-  if (entries <= kTableEntries) {
-    for (int i = threadIdx.x; i < entries; i += kThreads) shared_table[i] = table[i];
-    table = shared_table;
-    __syncthreads();
-  }
-
-  const auto x_tile = [&](int tile) { return shared_matrix<E>(shared + tile % kStages * kXBytes, kXPitch); };
-  const auto factor_tile = [&](int tile) {
-    return SharedMatrix<E>{factor_shared + tile % kStages * factor_bytes, factor_pitch, p.factor_group};
+  const auto x_tile = [&](int tile) {
+    return SharedMatrix<E>{shared + tile % kStages * Shared::kXBytes, Shared::kPitch};
   };
-
   const auto load = [&](int tile) {
     const int64_t col0 = (tile0 + tile) * kCols;
-    const SharedMatrix<E> x = x_tile(tile), factor = factor_tile(tile);
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      const int i = j * kWarp + lane, row = first_row + i / kGroups, col = i % kGroups * kGroup;
-      load_group<kWhole>(x.at(row, col), p.x, row0 + row, col0 + col);
-    }
-    for (int i = threadIdx.x; i < kFactorGroups; i += kThreads) {
-      const int rank = i / kGroups, col = i % kGroups * kGroup;
-      E* target = factor.at(rank, col);
-      const bool inside = rank < ranks && col0 + col < p.factor.cols;
-      if (kWhole || p.factor.aligned) {
-        const int64_t offset = inside ? pool_offset(p.factor, table, rank, col0 + col, bad) : 0;
-        const char* source = static_cast<const char*>(p.factor.pool) + offset * p.factor.pool_bytes;
-        for (int v = 0; v < kGroup * p.factor.pool_bytes; v += kVector) {
-          cp_async_16(shared_address(target) + v, source + v, inside ? kVector : 0);
-        }
-      } else {
-        load_factor_elements(target, p.factor, table, rank, col0 + col, inside, bad);
-      }
-    }
-  };
-  // What the copying thread does to its own groups once they have landed.
-  const auto finish = [&](int tile) {
-    if (p.threshold) {
-      const int64_t col0 = (tile0 + tile) * kCols;
-      const SharedMatrix<E> x = x_tile(tile);
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        const int i = j * kWarp + lane, row = first_row + i / kGroups, col = i % kGroups * kGroup;
-        drop_group(x.at(row, col), keep_mask(p.seed, p.threshold, row0 + row, col0 + col));
-      }
-    }
-    if (sizeof(E) != 4 && p.factor.pool_bytes == 4 && (kWhole || p.factor.aligned)) {
-      const SharedMatrix<E> factor = factor_tile(tile);
-      for (int i = threadIdx.x; i < kFactorGroups; i += kThreads) {
-        E* group = factor.at(i / kGroups, i % kGroups * kGroup);
-        RawGroup<E> raw;
-        load_raw(raw, group, p.factor.pool_bytes);
-        store_raw(group, raw, p.factor.pool_bytes);
-      }
-    }
+    load_share<kVariant>(x_tile(tile), own, p.x, row0, col0);
+    factor.load(tile, col0);
   };
 
   Block<S> sums[kOwnRows / 16][kRanks / 16];
@@ -117,11 +169,14 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
   }
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<kStages - 2>();
-    finish(tile);
+    const SharedMatrix<E> x = x_tile(tile), f = factor.tile(tile);
+    if (does<kVariant, kDropout>(p.threshold != 0)) {
+      drop_share<kVariant>(x, own, rule, row0, (tile0 + tile) * kCols, nullptr);
+    }
+    factor.convert(tile);
     __syncthreads();  // this tile is complete, and nobody reads the one before any more:
     if (tile + kStages - 1 < tiles) load(tile + kStages - 1);  // its stage is free
     cp_async_commit();
-    const SharedMatrix<E> x = x_tile(tile), factor = factor_tile(tile);
 #pragma unroll M::kUnroll
     for (int k = 0; k < kCols; k += M::kStep) {
       typename M::A a[kOwnRows / 16];
@@ -129,13 +184,13 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
       for (int m = 0; m < kOwnRows / 16; ++m) a[m] = M::a_rows(x, first_row + m * 16, k, lane);
 #pragma unroll
       for (int n = 0; n < kRanks / 16; ++n) {
-        const typename M::B b = M::b_rows(factor, n * 16, k, lane);
+        const typename M::B b = M::b_rows(f, n * 16, k, lane);
 #pragma unroll
         for (int m = 0; m < kOwnRows / 16; ++m) M::multiply(sums[m][n], a[m], b);
       }
     }
   }
-  if (bad) trap();
+  if (factor.bad) trap();
 
   S* plane = p.planes + static_cast<int64_t>(blockIdx.y) * p.x.rows * p.factor.rank;
 #pragma unroll
@@ -143,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
 #pragma unroll
     for (int n = 0; n < kRanks / 16; ++n) {
       const int64_t row = row0 + first_row + m * 16;
-      store_block(sums[m][n], plane, p.x.rows, p.factor.rank, row, rank0 + n * 16, p.scale, lane);
+      store_block<kVariant>(sums[m][n], plane, p.x.rows, p.factor.rank, row, rank0 + n * 16, p.scale, lane);
     }
   }
 }
@@ -155,7 +210,6 @@ cudaError_t shrink_as(const Matrix& x, const Factor& factor, const DeviceDropout
   using S = typename M::S;
   const ShrinkGeometry g = shrink_geometry(x.rows, x.cols, factor.rank, sizeof(E));
   const FactorParams f = factor_params(factor);
-  const int group = shrink_factor_group(sizeof(E), f.pool_bytes);
   const ShrinkParams<E, S> params{rows_of<const E>(x),
                                   f,
                                   dropout.seed,
@@ -163,17 +217,17 @@ cudaError_t shrink_as(const Matrix& x, const Factor& factor, const DeviceDropout
                                   static_cast<S>(keep_scale(dropout)),
                                   static_cast<S*>(s.data),
                                   ceil_div(x.cols, shrink_cols(sizeof(E), kRanks)),
-                                  g.columns.tiles,
-                                  group};
-  const size_t shared_bytes = shrink_shared(sizeof(E), kRanks, group);
+                                  g.columns.tiles};
   const dim3 grid(static_cast<unsigned>(g.row_tiles), static_cast<unsigned>(g.columns.count),
                   static_cast<unsigned>(g.rank_blocks));
-  if constexpr (M::kWholeVariant) {
-    if (params.x.whole() && f.aligned) {
-      return launch("shrink", M::kName, shrink_kernel<M, kRanks, true>, grid, kThreads, shared_bytes, stream, params);
-    }
-  }
-  return launch("shrink", M::kName, shrink_kernel<M, kRanks, false>, grid, kThreads, shared_bytes, stream, params);
+  const SharedBytes shared{shrink_shared(sizeof(E), kRanks, f.pool_bytes),
+                           shrink_shared(sizeof(E), kRanks, max_pool_bytes(sizeof(E)))};
+  const bool whole =
+      M::kWholeVariant && params.x.whole() && f.whole() && min64(kRanks, f.rank) * f.shards_per_vector <= kTableEntries;
+  return with_variant<M, kShrinkVariants>(variant_of(whole, dropout.threshold != 0), [&](auto variant) {
+    return launch<shrink_kernel<M, kRanks, decltype(variant)::value>>("shrink", M::kName, grid, kThreads, shared,
+                                                                      /*early=*/false, stream, params);
+  });
 }
 
 }  // namespace

@@ -2,12 +2,13 @@
 //
 // Everywhere: what lies outside a matrix is read as zeros and never written. Matrices whose address and rows are
 // aligned to 16 bytes travel in vectors, others element by element; the arithmetic does not know the difference.
-// kWhole promises that there is nothing but whole, aligned groups: the usual case, compiled without the other.
+// Whole variants (variants.h) are compiled for nothing but whole, aligned groups.
 #pragma once
 
 #include "../common/philox.h"
 #include "fragments.h"
 #include "heuristics.h"
+#include "variants.h"
 
 namespace mos::cuda {
 
@@ -23,7 +24,11 @@ struct Rows {
   int64_t rows, cols, stride;
   bool aligned;  // every group of eight columns starts at a multiple of 16 bytes
 
-  bool whole() const { return aligned && cols % kGroup == 0; }
+  // For whole variants: rows are counted, and the rows of a tile reached, in 31 bits.
+  bool whole() const {
+    constexpr int64_t kReach = INT32_MAX / (2 * kTileRows * sizeof(E));
+    return aligned && cols % kGroup == 0 && rows <= INT32_MAX - 2 * kTileRows && stride <= kReach;
+  }
   MOS_DEVICE E* at(int64_t row, int64_t col) const { return data + row * stride + col; }
 };
 template <class E>
@@ -32,12 +37,31 @@ Rows<E> rows_of(const Matrix& m) {
   return {static_cast<E*>(m.data), m.rows, m.cols, m.row_stride, bits % kVector == 0};
 }
 
+// A warp's share of a tile: kRows of its rows, each of kGroups groups of columns, dealt to the lanes so that eight
+// lanes write eight different bank groups of shared memory: along a row where it fills them, else down the rows.
+template <int kRows_, int kGroups>
+struct Share {
+  static constexpr int kRows = kRows_;
+  static constexpr int kStep = kWarp / kGroups;  // rows between a lane's groups
+  static constexpr int kOwn = kRows / kStep;     // groups of a lane
+  static_assert(kWarp % kGroups == 0 && kRows % kStep == 0);
+
+  int row, col;  // of the first, in the tile; the others are below it
+
+  MOS_DEVICE Share(int first_row, int lane)
+      : row(first_row + (kGroups < 8 ? lane % kStep : lane / kGroups)),
+        col((kGroups < 8 ? lane / kStep : lane % kGroups) * kGroup) {}
+
+  // Of the tile's groups, row by row, that of group j.
+  MOS_DEVICE int number(int j) const { return (row + j * kStep) * kGroups + col / kGroup; }
+};
+
 // Columns [col, col + 8) of a row into shared memory, asynchronously where that is possible.
-template <bool kWhole, class E>
+template <class E>
 MOS_DEVICE void load_group(E* target, const Rows<const E>& m, int64_t row, int64_t col) {
   const bool inside = row < m.rows && col < m.cols;
   const E* source = m.at(row, col);
-  if (kWhole || (m.aligned && (col + kGroup <= m.cols || !inside))) {
+  if (m.aligned && (col + kGroup <= m.cols || !inside)) {
     const uint32_t shared = shared_address(target);
     constexpr int kStep = kVector / sizeof(E);
 #pragma unroll
@@ -50,10 +74,36 @@ MOS_DEVICE void load_group(E* target, const Rows<const E>& m, int64_t row, int64
   }
 }
 
+// A share of the tile at (row0, col0) of a matrix into shared memory.
+template <Variant kVariant, class Share, class E>
+MOS_DEVICE void load_share(const SharedMatrix<E>& tile, const Share& share, const Rows<const E>& m, int64_t row0,
+                           int64_t col0) {
+  if constexpr (kVariant & kWhole) {
+    // One address and one count of rows; what steps down from them is known when compiled, but for the stride.
+    const int rows = static_cast<int>(m.rows) - (static_cast<int>(row0) + share.row);
+    const bool inside = static_cast<int>(col0) + share.col < static_cast<int>(m.cols);
+    const E* source = m.at(row0 + share.row, col0 + share.col);
+    const int step = static_cast<int>(m.stride) * Share::kStep;
+    const uint32_t target = shared_address(tile.at(share.row, share.col));
+#pragma unroll
+    for (int j = 0; j < Share::kOwn; ++j) {
+      const int down = j * Share::kStep;
+      cp_async_16(target + down * tile.pitch, source + static_cast<int64_t>(j) * step,
+                  inside && down < rows ? kVector : 0);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < Share::kOwn; ++j) {
+      const int row = share.row + j * Share::kStep;
+      load_group(tile.at(row, share.col), m, row0 + row, col0 + share.col);
+    }
+  }
+}
+
 // Eight elements between global and shared memory, either way; or as many as are left of a row of a global matrix.
-template <bool kWhole, class E>
+template <class E>
 MOS_DEVICE void copy_group(E* target, const E* source, bool aligned, int64_t left) {
-  if (kWhole || (aligned && left >= kGroup)) {
+  if (aligned && left >= kGroup) {
     constexpr int kStep = kVector / sizeof(E);
 #pragma unroll
     for (int i = 0; i < kGroup; i += kStep) store_16(target + i, load_16(source + i));
@@ -63,37 +113,78 @@ MOS_DEVICE void copy_group(E* target, const E* source, bool aligned, int64_t lef
   }
 }
 
+// What is in a global matrix already, into a share of a tile that will be added to it; kBatch loads in flight.
+template <Variant kVariant, int kBatch, class Share, class E>
+MOS_DEVICE void fetch_share(const SharedMatrix<E>& tile, const Share& share, const Rows<E>& m, int64_t row0,
+                            int64_t col0) {
+  const int64_t col = col0 + share.col;
+  if constexpr (kVariant & kWhole) {
+    const int rows = col < m.cols ? static_cast<int>(m.rows) - (static_cast<int>(row0) + share.row) : 0;
+    const E* source = m.at(row0 + share.row, col);
+    const int step = static_cast<int>(m.stride) * Share::kStep;
+#pragma unroll
+    for (int first = 0; first < Share::kOwn; first += kBatch) {
+      uint4 old[kBatch] = {};
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if ((first + j) * Share::kStep < rows) old[j] = load_16(source + static_cast<int64_t>(first + j) * step);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) store_16(tile.at(share.row + (first + j) * Share::kStep, share.col), old[j]);
+    }
+  } else {
+#pragma unroll 1
+    for (int j = 0; j < Share::kOwn; ++j) {
+      const int row = share.row + j * Share::kStep;
+      if (row0 + row < m.rows && col < m.cols) {
+        copy_group(tile.at(row, share.col), m.at(row0 + row, col), m.aligned, m.cols - col);
+      }
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- dropout
 
 // The factor that kept elements are multiplied by: 1 / (1 - p), and 0 with p = 1.
 inline double keep_scale(const DeviceDropout& d) { return Dropout{0, d.threshold}.keep_scale(); }
 
+// Dropout as a kernel sees it: the seed, read once, and the threshold twice in one word, as its distance from 2^16.
+struct DropoutRule {
+  uint64_t seed;
+  uint32_t distance;
+
+  // threshold is not 0, or nobody asks.
+  MOS_DEVICE DropoutRule(const int64_t* seed, uint32_t threshold)
+      : seed(threshold ? static_cast<uint64_t>(*seed) : 0), distance((0x10000u - threshold) * 0x10001u) {}
+};
+
 // 16 ones for each kept element of a group, in order.
 struct KeepMask {
   uint32_t word[4];
-
-  // Bit i: element i is kept.
-  MOS_DEVICE uint32_t bits() const {
-    uint32_t out = 0;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) out |= ((word[w] & 1u) | (word[w] >> 30 & 2u)) << (2 * w);
-    return out;
-  }
 };
 
-// Of columns [col, col + 8) of a row. threshold is not 0.
-MOS_DEVICE KeepMask keep_mask(const int64_t* seed, uint32_t threshold, int64_t row, int64_t col) {
-  const PhiloxBlock block =
-      philox(static_cast<uint64_t>(*seed), static_cast<uint32_t>(col / kDropoutGroup), static_cast<uint64_t>(row));
-  // An element is dropped when its 16 bits are below the threshold. Compared as the upper half of a word whose lower
-  // half is anything: at most threshold - 1 followed by ones.
-  const uint32_t last = (threshold - 1) << 16 | 0xFFFFu;
+// Of the eight columns of a group of a row. An element is kept when its 16 bits and the distance carry into a 17th. Two
+// elements at a time: the upper half of their sum, (a & b) + (a ^ b) / 2, carries into nothing, and its sign is the bit
+// we want.
+template <class Row>
+MOS_DEVICE KeepMask keep_mask(const DropoutRule& rule, Row row, uint32_t group) {
+  const PhiloxBlock block = philox(rule.seed, group, row);
   KeepMask mask;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    mask.word[w] = (block.word[w] << 16 > last ? 0x0000FFFFu : 0u) | (block.word[w] > last ? 0xFFFF0000u : 0u);
+    const uint32_t bits = block.word[w];
+    mask.word[w] = spread_signs((bits & rule.distance) + (((bits ^ rule.distance) & 0xFFFEFFFEu) >> 1));
   }
   return mask;
+}
+
+// A mask in one word: byte i has the lower half from element i, the upper half from element i + 4.
+MOS_DEVICE uint32_t packed(const KeepMask& mask) {
+  return (odd_bytes(mask.word[0], mask.word[1]) & 0x0F0F0F0Fu) | (odd_bytes(mask.word[2], mask.word[3]) & 0xF0F0F0F0u);
+}
+MOS_DEVICE KeepMask unpacked(uint32_t mask) {
+  const uint32_t low = mask << 4;
+  return {{twice_signs_low(low), twice_signs_high(low), twice_signs_low(mask), twice_signs_high(mask)}};
 }
 
 // Zeroes the dropped elements of a group in shared memory; the scale of the kept ones goes onto the sums.
@@ -114,27 +205,105 @@ MOS_DEVICE void drop_group(E* group, const KeepMask& mask) {
   }
 }
 
+// Of a share of the tile at (row0, col0). Where `masks` is not null, a word of each group is left there for
+// store_share.
+template <Variant kVariant, class Share, class E>
+MOS_DEVICE void drop_share(const SharedMatrix<E>& tile, const Share& share, const DropoutRule& rule, int64_t row0,
+                           int64_t col0, uint32_t* masks) {
+  const uint32_t group = static_cast<uint32_t>(col0 + share.col) / kGroup;
+  // Four at a time hide each other's latency; eight would need more registers than backward has left.
+#pragma unroll((kVariant & kWhole) ? 4 : 1)
+  for (int j = 0; j < Share::kOwn; ++j) {
+    const int row = share.row + j * Share::kStep;
+    // Rows counted in 32 bits spare the first rounds of Philox half their products.
+    const KeepMask mask = kVariant & kWhole ? keep_mask(rule, static_cast<uint32_t>(row0) + row, group)
+                                            : keep_mask(rule, static_cast<uint64_t>(row0 + row), group);
+    drop_group(tile.at(row, share.col), mask);
+    if (masks) masks[share.number(j)] = packed(mask);
+  }
+}
+
+// The masks of a share without anything to drop from.
+template <class Share>
+MOS_DEVICE void draw_masks(const Share& share, const DropoutRule& rule, int64_t row0, int64_t col0, uint32_t* masks) {
+  const uint32_t group = static_cast<uint32_t>(col0 + share.col) / kGroup;
+#pragma unroll 1
+  for (int j = 0; j < Share::kOwn; ++j) {
+    masks[share.number(j)] = packed(keep_mask(rule, static_cast<uint64_t>(row0 + share.row + j * Share::kStep), group));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- the way out
+
+// A share of a tile from shared memory into the tile at (row0, col0) of a matrix, in whole groups. With the `masks`
+// that drop_share left, dropped elements leave as zeros, or, where the tile was added to what is there, as what is
+// there.
+template <Variant kVariant, class Share, class E>
+MOS_DEVICE void store_share(const Rows<E>& m, int64_t row0, int64_t col0, const SharedMatrix<E>& tile,
+                            const Share& share, const uint32_t* masks, bool accumulate) {
+  const int64_t col = col0 + share.col;
+  if constexpr (kVariant & kWhole) {
+    const int rows = col < m.cols ? static_cast<int>(m.rows) - (static_cast<int>(row0) + share.row) : 0;
+    E* target = m.at(row0 + share.row, col);
+    const int step = static_cast<int>(m.stride) * Share::kStep;
+#pragma unroll
+    for (int j = 0; j < Share::kOwn; ++j) {
+      if (j * Share::kStep >= rows) continue;
+      E* to = target + static_cast<int64_t>(j) * step;
+      uint4 v = load_16(tile.at(share.row + j * Share::kStep, share.col));
+      if constexpr (kVariant & kDropout) {
+        const KeepMask mask = unpacked(masks[share.number(j)]);
+        const uint4 other = kVariant & kAccumulate ? load_16(to) : uint4{0, 0, 0, 0};
+        v.x = (v.x & mask.word[0]) | (other.x & ~mask.word[0]);
+        v.y = (v.y & mask.word[1]) | (other.y & ~mask.word[1]);
+        v.z = (v.z & mask.word[2]) | (other.z & ~mask.word[2]);
+        v.w = (v.w & mask.word[3]) | (other.w & ~mask.word[3]);
+      }
+      store_16(to, v);
+    }
+  } else {
+#pragma unroll 1
+    for (int j = 0; j < Share::kOwn; ++j) {
+      const int row = share.row + j * Share::kStep;
+      if (row0 + row >= m.rows || col >= m.cols) continue;
+      E *source = tile.at(row, share.col), *target = m.at(row0 + row, col);
+      if (masks) {
+        const uint32_t mask = masks[share.number(j)];
+#pragma unroll 1
+        for (int i = 0; i < min64(kGroup, m.cols - col); ++i) {
+          if (!(mask >> (i < 4 ? 8 * i : 8 * i - 28) & 1)) source[i] = accumulate ? target[i] : E{};
+        }
+      }
+      copy_group(target, source, m.aligned, m.cols - col);
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- factors
 
 struct FactorParams {
   const void* pool;
   const int32_t* index;
-  int64_t num_shards, pool_stride;
+  int64_t pool_stride;
   int64_t cols;
+  uint32_t shards;  // that an index can name
   uint32_t shard_size;
   Divider by_shard_size;
   int32_t rank, shards_per_vector;
   int32_t pool_bytes;  // of an element: E's, or 4 for a float pool
   bool aligned;        // groups of eight columns never straddle shards and start at multiples of 16 bytes
+
+  // For whole variants.
+  bool whole() const { return aligned && pool_bytes == 4 && rank % 4 == 0 && pool_stride <= UINT32_MAX / 4; }
 };
 inline FactorParams factor_params(const Factor& f) {
   const int size = size_of(f.dtype);
   const uint64_t bits = reinterpret_cast<uintptr_t>(f.pool) | static_cast<uint64_t>(f.pool_stride) * size;
   return {f.pool,
           f.index,
-          f.num_shards,
           f.pool_stride,
           f.cols(),
+          static_cast<uint32_t>(min64(f.num_shards, int64_t{1} << 31)),
           static_cast<uint32_t>(f.shard_size),
           divider(static_cast<uint32_t>(f.shard_size)),
           static_cast<int32_t>(f.rank),
@@ -147,8 +316,8 @@ inline FactorParams factor_params(const Factor& f) {
 // `bad` and reads shard 0: the caller traps once it has issued its loads, for a branch between them would part them.
 MOS_DEVICE int64_t pool_offset(const FactorParams& f, const int32_t* table, int rank, int64_t col, bool& bad) {
   const uint32_t part = divide(static_cast<uint32_t>(col), f.by_shard_size);
-  int64_t shard = table[rank * f.shards_per_vector + static_cast<int>(part)];
-  if (shard < 0 || shard >= f.num_shards) {
+  uint32_t shard = static_cast<uint32_t>(table[rank * f.shards_per_vector + static_cast<int>(part)]);
+  if (shard >= f.shards) {
     bad = true;
     shard = 0;
   }
@@ -171,16 +340,16 @@ MOS_DEVICE void load_raw(RawGroup<E>& raw, const void* source, int pool_bytes) {
 // Converts it to E.
 template <class E>
 MOS_DEVICE void store_raw(E* target, const RawGroup<E>& raw, int pool_bytes) {
-  if (sizeof(E) == 4 || pool_bytes != 4) {
-    constexpr int kStep = kVector / sizeof(E);
+  constexpr int kStep = kVector / sizeof(E);
+  if constexpr (sizeof(E) != 4) {
+    if (pool_bytes == 4) {
 #pragma unroll
-    for (int i = 0; i < kGroup; i += kStep) store_16(target + i, raw.vector[i / kStep]);
-  } else if constexpr (sizeof(E) != 4) {
-    const uint4 &low = raw.vector[0], &high = raw.vector[1];
-    const uint32_t word[kGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < kGroup; i += 2) store_pair(target + i, bit_cast<float>(word[i]), bit_cast<float>(word[i + 1]));
+      for (int v = 0; v < 2; ++v) store_floats(target + v * kGroup / 2, raw.vector[v]);
+      return;
+    }
   }
+#pragma unroll
+  for (int i = 0; i < kGroup; i += kStep) store_16(target + i, raw.vector[i / kStep]);
 }
 
 // Columns [col, col + 8) of a rank vector, element by element.
@@ -200,38 +369,77 @@ MOS_DEVICE void load_factor_elements(E* target, const FactorParams& f, const int
 }
 
 // Rank vectors [rank0, rank0 + ranks) and columns [col0, col0 + cols) of a factor, cols a multiple of 64: all threads
-// of the block together, four groups in flight each, since nothing else hides the way to L2 and back.
-template <bool kWhole, class E>
+// of the block together. Several loads are in flight, since nothing else hides the way to L2 and back.
+template <Variant kVariant, class E>
 MOS_DEVICE void load_factor(const SharedMatrix<E>& target, const FactorParams& f, int rank0, int ranks, int64_t col0,
                             int cols) {
-  constexpr int kStride = 64, kBatch = 4;
   bool bad = false;
-  for (int i = threadIdx.x; i < ranks * (kStride / kGroup); i += kThreads) {
-    const int row = i / (kStride / kGroup), rank = rank0 + row;
-    for (int first = i % (kStride / kGroup) * kGroup; first < cols; first += kBatch * kStride) {
-      if (kWhole || f.aligned) {
-        RawGroup<E> raw[kBatch] = {};
-        int64_t offset[kBatch];
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const int col = first + b * kStride;
-          const bool inside = rank < f.rank && col < cols && col0 + col < f.cols;
-          offset[b] = inside ? pool_offset(f, f.index, rank, col0 + col, bad) : -1;
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const char* pool = static_cast<const char*>(f.pool);
-          if (offset[b] >= 0) load_raw(raw[b], pool + offset[b] * f.pool_bytes, f.pool_bytes);
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          if (first + b * kStride < cols) store_raw(target.at(row, first + b * kStride), raw[b], f.pool_bytes);
-        }
-      } else {
+  if constexpr (kVariant & kWhole) {
+    // Half a group of floats, 16 bytes, to a thread; the threads of a row are a power of two, and stay in their column:
+    // its shard is found once.
+    constexpr int kHalf = kGroup / 2, kBatch = 8;
+    const int halves = cols / kHalf;
+    int threads = 16;
+    while (threads < halves) threads *= 2;
+    const int half = threadIdx.x & (threads - 1), step = kThreads / threads;
+    const int64_t col = col0 + half * kHalf;
+    const bool inside = half < halves && col < f.cols;
+    const uint32_t part = divide(static_cast<uint32_t>(col), f.by_shard_size);
+    const float* pool = static_cast<const float*>(f.pool) + (static_cast<uint32_t>(col) - part * f.shard_size);
+    const int32_t* table = f.index + part;
 #pragma unroll 1
-        for (int col = first; col < min(cols, first + kBatch * kStride); col += kStride) {
-          const bool inside = rank < f.rank && col0 + col < f.cols;
-          load_factor_elements(target.at(row, col), f, f.index, rank, col0 + col, inside, bad);
+    for (int first = threadIdx.x / threads; first < ranks; first += kBatch * step) {
+      uint4 v[kBatch] = {};
+      int32_t shard[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int rank = first + b * step;
+        shard[b] = -1;
+        if (inside && rank < ranks && rank0 + rank < f.rank) shard[b] = table[(rank0 + rank) * f.shards_per_vector];
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int rank = first + b * step;
+        const bool exists = inside && rank < ranks && rank0 + rank < f.rank;
+        const bool fits = static_cast<uint32_t>(shard[b]) < f.shards;
+        if (exists && fits) v[b] = load_16(pool + shard[b] * f.pool_stride);
+        bad = bad || (exists && !fits);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int rank = first + b * step;
+        if (half < halves && rank < ranks) store_floats(target.at(rank, half * kHalf), v[b]);
+      }
+    }
+  } else {
+    constexpr int kStride = 64, kBatch = 4;
+    for (int i = threadIdx.x; i < ranks * (kStride / kGroup); i += kThreads) {
+      const int row = i / (kStride / kGroup), rank = rank0 + row;
+      for (int first = i % (kStride / kGroup) * kGroup; first < cols; first += kBatch * kStride) {
+        if (f.aligned) {
+          RawGroup<E> raw[kBatch] = {};
+          int64_t offset[kBatch];
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            const int col = first + b * kStride;
+            const bool inside = rank < f.rank && col < cols && col0 + col < f.cols;
+            offset[b] = inside ? pool_offset(f, f.index, rank, col0 + col, bad) : -1;
+          }
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            const char* pool = static_cast<const char*>(f.pool);
+            if (offset[b] >= 0) load_raw(raw[b], pool + offset[b] * f.pool_bytes, f.pool_bytes);
+          }
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            if (first + b * kStride < cols) store_raw(target.at(row, first + b * kStride), raw[b], f.pool_bytes);
+          }
+        } else {
+#pragma unroll 1
+          for (int col = first; col < min(cols, first + kBatch * kStride); col += kStride) {
+            const bool inside = rank < f.rank && col0 + col < f.cols;
+            load_factor_elements(target.at(row, col), f, f.index, rank, col0 + col, inside, bad);
+          }
         }
       }
     }
@@ -242,9 +450,10 @@ MOS_DEVICE void load_factor(const SharedMatrix<E>& target, const FactorParams& f
 // ---------------------------------------------------------------------------------------------- sums
 
 // Two neighbouring sums of a row of a plane with `cols` columns; those that exist.
-template <class S>
+template <Variant kVariant, class S>
 MOS_DEVICE void write_sums(S* row, int64_t col, int64_t cols, S first, S second) {
-  if (cols % 2 == 0) {  // planes start at multiples of 16 bytes, so that even rows keep pairs aligned
+  if ((kVariant & kWhole) ||
+      cols % 2 == 0) {  // planes start at multiples of 16 bytes, so that even rows keep pairs aligned
     if (col < cols) store_pair(row + col, first, second);
   } else {
     if (col < cols) row[col] = first;
@@ -296,39 +505,163 @@ PlaneParams<S> plane_params(const ConstPlanes& p) {
           p.cols % kQuad == 0 && reinterpret_cast<uintptr_t>(p.data) % kVector == 0};
 }
 
-// `rows` rows from first_row of a tile at row0, and ranks [rank0, rank0 + ranks), of the sum of all planes, times
-// scale, rounded to E in shared memory. Where sum_out is not null the unscaled sum is written there too. The work of
-// `workers` threads, of which this is number `worker`.
-template <int kBatch, class E, class S>
-MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, int64_t row0, int first_row, int rows,
-                          int rank0, int ranks, S scale, S* sum_out, int worker, int workers) {
-  const int quads = ranks / kQuad;
-  for (int i = worker; i < rows * quads; i += workers) {
-    const int r = first_row + i / quads, quad = i % quads * kQuad;
-    const int64_t row = row0 + r, at = row * p.rank + rank0 + quad;
-    const int live = p.rank - rank0 - quad;
-    S sum[kQuad] = {};
-    if (row < p.rows && live > 0) {
-      add_planes<kBatch>(sum, p.data + at, p.rows * p.rank, p.count, p.aligned, live);
-      if (sum_out) {
+// Four sums of a row, those that are `live`.
+template <class S>
+MOS_DEVICE void write_quad(S* target, const S (&sum)[kQuad], bool aligned, int64_t live) {
+  if (sizeof(S) == 4 && aligned) {
+    store_quad(target, sum[0], sum[1], sum[2], sum[3]);
+  } else {
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) {
-          if (j < live) sum_out[at + j] = sum[j];
-        }
-      }
+    for (int j = 0; j < kQuad; ++j) {
+      if (j < live) target[j] = sum[j];
     }
-    store_pair(target.at(r, quad), sum[0] * scale, sum[1] * scale);
-    store_pair(target.at(r, quad + 2), sum[2] * scale, sum[3] * scale);
   }
 }
 
-// A block of sums into a plane (rows, cols) at (row0, col0), times scale.
-template <class S>
+// kRows rows from first_row of a tile at row0, and ranks [rank0, rank0 + kRanks), of the sum of all planes, times
+// scale, rounded to E in shared memory. Where sum_out is not null the unscaled sum is written there too. The work of
+// kWorkers threads, of which this is number `worker`.
+template <Variant kVariant, int kRows, int kRanks, int kWorkers, class E, class S>
+MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, int64_t row0, int first_row,
+                          int rank0, S scale, S* sum_out, int worker) {
+  constexpr int kQuads = kRanks / kQuad, kOwn = kRows * kQuads / kWorkers;
+  if constexpr (kVariant & kWhole) {
+    // A few quads at a time, so that their trips to L2 overlap; where there are planes to add, two of each, too.
+    // (With 64 ranks the sums of backward leave no registers for more than one.)
+    constexpr int kAtOnce = kOwn < 4 ? kOwn : 4, kStep = kWorkers / kQuads;
+    constexpr int kBatch = kAtOnce < 4 ? 4 : kWorkers == kWarp ? 1 : 2;
+    const int quad = worker % kQuads * kQuad;
+    const bool ranked = rank0 + quad < p.rank;
+    const int64_t plane = p.rows * p.rank;
+#pragma unroll
+    for (int first = 0; first < kOwn; first += kAtOnce) {
+      uint4 v[kBatch][kAtOnce] = {};
+      S sum[kAtOnce][kQuad] = {};
+      const S* source[kAtOnce];
+      bool live[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int r = first_row + worker / kQuads + (first + i) * kStep;
+        live[i] = ranked && row0 + r < p.rows;
+        source[i] = p.data + (row0 + r) * p.rank + (rank0 + quad);
+      }
+      if (p.count == 1) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (live[i]) v[0][i] = load_16(source[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          sum[i][0] = bit_cast<float>(v[0][i].x), sum[i][1] = bit_cast<float>(v[0][i].y);
+          sum[i][2] = bit_cast<float>(v[0][i].z), sum[i][3] = bit_cast<float>(v[0][i].w);
+        }
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < p.count; k += kBatch) {
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            // Planes beyond the last are read again and masked: a branch would put each load next to its addition.
+            const int64_t at = min(k + b, p.count - 1) * plane;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              if (live[i]) v[b][i] = load_16(source[i] + at);
+            }
+          }
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            const uint32_t exists = k + b < p.count ? 0xFFFFFFFFu : 0u;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              sum[i][0] += bit_cast<float>(v[b][i].x & exists), sum[i][1] += bit_cast<float>(v[b][i].y & exists);
+              sum[i][2] += bit_cast<float>(v[b][i].z & exists), sum[i][3] += bit_cast<float>(v[b][i].w & exists);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int r = first_row + worker / kQuads + (first + i) * kStep;
+        if (sum_out && live[i]) {
+          write_quad(sum_out + (row0 + r) * p.rank + (rank0 + quad), sum[i], true, kQuad);
+        }
+        store_quad(target.at(r, quad), sum[i][0] * scale, sum[i][1] * scale, sum[i][2] * scale, sum[i][3] * scale);
+      }
+    }
+  } else {
+    for (int i = worker; i < kRows * kQuads; i += kWorkers) {
+      const int r = first_row + i / kQuads, quad = i % kQuads * kQuad;
+      const int64_t row = row0 + r, at = row * p.rank + rank0 + quad;
+      const int live = p.rank - rank0 - quad;
+      S sum[kQuad] = {};
+      if (row < p.rows && live > 0) {
+        add_planes<4>(sum, p.data + at, p.rows * p.rank, p.count, p.aligned, live);
+        if (sum_out) write_quad(sum_out + at, sum, p.aligned, live);
+      }
+      store_quad(target.at(r, quad), sum[0] * scale, sum[1] * scale, sum[2] * scale, sum[3] * scale);
+    }
+  }
+}
+
+// A block of sums into a plane (rows, cols) at (row0, col0), times scale. Whole variants have even columns.
+template <Variant kVariant, class S>
 MOS_DEVICE void store_block(const Block<S>& block, S* plane, int64_t rows, int64_t cols, int64_t row0, int64_t col0,
                             S scale, int lane) {
   for_each_pair(block, lane, [&](int r, int c, S first, S second) {
-    if (row0 + r < rows) write_sums(plane + (row0 + r) * cols, col0 + c, cols, first * scale, second * scale);
+    if (row0 + r < rows) {
+      write_sums<kVariant>(plane + (row0 + r) * cols, col0 + c, cols, first * scale, second * scale);
+    }
   });
+}
+
+// ---------------------------------------------------------------------------------------------- s F
+
+// A warp's 16 rows of s as operands. Fragments of tensor cores are small, so they are loaded once for all columns;
+// others are loaded where they are used.
+template <class M, int kRanks>
+struct RowsOf {
+  static constexpr bool kHeld = sizeof(typename M::E) == 2;
+  typename M::A held[kHeld ? kRanks / M::kStep : 1];
+
+  MOS_DEVICE void load(const SharedMatrix<typename M::E>& s, int first_row, int lane) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int k = 0; k < kRanks; k += M::kStep) held[k / M::kStep] = M::a_rows(s, first_row, k, lane);
+    }
+  }
+};
+
+// sums += the warp's rows of s times 16 * kBlocks columns of F, from `col` on.
+template <class M, int kRanks, int kBlocks>
+MOS_DEVICE void multiply_columns(Block<typename M::S> (&sums)[kBlocks], RowsOf<M, kRanks>& a,
+                                 const SharedMatrix<typename M::E>& s, const SharedMatrix<typename M::E>& factor,
+                                 int first_row, int col, int lane) {
+  constexpr bool kHeld = RowsOf<M, kRanks>::kHeld;
+#pragma unroll(kHeld ? kRanks / M::kStep : 1)
+  for (int k = 0; k < kRanks; k += M::kStep) {
+    if constexpr (!kHeld) a.held[0] = M::a_rows(s, first_row, k, lane);
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      M::multiply(sums[n], a.held[kHeld ? k / M::kStep : 0], M::b_cols(factor, k, col + n * 16, lane));
+    }
+  }
+}
+
+// Writes them over columns from `col` on of the warp's rows of a tile; plus what is there, and plus a bias.
+template <int kBlocks, class E, class S>
+MOS_DEVICE void write_columns(const Block<S> (&sums)[kBlocks], const SharedMatrix<E>& tile, int first_row, int col,
+                              int lane, bool accumulate, const S* bias) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+    for_each_pair(sums[n], lane, [&](int r, int c, S first, S second) {
+      E* target = tile.at(first_row + r, col + n * 16 + c);
+      if (bias) {
+        first += bias[n * 16 + c];
+        second += bias[n * 16 + c + 1];
+      }
+      if (accumulate) add_pair(target, first, second);
+      store_pair(target, first, second);
+    });
+  }
 }
 
 }  // namespace mos::cuda

@@ -5,7 +5,14 @@
 using namespace mos;
 using namespace mos::cuda;
 
+namespace {
+// Whether launches may start early, as they do when an operator makes several.
+bool early = false;
+}  // namespace
+
 extern "C" {
+
+void mos_launch_early(int on) { early = on != 0; }
 
 // So that kernels.py can tell whether its mirrors are exact.
 void mos_struct_sizes(int64_t* out) {
@@ -21,7 +28,9 @@ int mos_shrink(const Matrix* x, const Factor* factor, const DeviceDropout* dropo
 
 int mos_expand(const ConstPlanes* s, const Factor* factor, double scale, const Matrix* y, const ExpandOptions* options,
                int tf32) {
-  return launch_expand(*s, *factor, scale, *y, *options, tf32 ? Float32::tf32 : Float32::exact, nullptr);
+  ExpandOptions all = *options;
+  all.early = early;
+  return launch_expand(*s, *factor, scale, *y, all, tf32 ? Float32::tf32 : Float32::exact, nullptr);
 }
 
 void mos_backward_planes(const Matrix* activations, int64_t rank, int64_t* out) {
@@ -36,17 +45,17 @@ int mos_expand_backward(const Matrix* dy, const ConstPlanes* s, const Factor* fa
 }
 int mos_shrink_backward(const Matrix* x, const ConstPlanes* ds, const Factor* factor, const DeviceDropout* dropout,
                         const Matrix* dx, int accumulate, const Planes* factor_grad, int tf32) {
-  return launch_shrink_backward(*x, *ds, *factor, *dropout, *dx, accumulate != 0, *factor_grad,
+  return launch_shrink_backward(*x, *ds, *factor, *dropout, *dx, accumulate != 0, *factor_grad, early,
                                 tf32 ? Float32::tf32 : Float32::exact, nullptr);
 }
 
 int mos_sum(const ConstPlanes* planes, void* out, int dtype) {
   const Sum sum{*planes, out};
-  return launch_sum(&sum, 1, static_cast<DType>(dtype), nullptr);
+  return launch_sum(&sum, 1, static_cast<DType>(dtype), early, nullptr);
 }
 int mos_sums(const ConstPlanes* a, const ConstPlanes* b, void* out_a, void* out_b, int dtype) {
   const Sum sums[] = {{*a, out_a}, {*b, out_b}};
-  return launch_sum(sums, 2, static_cast<DType>(dtype), nullptr);
+  return launch_sum(sums, 2, static_cast<DType>(dtype), early, nullptr);
 }
 int mos_gather_concat(const Factor* factor, const Matrix* out) { return launch_gather_concat(*factor, *out, nullptr); }
 int mos_scatter_add(const FactorGradient* modules, int count, const Matrix* pool_grad) {

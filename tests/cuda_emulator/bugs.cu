@@ -268,7 +268,9 @@ std::string problem(const Case& test) {
   for (int i = 0; i < kInputs; ++i) x[i] = static_cast<float>(i % 7);
   std::string text;
   const dim3 grid(test.blocks), block(kThreads);
-  if (start_kernel(test.kernel, grid, block, test.shared_bytes, nullptr, static_cast<const float*>(x), out)) {
+  KernelState state;
+  const SharedBytes shared{test.shared_bytes, test.shared_bytes};
+  if (start_kernel(state, test.kernel, grid, block, shared, false, nullptr, static_cast<const float*>(x), out)) {
     text = emulator_last_error();
   }
   for (int i = 0; i < kThreads && text.empty() && test.result != Result::any; ++i) {

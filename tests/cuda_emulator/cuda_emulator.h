@@ -100,13 +100,20 @@ inline uint32_t round_to_tf32(float x) {
 
 // ---------------------------------------------------------------------------------------------- launches
 
+inline void wait_for_launch_before() {}
+inline void let_next_launch_start() {}
+
 [[noreturn]] inline void trap(Site site = here()) { fail("trap at %s:%d", site.file, site.line); }
 
 // Executes body(arguments) once for every thread of the grid; what went wrong is emulator_last_error().
 cudaError_t execute(void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
 
-template <class... P>
-cudaError_t start_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, P... p) {
+struct KernelState {};
+
+// `shared` is a SharedBytes of device.h.
+template <class... P, class Shared>
+cudaError_t start_kernel(KernelState&, void (*kernel)(P...), dim3 grid, dim3 block, Shared shared, bool, cudaStream_t,
+                         P... p) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> parameters;
@@ -115,7 +122,7 @@ cudaError_t start_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t sha
     Call* c = static_cast<Call*>(arguments);
     std::apply(c->kernel, c->parameters);
   };
-  return execute(body, &call, grid, block, shared_bytes);
+  return execute(body, &call, grid, block, shared.bytes);
 }
 
 }  // namespace emulator

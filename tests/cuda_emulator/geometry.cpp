@@ -19,13 +19,13 @@ void mos_expand_geometry(int64_t rows, int64_t cols, int64_t rank, int size, int
 }
 void mos_backward_geometry(int64_t rows, int64_t cols, int64_t rank, int size, int64_t* out) {
   const BackwardGeometry g = backward_geometry(rows, cols, rank, size);
-  const int64_t all[] = {g.ranks, g.column_blocks, g.rows.count, g.rows.tiles, g.rank_blocks};
-  for (int i = 0; i < 5; ++i) out[i] = all[i];
+  const int64_t all[] = {g.ranks, g.column_blocks, g.rows.count, g.rows.tiles, g.rank_blocks, g.column_tiles};
+  for (int i = 0; i < 6; ++i) out[i] = all[i];
 }
 // The most shared memory of a kernel's blocks: of shrink with a float pool, of expand with all its column tiles.
 int mos_shared_bytes(int kernel, int size, int ranks) {
-  return kernel == 0   ? shrink_shared(size, ranks, shrink_factor_group(size, size > 4 ? size : 4))
-         : kernel == 1 ? expand_shared(size, wide_ranks(size), max_expand_tiles(size))
+  return kernel == 0   ? shrink_shared(size, ranks, max_pool_bytes(size))
+         : kernel == 1 ? expand_shared(size, ranks, max_expand_tiles(size))
                        : backward_shared(size, ranks);
 }
 uint32_t mos_divide(uint32_t n, uint32_t d) { return divide(n, divider(d)); }
@@ -48,8 +48,8 @@ void mos_tiling(int kernel, int64_t rows, int64_t cols, int64_t rank, int size, 
     tell(g.ranks, kThreads, kTileRows, kExpandCols, g.rows.tiles, g.column_tiles, g.rows.count, g.column_blocks, 1);
   } else {
     const BackwardGeometry g = backward_geometry(rows, cols, rank, size);
-    tell(g.ranks, kThreads, kTileRows, backward_cols(size), g.rows.tiles, backward_tiles(size, g.ranks), g.rows.count,
-         g.column_blocks, g.rank_blocks);
+    tell(g.ranks, kThreads, kTileRows, backward_cols(size), g.rows.tiles, g.column_tiles, g.rows.count, g.column_blocks,
+         g.rank_blocks);
   }
 }
 

@@ -54,7 +54,7 @@ class Planes(C.Structure):
 
 
 class ExpandOptions(C.Structure):
-    _fields_ = [("bias", C.c_void_p), ("accumulate", C.c_bool), ("dropout", Dropout), ("s_sum", C.c_void_p)]
+    _fields_ = [("bias", C.c_void_p), ("accumulate", C.c_bool), ("dropout", Dropout), ("s_sum", C.c_void_p), ("early", C.c_bool)]
 
 
 STRUCTS = (Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions)
@@ -132,7 +132,7 @@ class Kernels:
         return self.library.mos_last_kernel(out).decode(), tuple(out[:3]), out[3], out[4]
 
     def geometry(self, kernel, rows, cols, rank, size):
-        out = (C.c_int64 * 5)()
+        out = (C.c_int64 * (6 if kernel == "backward" else 5))()
         getattr(self.library, f"mos_{kernel}_geometry")(*map(C.c_int64, (rows, cols, rank)), size, out)
         return tuple(out)
 

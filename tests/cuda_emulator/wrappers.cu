@@ -73,7 +73,9 @@ void expect(bool condition, const char* what, int where) {
 
 template <class... P, class... A>
 void run(const char* what, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... arguments) {
-  cudaError_t error = start_kernel(kernel, grid, block, shared_bytes, nullptr, static_cast<P>(arguments)...);
+  KernelState state;
+  const SharedBytes shared{shared_bytes, shared_bytes};
+  cudaError_t error = start_kernel(state, kernel, grid, block, shared, false, nullptr, static_cast<P>(arguments)...);
   if (error == cudaSuccess) error = finish();
   if (error == cudaSuccess) return;
   ++failures;
@@ -357,10 +359,11 @@ __global__ void trap_kernel(int lane) {
 }
 // Last: a GPU takes no launches after it.
 void test_trap() {
-  cudaError_t error = start_kernel(trap_kernel, dim3(1), dim3(32), 0, nullptr, 40);
+  KernelState state;
+  cudaError_t error = start_kernel(state, trap_kernel, dim3(1), dim3(32), SharedBytes{}, false, nullptr, 40);
   if (error == cudaSuccess) error = finish();
   expect(error == cudaSuccess, "no trap", 0);
-  error = start_kernel(trap_kernel, dim3(1), dim3(32), 0, nullptr, 5);
+  error = start_kernel(state, trap_kernel, dim3(1), dim3(32), SharedBytes{}, false, nullptr, 5);
   if (error == cudaSuccess) error = finish();
   expect(error == cudaErrorLaunchFailure, "trap", static_cast<int>(error));
 }

@@ -1,0 +1,57 @@
+// Which variants of the low-rank kernels are compiled, and which one a launch takes.
+//
+// Every kernel has a variant that takes anything and asks at run time what the call wants: the odd shapes, strides and
+// dtypes. For what people run, in the types that people train in, the questions are answered when it is compiled, for
+// the kernels are bound by instructions where they ask: an inner loop of expand had 518 instructions for a tile of
+// 8 KiB with all its questions, of which a plain write needs less than half.
+//
+// | kernel  | variants of 16-bit elements, each for 16 and for 64 ranks   | who runs them |
+// |---------|-------------------------------------------------------------|--------------------------------------------|
+// | shrink  | whole; whole dropout                                        | forward | | expand  | whole; whole bias;
+// whole accumulate                         | forward; with a bias; over an opaque base  | | dy pass | whole | backward
+// | | x pass  | whole; whole dropout; whole accumulate; both                | backward; both over an opaque base |
+//
+// "Whole" promises aligned groups of eight columns, float pools whose shards hold whole groups, ranks in quads of one
+// block, and strides and shards that 32 bits reach (Whole below says when a view is). All else, float32 and float64
+// included, takes the variant that asks. A kernel costs about 20 KB for each architecture.
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "heuristics.h"
+
+namespace mos::cuda {
+
+using Variant = unsigned;
+constexpr Variant kAny = 0, kWhole = 1, kDropout = 2, kAccumulate = 4, kBias = 8;
+
+constexpr Variant kShrinkVariants[] = {kWhole, kWhole | kDropout};
+constexpr Variant kExpandVariants[] = {kWhole, kWhole | kBias, kWhole | kAccumulate};
+constexpr Variant kDyPassVariants[] = {kWhole};
+constexpr Variant kXPassVariants[] = {kWhole, kWhole | kDropout, kWhole | kAccumulate, kWhole | kDropout | kAccumulate};
+
+// Whether a variant does `part`: known when it is compiled, or what the call asked for.
+template <Variant kVariant, Variant kPart>
+MOS_HOST_DEVICE constexpr bool does(bool asked) {
+  return kVariant & kWhole ? (kVariant & kPart) != 0 : asked;
+}
+
+// What a launch wants. Where it is not whole it asks at run time.
+constexpr Variant variant_of(bool whole, bool dropout, bool accumulate = false, bool bias = false) {
+  return whole ? kWhole | (dropout ? kDropout : 0) | (accumulate ? kAccumulate : 0) | (bias ? kBias : 0) : kAny;
+}
+
+// Calls f(std::integral_constant<Variant, v>) with the variant of a list that is wanted; with the one that takes
+// anything where there is none, or where M's arithmetic has no others.
+template <class M, const auto& kVariants, size_t kAt = 0, class F>
+auto with_variant(Variant wanted, const F& f) {
+  if constexpr (!M::kWholeVariant || kAt == sizeof(kVariants) / sizeof(kVariants[0])) {
+    return f(std::integral_constant<Variant, kAny>{});
+  } else {
+    return wanted == kVariants[kAt] ? f(std::integral_constant<Variant, kVariants[kAt]>{})
+                                    : with_variant<M, kVariants, kAt + 1>(wanted, f);
+  }
+}
+
+}  // namespace mos::cuda
