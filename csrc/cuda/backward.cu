@@ -32,7 +32,7 @@ struct BackwardParams {
   const int64_t* seed;
   uint32_t threshold;
   int32_t column_tiles;  // of a block
-  int64_t row_tiles, row_tiles_of_part;
+  int32_t row_tiles, row_tiles_of_part;
 };
 
 // Where things are in shared memory.
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, first_row = warp * kWarpRows;
   const Own own(first_row, lane);
   const int64_t col0 = blockIdx.x * (static_cast<int64_t>(p.column_tiles) * kCols);
-  const int64_t tile0 = blockIdx.y * p.row_tiles_of_part, tile_end = min64(tile0 + p.row_tiles_of_part, p.row_tiles);
+  const int tile0 = blockIdx.y * p.row_tiles_of_part, tile_end = min(tile0 + p.row_tiles_of_part, p.row_tiles);
   const int rank0 = blockIdx.z * kRanks;
   const SharedMatrix<E> factor{shared + Shared::kFactorAt, Shared::kFactorPitch};
   const SharedMatrix<E> s{shared + Shared::kSAt, Shared::kSPitch};
@@ -70,12 +70,11 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
   const bool accumulate = does<kVariant, kAccumulate>(p.accumulate);
 
   // Tiles are visited row by row; loads run kAhead tiles ahead.
-  int64_t row_ahead = tile0;
-  int tile_ahead = 0;
+  int row_ahead = tile0, tile_ahead = 0;
   const auto load_next = [&](int stage) {
     if (row_ahead < tile_end) {
       const SharedMatrix<E> tile{shared + stage * Shared::kInBytes, Shared::kInPitch};
-      load_share<kVariant>(tile, own, p.in, row_ahead * kTileRows, col0 + tile_ahead * kCols);
+      load_share<kVariant>(tile, own, p.in, int64_t{row_ahead} * kTileRows, col0 + tile_ahead * kCols);
     }
     cp_async_commit();
     if (++tile_ahead == p.column_tiles) tile_ahead = 0, ++row_ahead;
@@ -101,8 +100,8 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
   let_next_launch_start();
   const DropoutRule rule(p.seed, drops ? p.threshold : 0);
   int stage = 0;
-  for (int64_t row_tile = tile0; row_tile < tile_end; ++row_tile) {
-    const int64_t row0 = row_tile * kTileRows;
+  for (int row_tile = tile0; row_tile < tile_end; ++row_tile) {
+    const int64_t row0 = int64_t{row_tile} * kTileRows;
     __syncthreads();  // nobody needs s of the tile before any more
     load_sums<kVariant, kWarpRows, kRanks, kWarp>(s, p.s, row0, first_row, rank0, p.s_scale, static_cast<S*>(nullptr),
                                                   lane);
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
       const SharedMatrix<E> tile{shared + stage * Shared::kInBytes, Shared::kInPitch};
       const int64_t tile_col = col0 + t * kCols;
       cp_async_wait<kAhead - 1>();
-      if (drops) drop_share<kVariant>(tile, own, rule, row0, tile_col, masks);
+      if (drops) drop_share<kVariant, kRanks == 64 ? 2 : 4>(tile, own, rule, row0, tile_col, masks);
       __syncthreads();  // the tile and s are complete, and the stage of the tile before is free
       load_next(stage == 0 ? kStages - 1 : stage - 1);
 
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
           }
         }
       }
-#pragma unroll M::kUnroll
+#pragma unroll(kRanks == 64 ? 2 : M::kUnroll)
       for (int k = 0; k < kTileRows; k += M::kStep) {
         typename M::B b[kGradBlocks];
 #pragma unroll
@@ -153,7 +152,8 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
         }
         RowsOf<M, kRanks> a;
         a.load(s, first_row, lane);
-        constexpr int kAtOnce = 2;  // blocks of 16 columns; more, or more unrolled, and registers spill
+        // Blocks of 16 columns. More, or more unrolled, and registers spill.
+        constexpr int kAtOnce = 2;
 #pragma unroll(sizeof(E) == 2 && kRanks == 16 ? 2 : 1)
         for (int col = 0; col < kCols; col += 16 * kAtOnce) {
           Block<S> sums[kAtOnce];
@@ -171,11 +171,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
 
     if constexpr (!kXPass) {
       S* plane = p.projected + static_cast<int64_t>(blockIdx.x) * p.in.rows * p.factor.rank;
-#pragma unroll
-      for (int n = 0; n < kRankBlocks; ++n) {
-        store_block<kVariant>(projected[n], plane, p.in.rows, p.factor.rank, row0 + first_row, rank0 + n * 16,
-                              p.out_scale, lane);
-      }
+      store_blocks<kVariant>(projected, plane, p.in.rows, p.factor.rank, row0 + first_row, rank0, p.out_scale, lane);
     }
   }
 
@@ -185,11 +181,8 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
     if (t >= p.column_tiles) break;
 #pragma unroll
     for (int m = 0; m < kRankBlocks; ++m) {
-#pragma unroll
-      for (int n = 0; n < kGradBlocks; ++n) {
-        const int64_t col = col0 + t * kCols + warp * kWarpCols + n * 16;
-        store_block<kVariant>(grad[t][m][n], plane, p.factor.rank, p.in.cols, rank0 + m * 16, col, S(1), lane);
-      }
+      const int64_t col = col0 + t * kCols + warp * kWarpCols;
+      store_blocks<kVariant>(grad[t][m], plane, p.factor.rank, p.in.cols, rank0 + m * 16, col, S(1), lane);
     }
   }
 }

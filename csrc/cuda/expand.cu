@@ -24,8 +24,7 @@ struct ExpandParams {
   const int64_t* seed;
   uint32_t threshold;
   S* s_sum;
-  int32_t column_tiles;
-  int64_t row_tiles, row_tiles_of_part;
+  int32_t column_tiles, row_tiles, row_tiles_of_part;
 };
 
 template <class M, int kRanks, Variant kVariant>
@@ -41,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
   const int lane = threadIdx.x % kWarp, first_row = threadIdx.x / kWarp * kWarpRows;
   const Own own(first_row, lane);
   const int64_t col0 = blockIdx.x * static_cast<int64_t>(p.column_tiles * kExpandCols);
-  const int64_t tile0 = blockIdx.y * p.row_tiles_of_part, tile_end = min64(tile0 + p.row_tiles_of_part, p.row_tiles);
+  const int tile0 = blockIdx.y * p.row_tiles_of_part, tile_end = min(tile0 + p.row_tiles_of_part, p.row_tiles);
   const SharedMatrix<E> s{shared, kSPitch};
   const SharedMatrix<E> y{shared + kTileRows * kSPitch, kYPitch};
   uint32_t* masks = reinterpret_cast<uint32_t*>(y.data + kTileRows * kYPitch);
@@ -69,8 +68,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
   let_next_launch_start();
   const int column_tiles =
       static_cast<int>(max64(1, min64(p.column_tiles, ceil_div(p.y.cols - col0, int64_t{kExpandCols}))));
-  for (int64_t tile = tile0; tile < tile_end; ++tile) {
-    const int64_t row0 = tile * kTileRows;
+  for (int tile = tile0; tile < tile_end; ++tile) {
+    const int64_t row0 = int64_t{tile} * kTileRows;
     if (one_step) {
       __syncthreads();  // everyone is done with s of the tile before
       load_s(row0, 0);
@@ -128,8 +127,8 @@ cudaError_t expand_as(const ConstPlanes& s, const Factor& factor, double scale, 
                                   options.dropout.threshold,
                                   static_cast<S*>(options.s_sum),
                                   g.column_tiles,
-                                  ceil_div(y.rows, kTileRows),
-                                  g.rows.tiles};
+                                  static_cast<int32_t>(ceil_div(y.rows, kTileRows)),
+                                  static_cast<int32_t>(g.rows.tiles)};
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count));
   const bool whole = M::kWholeVariant && params.y.whole() && params.factor.whole() && params.s.aligned &&
                      factor.rank <= kRanks && reinterpret_cast<uintptr_t>(options.s_sum) % kVector == 0;

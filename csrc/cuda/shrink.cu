@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
     cp_async_wait<kStages - 2>();
     const SharedMatrix<E> x = x_tile(tile), f = factor.tile(tile);
     if (does<kVariant, kDropout>(p.threshold != 0)) {
-      drop_share<kVariant>(x, own, rule, row0, (tile0 + tile) * kCols, nullptr);
+      drop_share<kVariant, 4>(x, own, rule, row0, (tile0 + tile) * kCols, nullptr);
     }
     factor.convert(tile);
     __syncthreads();  // this tile is complete, and nobody reads the one before any more:
@@ -195,11 +195,8 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
   S* plane = p.planes + static_cast<int64_t>(blockIdx.y) * p.x.rows * p.factor.rank;
 #pragma unroll
   for (int m = 0; m < kOwnRows / 16; ++m) {
-#pragma unroll
-    for (int n = 0; n < kRanks / 16; ++n) {
-      const int64_t row = row0 + first_row + m * 16;
-      store_block<kVariant>(sums[m][n], plane, p.x.rows, p.factor.rank, row, rank0 + n * 16, p.scale, lane);
-    }
+    const int64_t row = row0 + first_row + m * 16;
+    store_blocks<kVariant>(sums[m], plane, p.x.rows, p.factor.rank, row, rank0, p.scale, lane);
   }
 }
 

@@ -205,14 +205,13 @@ MOS_DEVICE void drop_group(E* group, const KeepMask& mask) {
   }
 }
 
-// Of a share of the tile at (row0, col0). Where `masks` is not null, a word of each group is left there for
-// store_share.
-template <Variant kVariant, class Share, class E>
+// Of a share of the tile at (row0, col0), kAtOnce groups at a time to hide each other's latency. Where `masks` is not
+// null, a word of each group is left there for store_share.
+template <Variant kVariant, int kAtOnce, class Share, class E>
 MOS_DEVICE void drop_share(const SharedMatrix<E>& tile, const Share& share, const DropoutRule& rule, int64_t row0,
                            int64_t col0, uint32_t* masks) {
   const uint32_t group = static_cast<uint32_t>(col0 + share.col) / kGroup;
-  // Four at a time hide each other's latency; eight would need more registers than backward has left.
-#pragma unroll((kVariant & kWhole) ? 4 : 1)
+#pragma unroll((kVariant & kWhole) ? kAtOnce : 1)
   for (int j = 0; j < Share::kOwn; ++j) {
     const int row = share.row + j * Share::kStep;
     // Rows counted in 32 bits spare the first rounds of Philox half their products.
@@ -246,7 +245,7 @@ MOS_DEVICE void store_share(const Rows<E>& m, int64_t row0, int64_t col0, const 
     const int rows = col < m.cols ? static_cast<int>(m.rows) - (static_cast<int>(row0) + share.row) : 0;
     E* target = m.at(row0 + share.row, col);
     const int step = static_cast<int>(m.stride) * Share::kStep;
-#pragma unroll
+#pragma unroll(kVariant == (kWhole | kDropout | kAccumulate) ? 2 : Share::kOwn)
     for (int j = 0; j < Share::kOwn; ++j) {
       if (j * Share::kStep >= rows) continue;
       E* to = target + static_cast<int64_t>(j) * step;
@@ -449,15 +448,14 @@ MOS_DEVICE void load_factor(const SharedMatrix<E>& target, const FactorParams& f
 
 // ---------------------------------------------------------------------------------------------- sums
 
-// Two neighbouring sums of a row of a plane with `cols` columns; those that exist.
+// Two neighbouring sums of a row of `cols`, of which `left` columns are left; those that exist.
 template <Variant kVariant, class S>
-MOS_DEVICE void write_sums(S* row, int64_t col, int64_t cols, S first, S second) {
-  if ((kVariant & kWhole) ||
-      cols % 2 == 0) {  // planes start at multiples of 16 bytes, so that even rows keep pairs aligned
-    if (col < cols) store_pair(row + col, first, second);
+MOS_DEVICE void write_sums(S* target, int64_t left, S first, S second, int64_t cols) {
+  if ((kVariant & kWhole) || cols % 2 == 0) {  // planes start at multiples of 16 bytes, so even rows keep pairs aligned
+    if (left > 0) store_pair(target, first, second);
   } else {
-    if (col < cols) row[col] = first;
-    if (col + 1 < cols) row[col + 1] = second;
+    if (left > 0) target[0] = first;
+    if (left > 1) target[1] = second;
   }
 }
 
@@ -526,29 +524,23 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
                           int rank0, S scale, S* sum_out, int worker) {
   constexpr int kQuads = kRanks / kQuad, kOwn = kRows * kQuads / kWorkers;
   if constexpr (kVariant & kWhole) {
-    // A few quads at a time, so that their trips to L2 overlap; where there are planes to add, two of each, too.
-    // (With 64 ranks the sums of backward leave no registers for more than one.)
-    constexpr int kAtOnce = kOwn < 4 ? kOwn : 4, kStep = kWorkers / kQuads;
-    constexpr int kBatch = kAtOnce < 4 ? 4 : kWorkers == kWarp ? 1 : 2;
-    const int quad = worker % kQuads * kQuad;
-    const bool ranked = rank0 + quad < p.rank;
-    const int64_t plane = p.rows * p.rank;
+    // A few quads at a time, so that their trips to L2 overlap; where there are planes to add, two or four of each,
+    // too. (With 64 ranks the sums of backward leave fewer registers.)
+    constexpr int kAtOnce = kOwn < 4 || kWorkers == kWarp ? 2 : 4, kBatch = kOwn < 4 ? 4 : 2, kStep = kWorkers / kQuads;
+    static_assert(kOwn % kAtOnce == 0);
+    const int quad = worker % kQuads * kQuad, top = first_row + worker / kQuads;
+    const int rows = rank0 + quad < p.rank ? static_cast<int>(p.rows) - (static_cast<int>(row0) + top) : 0;
+    const int64_t plane = p.rows * p.rank, at = (row0 + top) * p.rank + (rank0 + quad);
+    const int step = kStep * p.rank;
 #pragma unroll
     for (int first = 0; first < kOwn; first += kAtOnce) {
       uint4 v[kBatch][kAtOnce] = {};
       S sum[kAtOnce][kQuad] = {};
-      const S* source[kAtOnce];
-      bool live[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int r = first_row + worker / kQuads + (first + i) * kStep;
-        live[i] = ranked && row0 + r < p.rows;
-        source[i] = p.data + (row0 + r) * p.rank + (rank0 + quad);
-      }
+      const S* source = p.data + at + first * step;
       if (p.count == 1) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          if (live[i]) v[0][i] = load_16(source[i]);
+          if ((first + i) * kStep < rows) v[0][i] = load_16(source + i * step);
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
@@ -561,10 +553,10 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
 #pragma unroll
           for (int b = 0; b < kBatch; ++b) {
             // Planes beyond the last are read again and masked: a branch would put each load next to its addition.
-            const int64_t at = min(k + b, p.count - 1) * plane;
+            const S* of_plane = source + min(k + b, p.count - 1) * plane;
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-              if (live[i]) v[b][i] = load_16(source[i] + at);
+              if ((first + i) * kStep < rows) v[b][i] = load_16(of_plane + i * step);
             }
           }
 #pragma unroll
@@ -580,11 +572,10 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int r = first_row + worker / kQuads + (first + i) * kStep;
-        if (sum_out && live[i]) {
-          write_quad(sum_out + (row0 + r) * p.rank + (rank0 + quad), sum[i], true, kQuad);
-        }
-        store_quad(target.at(r, quad), sum[i][0] * scale, sum[i][1] * scale, sum[i][2] * scale, sum[i][3] * scale);
+        const int down = (first + i) * kStep;
+        if (sum_out && down < rows) write_quad(sum_out + at + (first + i) * step, sum[i], true, kQuad);
+        store_quad(target.at(top + down, quad), sum[i][0] * scale, sum[i][1] * scale, sum[i][2] * scale,
+                   sum[i][3] * scale);
       }
     }
   } else {
@@ -602,15 +593,26 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
   }
 }
 
-// A block of sums into a plane (rows, cols) at (row0, col0), times scale. Whole variants have even columns.
-template <Variant kVariant, class S>
-MOS_DEVICE void store_block(const Block<S>& block, S* plane, int64_t rows, int64_t cols, int64_t row0, int64_t col0,
-                            S scale, int lane) {
-  for_each_pair(block, lane, [&](int r, int c, S first, S second) {
-    if (row0 + r < rows) {
-      write_sums<kVariant>(plane + (row0 + r) * cols, col0 + c, cols, first * scale, second * scale);
+// Blocks of sums, side by side, into a plane (rows, cols) at (row0, col0), times scale. Whole variants have even
+// columns.
+template <Variant kVariant, int kBlocks, class S>
+MOS_DEVICE void store_blocks(const Block<S> (&blocks)[kBlocks], S* plane, int64_t rows, int64_t cols, int64_t row0,
+                             int64_t col0, S scale, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = row0 + block_row(lane, 2 * half), col = col0 + block_col(lane, 0, 0);
+    if (row >= rows) continue;
+    S* target = plane + row * cols + col;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int right = 16 * n + 8 * j;
+        write_sums<kVariant>(target + right, cols - col - right, blocks[n].sum[j][2 * half] * scale,
+                             blocks[n].sum[j][2 * half + 1] * scale, cols);
+      }
     }
-  });
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- s F
