@@ -68,9 +68,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
   let_next_launch_start();
   const int column_tiles =
       static_cast<int>(max64(1, min64(p.column_tiles, ceil_div(p.y.cols - col0, int64_t{kExpandCols}))));
+  const bool few = (kVariant & kWhole) && p.s.count > 1 && 2 * p.s.rows * p.s.rank <= kThreads * kQuad;
+  if constexpr (kVariant & kWhole) {
+    if (few) {
+      load_few_sums<kTileRows, kRanks>(s, p.s, p.scale, s_sum, y.data);
+      __syncthreads();  // s is complete, and so are F and the bias
+    }
+  }
   for (int tile = tile0; tile < tile_end; ++tile) {
     const int64_t row0 = int64_t{tile} * kTileRows;
-    if (one_step) {
+    if (one_step && !few) {
       __syncthreads();  // everyone is done with s of the tile before
       load_s(row0, 0);
       __syncthreads();  // s is complete, and so are F and the bias

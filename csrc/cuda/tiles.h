@@ -293,7 +293,9 @@ struct FactorParams {
   bool aligned;        // groups of eight columns never straddle shards and start at multiples of 16 bytes
 
   // For whole variants.
-  bool whole() const { return aligned && pool_bytes == 4 && rank % 4 == 0 && pool_stride <= UINT32_MAX / 4; }
+  bool whole() const {
+    return aligned && pool_bytes == 4 && rank > 0 && rank % 4 == 0 && pool_stride <= UINT32_MAX / 4;
+  }
 };
 inline FactorParams factor_params(const Factor& f) {
   const int size = size_of(f.dtype);
@@ -590,6 +592,38 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
       }
       store_quad(target.at(r, quad), sum[0] * scale, sum[1] * scale, sum[2] * scale, sum[3] * scale);
     }
+  }
+}
+
+// The same of a whole block's tile with so few rows, as in decoding, that each thread would have less than half a quad
+// of sums: several share one, each adds a range of planes, and the first of them adds these sums in order. `scratch`
+// holds 16 bytes for each thread; nobody reads target or scratch yet, and all threads come.
+template <int kRows, int kRanks, class E, class S>
+MOS_DEVICE void load_few_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, S scale, S* sum_out,
+                              unsigned char* scratch) {
+  const int quads = p.rank / kQuad, items = static_cast<int>(p.rows) * quads;
+  const int parts = kThreads / items, part = threadIdx.x / items, item = threadIdx.x % items;
+  const int size = static_cast<int>(ceil_div(p.count, parts)), first = part * size;
+  S sum[kQuad] = {};
+  if (part < parts) {
+    const int64_t plane = p.rows * p.rank;
+    add_planes<8>(sum, p.data + item * kQuad + first * plane, plane, min(size, p.count - first), true, kQuad);
+  }
+  store_quad(reinterpret_cast<S*>(scratch) + threadIdx.x * kQuad, sum[0], sum[1], sum[2], sum[3]);
+  for (int i = threadIdx.x; i < kRows * kRanks / kQuad; i += kThreads) {
+    store_quad(target.at(i / (kRanks / kQuad), i % (kRanks / kQuad) * kQuad), S(0), S(0), S(0), S(0));
+  }
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < items) {
+#pragma unroll 1
+    for (int other = 1; other < parts; ++other) {
+      const S* of_part = reinterpret_cast<const S*>(scratch) + (other * items + item) * kQuad;
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) sum[j] += of_part[j];
+    }
+    if (sum_out) write_quad(sum_out + item * kQuad, sum, true, kQuad);
+    store_quad(target.at(item / quads, item % quads * kQuad), sum[0] * scale, sum[1] * scale, sum[2] * scale,
+               sum[3] * scale);
   }
 }
 

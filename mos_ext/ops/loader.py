@@ -49,10 +49,10 @@ def _driver_version() -> int | None:
     """1000 * major + 10 * minor of the newest CUDA that the NVIDIA driver can run; None where there is no driver."""
     version = ctypes.c_int()
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):  # none, or a stub for linking
         return None
-    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+    return None if failed else version.value
 
 
 def _driver_problem(name: str, content: bytes) -> str | None:
