@@ -7,9 +7,10 @@ import torch
 
 from mos_ext import reference
 from mos_ext.functional import mos_linear
+from mos_ext.ops import schema
 from mos_ext.ops.checks import why_not_native
 from mos_ext.ops.schema import OPERATORS as NAMES
-from mos_ext.testing import assert_error_ratio, random_case
+from mos_ext.testing import assert_error_ratio, check_case, random_case
 
 ops = torch.ops.mos_ext
 
@@ -77,11 +78,12 @@ def test_parity(shape, dtypes, p, device):
     tail = (bias, 0.7, p, seed)
     delta, s_got = ops.low_rank(*forward, *tail)
     (plain_y, plain_s), (exact_y, exact_s) = low_rank(*forward, *tail), low_rank(*double(*forward, *tail))
+    plain_branch, exact_branch = plain_y - bias, exact_y - bias.double()
     assert_error_ratio(delta, plain_y, exact_y, "low_rank y")
     assert_error_ratio(s_got, plain_s, exact_s, "low_rank s", dtype)
     accumulated = y.clone()
     assert torch.equal(ops.low_rank_(accumulated, *forward, 0.7, p, seed), s_got)
-    assert_error_ratio(accumulated, y + (plain_y - bias), y.double() + (exact_y - bias.double()), "low_rank_")
+    assert_error_ratio(accumulated, y + plain_branch, y.double() + exact_branch, "low_rank_")
 
     got = ops.low_rank_backward(dy, s, *backward)
     plain = low_rank_backward(dy, s, *backward)
@@ -94,6 +96,23 @@ def test_parity(shape, dtypes, p, device):
     assert torch.equal(factors[1], got[2])
     assert_error_ratio(dx, y + plain[0], y.double() + exact[0], "low_rank_backward_ dx")
 
+    # The whole layer: what ATen's product and the in-place operators give, to the bit where that is the order.
+    weight, factors = case.weight, (pool, index, pool_b, index_b)
+    for b in (None, bias):
+        layer, s_got = ops.linear(x, weight, b, *factors, 0.7, p, seed)
+        expected = torch.nn.functional.linear(x, weight, b)
+        plain_y, exact_y = expected + plain_branch, torch.nn.functional.linear(*double(x, weight, b)) + exact_branch
+        assert_error_ratio(layer, plain_y, exact_y, "linear y")
+        s_in_place = ops.low_rank_(expected, *forward, 0.7, p, seed)
+        assert torch.equal(s_got, s_in_place)
+        assert device != "cpu" or torch.equal(layer, expected)
+    dx, *factors_got = ops.linear_backward(dy, s, x, weight, *factors, 0.7, p, seed)
+    expected = dy @ weight
+    assert_error_ratio(dx, expected + plain[0], dy.double() @ weight.double() + exact[0], "linear_backward dx")
+    for got, want in zip(factors_got, ops.low_rank_backward_(expected, dy, s, *backward), strict=True):
+        assert torch.equal(got, want)
+    assert device != "cpu" or torch.equal(dx, expected)
+
 
 def low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed):
     s = reference.shrink(x, pool_a, index_a, p, seed)
@@ -103,6 +122,21 @@ def low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed):
 def low_rank_backward(dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed):
     ds, factor_b = reference.expand_backward(dy, s, pool_b, index_b, scale)
     return *reference.shrink_backward(ds, x, pool_a, index_a, p, seed), factor_b
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("low_rank_first", [True, False])
+def test_both_orders_of_plain_pytorch(dtype, bias, low_rank_first, monkeypatch, device):
+    """Where no library could be built: CUDA's order, in which the branch becomes the C of the base's product, and the
+    CPU's, on every device."""
+    asked = []
+    monkeypatch.setattr(schema, "_low_rank_first", lambda x: asked.append(x) or low_rank_first)
+    for name in ("linear", "linear_backward"):
+        default = getattr(schema, f"_{name}")
+        monkeypatch.setattr(ops, name, lambda *arguments, tf32, default=default: default(*arguments))
+    check_case(random_case((3, 7), 24, 40, 5, 4, dtype=dtype, bias=bias, device=device))
+    assert len(asked) == 2  # forward and backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -143,6 +177,8 @@ def arguments_of(name, device, dtype=torch.float32):
         "low_rank_": (x.clone(), x, pool, index, pool, index, 0.5, 0.2, seed),
         "low_rank_backward": (x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
         "low_rank_backward_": (x.clone(), x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
+        "linear": (x, case.weight, case.bias, pool, index, pool, index, 0.5, 0.2, seed),
+        "linear_backward": (x, s, x, case.weight, pool, index, pool, index, 0.5, 0.2, seed),
     }[name]
 
 

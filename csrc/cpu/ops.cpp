@@ -1,5 +1,7 @@
 // CPU kernels of the mos_ext operators. Schemas, fakes and defaults live in mos_ext/ops/schema.py;
 // this file only adds implementations to them, through torch's stable ABI.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "../common/interface.h"
 #include "../common/stable.h"
 #include "kernels.h"
@@ -190,6 +192,41 @@ std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor&
   Tensor grad_a = shrink_backward_into(dx_c, ds, x, pool_a, index_a, dropout, seed, /*accumulate=*/true);
   if (dx_c.get() != dx.get()) torch::stable::copy_(dx, dx_c);
   return {grad_a, grad_b};
+}
+
+// The whole layer: the base's product by ATen, as linear and matmul would compute it, then the branch onto it.
+
+std::tuple<Tensor, Tensor> linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                     const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b,
+                                     const Tensor& index_b, double scale, double dropout,
+                                     const std::optional<Tensor>& seed, bool) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x and weight must be matrices");
+  check_weight(weight, x, weight.size(0), x.size(1));
+  Tensor y = new_matrix(x, x.size(0), weight.size(0), x.scalar_type());
+  const Tensor right = transposed(weight);
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == y.size(1) && bias->scalar_type() == x.scalar_type(),
+                    "bias must be (columns of y,) of y's dtype");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), bias->get(), x.get(), right.get(), 1.0, 1.0));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), x.get(), right.get()));
+  }
+  Tensor s = low_rank_into(y, /*accumulate=*/true, x, pool_a, index_a, pool_b, index_b, scale, dropout, seed);
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& dy, const Tensor& s, const Tensor& x,
+                                                      const Tensor& weight, const Tensor& pool_a, const Tensor& index_a,
+                                                      const Tensor& pool_b, const Tensor& index_b, double scale,
+                                                      double dropout, const std::optional<Tensor>& seed, bool) {
+  STD_TORCH_CHECK(dy.dim() == 2 && x.dim() == 2, "dy and x must be matrices");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy must have the dtype of x");
+  check_weight(weight, x, dy.size(1), x.size(1));
+  Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(dx.get(), dy.get(), weight.get()));
+  auto [ds, grad_b] = expand_backward_op(dy, s, pool_b, index_b, scale, false);
+  Tensor grad_a = shrink_backward_into(dx, ds, x, pool_a, index_a, dropout, seed, /*accumulate=*/true);
+  return {dx, grad_a, grad_b};
 }
 
 }  // namespace
