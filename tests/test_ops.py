@@ -73,7 +73,8 @@ def test_parity(shape, dtypes, p, device):
 
     # Both factors at once: the same products one after the other, with one rounding where they meet what was there.
     pool_b, index_b = case.pool_b, case.index_b
-    forward, backward = (x, pool, index, pool_b, index_b), (x, pool, index, pool_b, index_b, 0.7, p, seed)
+    factors = (pool, index, pool_b, index_b)
+    forward, backward = (x, *factors), (x, *factors, 0.7, p, seed)
     bias, dy = y[0].clone(), random_case(rows, d, d, r, l, dtype=dtype, device=device, seed=2).x
     tail = (bias, 0.7, p, seed)
     delta, s_got = ops.low_rank(*forward, *tail)
@@ -91,27 +92,26 @@ def test_parity(shape, dtypes, p, device):
     for i, triple in enumerate(zip(got, plain, exact, strict=True)):
         assert_error_ratio(*triple, what=f"low_rank_backward[{i}]", operands=dtype)
     dx = y.clone()
-    factors = ops.low_rank_backward_(dx, dy, s, *backward)
-    assert torch.equal(factors[0], got[1])
-    assert torch.equal(factors[1], got[2])
+    factor_grads = ops.low_rank_backward_(dx, dy, s, *backward)
+    assert torch.equal(factor_grads[0], got[1])
+    assert torch.equal(factor_grads[1], got[2])
     assert_error_ratio(dx, y + plain[0], y.double() + exact[0], "low_rank_backward_ dx")
 
-    # The whole layer: what ATen's product and the in-place operators give, to the bit where that is the order.
-    weight, factors = case.weight, (pool, index, pool_b, index_b)
+    # The whole layer: what ATen's product and the other operators give, in one order or the other, to the bit.
+    weight = case.weight
     for b in (None, bias):
         layer, s_got = ops.linear(x, weight, b, *factors, 0.7, p, seed)
-        expected = torch.nn.functional.linear(x, weight, b)
-        plain_y, exact_y = expected + plain_branch, torch.nn.functional.linear(*double(x, weight, b)) + exact_branch
-        assert_error_ratio(layer, plain_y, exact_y, "linear y")
-        s_in_place = ops.low_rank_(expected, *forward, 0.7, p, seed)
-        assert torch.equal(s_got, s_in_place)
-        assert device != "cpu" or torch.equal(layer, expected)
-    dx, *factors_got = ops.linear_backward(dy, s, x, weight, *factors, 0.7, p, seed)
-    expected = dy @ weight
-    assert_error_ratio(dx, expected + plain[0], dy.double() @ weight.double() + exact[0], "linear_backward dx")
-    for got, want in zip(factors_got, ops.low_rank_backward_(expected, dy, s, *backward), strict=True):
-        assert torch.equal(got, want)
-    assert device != "cpu" or torch.equal(dx, expected)
+        base, (branch, _) = torch.nn.functional.linear(x, weight, b), ops.low_rank(*forward, b, 0.7, p, seed)
+        exact_base = torch.nn.functional.linear(*double(x, weight, b))
+        assert_error_ratio(layer, base + plain_branch, exact_base + exact_branch, "linear y")
+        assert torch.equal(s_got, ops.low_rank_(base, *forward, 0.7, p, seed))
+        assert torch.equal(layer, base) or torch.equal(layer, branch.addmm_(x, weight.t()))
+    layer, *grads = ops.linear_backward(dy, s, x, weight, *factors, 0.7, p, seed)
+    base, (branch, *_) = dy @ weight, ops.low_rank_backward(dy, s, *backward)
+    assert_error_ratio(layer, base + plain[0], dy.double() @ weight.double() + exact[0], "linear_backward dx")
+    for grad, want in zip(grads, ops.low_rank_backward_(base, dy, s, *backward), strict=True):
+        assert torch.equal(grad, want)
+    assert torch.equal(layer, base) or torch.equal(layer, branch.addmm_(dy, weight))
 
 
 def low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed):
