@@ -106,12 +106,16 @@ def test_parity(shape, dtypes, p, device):
         assert_error_ratio(layer, base + plain_branch, exact_base + exact_branch, "linear y")
         assert torch.equal(s_got, ops.low_rank_(base, *forward, 0.7, p, seed))
         assert torch.equal(layer, base) or torch.equal(layer, branch.addmm_(x, weight.t()))
-    layer, *grads = ops.linear_backward(dy, s, x, weight, *factors, 0.7, p, seed)
+    layer, *grads = ops.linear_backward(dy, s, x, weight, *factors, 0.7, p, seed, False)
     base, (branch, *_) = dy @ weight, ops.low_rank_backward(dy, s, *backward)
     assert_error_ratio(layer, base + plain[0], dy.double() @ weight.double() + exact[0], "linear_backward dx")
     for grad, want in zip(grads, ops.low_rank_backward_(base, dy, s, *backward), strict=True):
         assert torch.equal(grad, want)
     assert torch.equal(layer, base) or torch.equal(layer, branch.addmm_(dy, weight))
+    of_pools = ops.linear_backward(dy, s, x, weight, *factors, 0.7, p, seed, True)
+    wants = (layer, *(ops.scatter_add([g], [i], len(pool)) for g, i in zip(grads, (index, index_b), strict=True)))
+    for got, want in zip(of_pools, wants, strict=True):
+        assert torch.equal(got, want)
 
 
 def low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed):
@@ -178,7 +182,7 @@ def arguments_of(name, device, dtype=torch.float32):
         "low_rank_backward": (x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
         "low_rank_backward_": (x.clone(), x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
         "linear": (x, case.weight, case.bias, pool, index, pool, index, 0.5, 0.2, seed),
-        "linear_backward": (x, s, x, case.weight, pool, index, pool, index, 0.5, 0.2, seed),
+        "linear_backward": (x, s, x, case.weight, pool, index, pool, index, 0.5, 0.2, seed, True),
     }[name]
 
 

@@ -493,7 +493,7 @@ def test_flops_of_operators_alone():
         (ops.low_rank_backward, (dy, s, x, *operands, 1.0, 0.0, None), 2 * (half_a + half_b)),
         (ops.low_rank_backward_, (x.clone(), dy, s, x, *operands, 1.0, 0.0, None), 2 * (half_a + half_b)),
         (ops.linear, (x, weight, None, *operands, 1.0, 0.0, None), base + half_a + half_b),
-        (ops.linear_backward, (dy, s, x, weight, *operands, 1.0, 0.0, None), base + 2 * (half_a + half_b)),
+        (ops.linear_backward, (dy, s, x, weight, *operands, 1.0, 0.0, None, False), base + 2 * (half_a + half_b)),
         (ops.gather_concat, operands[:2], 0),
     ):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -336,12 +336,17 @@ std::tuple<Tensor, Tensor> linear_op(const Tensor& x, const Tensor& weight, cons
 std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& dy, const Tensor& s, const Tensor& x,
                                                       const Tensor& weight, const Tensor& pool_a, const Tensor& index_a,
                                                       const Tensor& pool_b, const Tensor& index_b, double scale,
-                                                      double p, const std::optional<Tensor>& seed, bool tf32) {
+                                                      double p, const std::optional<Tensor>& seed, bool of_pools,
+                                                      bool tf32) {
   const Launcher to(x);
   check_device(weight, to.device, "weight");
   check_weight(weight, x, dy.size(1), x.size(1));
   auto [dx, grad_a, grad_b] = low_rank_backward_op(dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32);
   add_product(dx, dy, weight);
+  if (of_pools) {
+    grad_a = scatter_add_op({grad_a}, {index_a}, pool_a.size(0));
+    grad_b = scatter_add_op({grad_b}, {index_b}, pool_b.size(0));
+  }
   return {dx, grad_a, grad_b};
 }
 

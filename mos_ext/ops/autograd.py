@@ -267,27 +267,28 @@ def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index
             return _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed)
     need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
     branch = (pool_a, index_a, pool_b, index_b, scale, p, seed)
-    hidden = unseen()
+    hidden, scattered = unseen(), False
     with below_autograd(hidden):
         if not need_x or weight is None:
-            dx, factor_a, factor_b = ops.low_rank_backward(dy, s, x, *branch, tf32=tf32(x))
+            dx, grad_a, grad_b = ops.low_rank_backward(dy, s, x, *branch, tf32=tf32(x))
         elif not hidden and watched():
             dx = dy @ weight
-            factor_a, factor_b = ops.low_rank_backward_(dx, dy, s, x, *branch, tf32=tf32(x))
+            grad_a, grad_b = ops.low_rank_backward_(dx, dy, s, x, *branch, tf32=tf32(x))
         else:
-            dx, factor_a, factor_b = ops.linear_backward(dy, s, x, weight, *branch, tf32=tf32(x))
+            scattered = need_pool_a and need_pool_b
+            dx, grad_a, grad_b = ops.linear_backward(dy, s, x, weight, *branch, scattered, tf32=tf32(x))
         if need_pool_a:  # the factors one by one, so that not all four are there at once
-            factor_a = ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype)
+            grad_a = (grad_a if scattered else ops.scatter_add([grad_a], [index_a], pool_a.shape[0])).to(pool_a.dtype)
         if need_pool_b:
-            factor_b = ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype)
+            grad_b = (grad_b if scattered else ops.scatter_add([grad_b], [index_b], pool_b.shape[0])).to(pool_b.dtype)
         return (
             dx if need_x else None,
             dy.T @ x if need_weight else None,
             dy.sum(0) if need_bias else None,
-            factor_a if need_pool_a else None,
-            factor_b if need_pool_b else None,
-            factor_a if need_handle_a else None,
-            factor_b if need_handle_b else None,
+            grad_a if need_pool_a else None,
+            grad_b if need_pool_b else None,
+            grad_a if need_handle_a else None,
+            grad_b if need_handle_b else None,
         )
 
 

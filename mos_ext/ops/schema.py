@@ -208,24 +208,31 @@ _product(
 )
 
 
-def _linear_backward(dy, s, x, weight, *branch) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and the gradients of both factors."""
+def _linear_backward(
+    dy, s, x, weight, pool_a, index_a, pool_b, index_b, scale, p, seed, of_pools
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and the gradients of both factors; or with ``of_pools`` those of both pools, (n, d/l), which are sums as well:
+    what ``scatter_add`` would make of the factors'."""
+    branch = (pool_a, index_a, pool_b, index_b, scale, p, seed)
     if _low_rank_first(x):
-        dx, factor_a, factor_b = _low_rank_backward(dy, s, x, *branch)
+        dx, grad_a, grad_b = _low_rank_backward(dy, s, x, *branch)
         dx.addmm_(dy, weight)
     else:
         dx = dy @ weight
-        factor_a, factor_b = _low_rank_backward_(dx, dy, s, x, *branch)
-    return dx, factor_a, factor_b
+        grad_a, grad_b = _low_rank_backward_(dx, dy, s, x, *branch)
+    if of_pools:
+        grad_a = reference.scatter_add([grad_a], [index_a], pool_a.shape[0])
+        grad_b = reference.scatter_add([grad_b], [index_b], pool_b.shape[0])
+    return dx, grad_a, grad_b
 
 
 _product(
-    f"linear_backward(Tensor dy, Tensor s, Tensor x, Tensor weight, {_FACTORS}, float scale, float p, Tensor? seed)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"linear_backward(Tensor dy, Tensor s, Tensor x, Tensor weight, {_FACTORS}, float scale, float p, Tensor? seed,"
+    " bool of_pools) -> (Tensor, Tensor, Tensor)",
     _linear_backward,
-    lambda dy, s, x, weight, pool_a, index_a, pool_b, index_b, scale, p, seed: (
+    lambda dy, s, x, weight, pool_a, index_a, pool_b, index_b, scale, p, seed, of_pools: (
         x.new_empty(x.shape),
-        _factor(s, pool_a, index_a),
-        _factor(s, pool_b, index_b),
+        s.new_empty(pool_a.shape) if of_pools else _factor(s, pool_a, index_a),
+        s.new_empty(pool_b.shape) if of_pools else _factor(s, pool_b, index_b),
     ),
 )
