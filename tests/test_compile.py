@@ -1,8 +1,14 @@
 """torch.compile: one graph without breaks, the same numbers, no recompilation over steps and, with dynamic shapes, over lengths."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from models import inputs, llama, randomize, stack
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mos_ext import MoSConfig, adapt
 from mos_ext.functional import mos_linear
@@ -103,3 +109,86 @@ def test_a_transformer_through_inductor():
     assert loss == pytest.approx(want_loss, rel=1e-5)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ what is compiled
+
+
+def code_of(step):
+    """What Inductor made of a step, forward and backward, and how often it was asked."""
+    from torch._inductor.utils import run_and_get_code
+
+    _, codes = run_and_get_code(step)
+    return [code[code.index("def call(") :].partition("\ndef ")[0] for code in codes]
+
+
+@pytest.mark.filterwarnings("ignore")  # other people's deprecations when Inductor is imported
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_one_operator_a_direction_and_no_copy(bias, dropout):
+    """An in-place product would be made functional: its C, all of y, copied first."""
+    case, seed = random_case((32,), 64, 96, 16, 4, bias=bias).requires_grad_(), torch.tensor([4])
+    case.weight.requires_grad_(False)
+    needed = [t for t in case.differentiable() if t.requires_grad]
+
+    def f(*arguments):
+        return mos_linear(*arguments, dropout=dropout, seed=seed)
+
+    want = torch.autograd.grad(f(*case.arguments()).sum(), needed)
+    compiled = torch.compile(f, fullgraph=True)
+    results = []
+    forward, backward = code_of(lambda: results.append(torch.autograd.grad(compiled(*case.arguments()).sum(), needed)))
+    for code, name, buffers in ((forward, "linear", 0), (backward, "linear_backward", int(bias))):
+        called = re.findall(r"= torch\.ops\.(\w+\.\w+)\.", code)
+        assert [operator for operator in called if operator != "mos_ext.scatter_add"] == [f"mos_ext.{name}"]
+        # Nothing else is written but the sum of the bias' gradient: no product, no copy of y or dx.
+        assert code.count("empty_strided_cpu(") == buffers
+        assert "extern_kernels" not in code
+        assert "copy" not in code
+    for a, b in zip(results[0], want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_policies_of_compiled_checkpoints_see_base_and_branch():
+    """In eager calls they are asked for low_rank and addmm; under torch.compile likewise, and what they save is saved."""
+    case = random_case((5,), 24, 24, 4, 2).requires_grad_()
+    x, *rest = case.arguments()
+    low_rank, addmm = torch.ops.mos_ext.low_rank.default, torch.ops.aten.addmm.default
+    needed = (case.x, case.pool_a, case.pool_b)
+
+    def block(x):
+        return mos_linear(mos_linear(x, *rest).relu(), *rest).relu()
+
+    def step(save, f):
+        seen = []
+
+        def policy(context, operator, *args, **kwargs):
+            seen.append(operator)
+            return CheckpointPolicy.MUST_SAVE if operator in save else CheckpointPolicy.PREFER_RECOMPUTE
+
+        def selective(x):
+            contexts = partial(create_selective_checkpoint_contexts, policy)
+            return checkpoint(block, x, use_reentrant=False, context_fn=contexts).sum()
+
+        return torch.autograd.grad(f(selective)(x), needed), [o for o in seen if o in (low_rank, addmm)]
+
+    def computed_again(save):
+        backward = []
+        backend = aot_autograd(
+            fw_compiler=lambda graph, _: make_boxed_func(graph),
+            bw_compiler=lambda graph, _: backward.append(graph) or make_boxed_func(graph),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        got, seen = step(save, partial(torch.compile, fullgraph=True, backend=backend))
+        targets = [node.target for node in backward[0].graph.nodes]
+        return got, seen, targets.count(low_rank), targets.count(addmm)
+
+    for save, again in (([], (2, 2)), ([low_rank], (0, 2)), ([addmm], (2, 0)), ([low_rank, addmm], (0, 0))):
+        torch._dynamo.reset()
+        want, eager = step(save, lambda f: f)
+        got, seen, *counts = computed_again(save)
+        assert eager == [low_rank, addmm] * 2
+        assert seen[:4] == eager
+        assert tuple(counts) == again
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -41,16 +41,6 @@ def test_tf32_follows_the_switches_of_torch():
         matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-def test_low_rank_first(dtype, bias, monkeypatch, device):
-    """CUDA's order, in which the low-rank branch becomes the C of the base's product, on every device."""
-    calls = []
-    monkeypatch.setattr(autograd, "_low_rank_first", lambda x: calls.append(x) or True)
-    check_case(random_case((3, 7), 24, 40, 5, 4, dtype=dtype, bias=bias, device=device))
-    assert len(calls) >= 2  # forward and backward
-
-
 @pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float32])
 def test_low_precision_pools(pool_dtype, device):
     check_case(random_case(33, 256, 320, 16, 4, dtype=torch.bfloat16, pool_dtype=pool_dtype, device=device))

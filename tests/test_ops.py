@@ -7,9 +7,10 @@ import torch
 
 from mos_ext import reference
 from mos_ext.functional import mos_linear
+from mos_ext.ops import schema
 from mos_ext.ops.checks import why_not_native
 from mos_ext.ops.schema import OPERATORS as NAMES
-from mos_ext.testing import assert_error_ratio, random_case
+from mos_ext.testing import assert_error_ratio, check_case, random_case
 
 ops = torch.ops.mos_ext
 
@@ -72,16 +73,18 @@ def test_parity(shape, dtypes, p, device):
 
     # Both factors at once: the same products one after the other, with one rounding where they meet what was there.
     pool_b, index_b = case.pool_b, case.index_b
-    forward, backward = (x, pool, index, pool_b, index_b), (x, pool, index, pool_b, index_b, 0.7, p, seed)
+    factors = (pool, index, pool_b, index_b)
+    forward, backward = (x, *factors), (x, *factors, 0.7, p, seed)
     bias, dy = y[0].clone(), random_case(rows, d, d, r, l, dtype=dtype, device=device, seed=2).x
     tail = (bias, 0.7, p, seed)
     delta, s_got = ops.low_rank(*forward, *tail)
     (plain_y, plain_s), (exact_y, exact_s) = low_rank(*forward, *tail), low_rank(*double(*forward, *tail))
+    plain_branch, exact_branch = plain_y - bias, exact_y - bias.double()
     assert_error_ratio(delta, plain_y, exact_y, "low_rank y")
     assert_error_ratio(s_got, plain_s, exact_s, "low_rank s", dtype)
     accumulated = y.clone()
     assert torch.equal(ops.low_rank_(accumulated, *forward, 0.7, p, seed), s_got)
-    assert_error_ratio(accumulated, y + (plain_y - bias), y.double() + (exact_y - bias.double()), "low_rank_")
+    assert_error_ratio(accumulated, y + plain_branch, y.double() + exact_branch, "low_rank_")
 
     got = ops.low_rank_backward(dy, s, *backward)
     plain = low_rank_backward(dy, s, *backward)
@@ -89,10 +92,30 @@ def test_parity(shape, dtypes, p, device):
     for i, triple in enumerate(zip(got, plain, exact, strict=True)):
         assert_error_ratio(*triple, what=f"low_rank_backward[{i}]", operands=dtype)
     dx = y.clone()
-    factors = ops.low_rank_backward_(dx, dy, s, *backward)
-    assert torch.equal(factors[0], got[1])
-    assert torch.equal(factors[1], got[2])
+    factor_grads = ops.low_rank_backward_(dx, dy, s, *backward)
+    assert torch.equal(factor_grads[0], got[1])
+    assert torch.equal(factor_grads[1], got[2])
     assert_error_ratio(dx, y + plain[0], y.double() + exact[0], "low_rank_backward_ dx")
+
+    # The whole layer: what ATen's product and the other operators give, in one order or the other, to the bit.
+    weight = case.weight
+    for b in (None, bias):
+        layer, s_got = ops.linear(x, weight, b, *factors, 0.7, p, seed)
+        base, (branch, _) = torch.nn.functional.linear(x, weight, b), ops.low_rank(*forward, b, 0.7, p, seed)
+        exact_base = torch.nn.functional.linear(*double(x, weight, b))
+        assert_error_ratio(layer, base + plain_branch, exact_base + exact_branch, "linear y")
+        assert torch.equal(s_got, ops.low_rank_(base, *forward, 0.7, p, seed))
+        assert torch.equal(layer, base) or torch.equal(layer, branch.addmm_(x, weight.t()))
+    layer, *grads = ops.linear_backward(dy, s, x, weight, *factors, 0.7, p, seed, False)
+    base, (branch, *_) = dy @ weight, ops.low_rank_backward(dy, s, *backward)
+    assert_error_ratio(layer, base + plain[0], dy.double() @ weight.double() + exact[0], "linear_backward dx")
+    for grad, want in zip(grads, ops.low_rank_backward_(base, dy, s, *backward), strict=True):
+        assert torch.equal(grad, want)
+    assert torch.equal(layer, base) or torch.equal(layer, branch.addmm_(dy, weight))
+    of_pools = ops.linear_backward(dy, s, x, weight, *factors, 0.7, p, seed, True)
+    wants = (layer, *(ops.scatter_add([g], [i], len(pool)) for g, i in zip(grads, (index, index_b), strict=True)))
+    for got, want in zip(of_pools, wants, strict=True):
+        assert torch.equal(got, want)
 
 
 def low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed):
@@ -103,6 +126,21 @@ def low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed):
 def low_rank_backward(dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed):
     ds, factor_b = reference.expand_backward(dy, s, pool_b, index_b, scale)
     return *reference.shrink_backward(ds, x, pool_a, index_a, p, seed), factor_b
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("low_rank_first", [True, False])
+def test_both_orders_of_plain_pytorch(dtype, bias, low_rank_first, monkeypatch, device):
+    """Where no library could be built: CUDA's order, in which the branch becomes the C of the base's product, and the
+    CPU's, on every device."""
+    asked = []
+    monkeypatch.setattr(schema, "_low_rank_first", lambda x: asked.append(x) or low_rank_first)
+    for name in ("linear", "linear_backward"):
+        default = getattr(schema, f"_{name}")
+        monkeypatch.setattr(ops, name, lambda *arguments, tf32, default=default: default(*arguments))
+    check_case(random_case((3, 7), 24, 40, 5, 4, dtype=dtype, bias=bias, device=device))
+    assert len(asked) == 2  # forward and backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -143,6 +181,8 @@ def arguments_of(name, device, dtype=torch.float32):
         "low_rank_": (x.clone(), x, pool, index, pool, index, 0.5, 0.2, seed),
         "low_rank_backward": (x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
         "low_rank_backward_": (x.clone(), x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
+        "linear": (x, case.weight, case.bias, pool, index, pool, index, 0.5, 0.2, seed),
+        "linear_backward": (x, s, x, case.weight, pool, index, pool, index, 0.5, 0.2, seed, True),
     }[name]
 
 

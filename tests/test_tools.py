@@ -480,6 +480,7 @@ def test_flops_of_operators_alone():
     pool = mos_ext.ShardPool(mos_ext.MoSConfig(**RANKS), FAN_IN, FAN_OUT, 2)
     operands = pool.shards_a, pool.table("a", 0), pool.shards_b, pool.table("b", 0)
     x, s, dy = torch.randn(T, FAN_IN), torch.randn(T, 4), torch.randn(T, FAN_OUT)
+    weight, base = torch.randn(FAN_OUT, FAN_IN), 2 * T * FAN_IN * FAN_OUT
     half_a, half_b = 2 * T * 4 * FAN_IN, 2 * T * 4 * FAN_OUT
     ops = torch.ops.mos_ext
     for op, arguments, want in (
@@ -491,6 +492,8 @@ def test_flops_of_operators_alone():
         (ops.low_rank_, (dy.clone(), x, *operands, 1.0, 0.0, None), half_a + half_b),
         (ops.low_rank_backward, (dy, s, x, *operands, 1.0, 0.0, None), 2 * (half_a + half_b)),
         (ops.low_rank_backward_, (x.clone(), dy, s, x, *operands, 1.0, 0.0, None), 2 * (half_a + half_b)),
+        (ops.linear, (x, weight, None, *operands, 1.0, 0.0, None), base + half_a + half_b),
+        (ops.linear_backward, (dy, s, x, weight, *operands, 1.0, 0.0, None, False), base + 2 * (half_a + half_b)),
         (ops.gather_concat, operands[:2], 0),
     ):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -61,6 +61,21 @@ inline Tensor rows_contiguous(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
+// W^T, a view past the dispatcher.
+inline Tensor transposed(const Tensor& t) {
+  const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
+// What a base layer multiplies with: x, or dy, and its weight, (columns of y, of x).
+inline void check_weight(const Tensor& weight, const Tensor& x, int64_t columns_of_y, int64_t columns_of_x) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == columns_of_y && weight.size(1) == columns_of_x &&
+                      weight.scalar_type() == x.scalar_type(),
+                  "weight must be (columns of y, columns of x) of x's dtype");
+}
+
 // A view of t, which must outlive it and come from rows_contiguous. For reading only: a copy-on-write input is not
 // copied.
 inline Matrix matrix_of(const Tensor& t) {

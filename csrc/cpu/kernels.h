@@ -39,6 +39,7 @@ struct LowRankPass {
   const void* s = nullptr;      // null: only `projected` is asked for (shrink)
   void* projected = nullptr;    // null: not wanted
   void* factor_grad = nullptr;  // null: not wanted
+  bool scatter = false;         // factor_grad is the pool's, (num_shards, shard_size): see `scatters`
   const Matrix* out = nullptr;  // null: not wanted
   bool accumulate = false;      // out += rather than out =
 
@@ -47,6 +48,10 @@ struct LowRankPass {
 };
 
 void low_rank_pass(const LowRankPass& pass, const ParallelFor& parallel);
+
+// Whether a pass over `rows` rows can write the gradient of the factor where scatter_add would add it, with the same
+// bits: there is one block of rows, vectors do not straddle shards, and no shard is used twice.
+bool scatters(const Factor& factor, int64_t rows);
 
 // The instruction set that low_rank_pass runs with here: "avx512", "avx2" or "baseline".
 const char* instruction_set();

@@ -3,11 +3,13 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
+#include <vector>
 
 #include "../common/numeric.h"
 #include "../common/philox.h"
@@ -24,6 +26,8 @@ constexpr int64_t kRowTile = 64, kColTile = 512;
 constexpr int64_t kPanelMultiple = 32;
 // Columns whose dropout decisions are drawn at once.
 constexpr int64_t kMaskColumns = 128;
+// Columns of the factor that are laid out at once: with 16 ranks of floats 10 KiB, which stay in L1.
+constexpr int64_t kPackColumns = 128;
 // Rows of a block. A block that sums over rows (factor_grad) keeps rank * cols floats of its own, so it takes many, and
 // there are at most kMaxRowBlocks of them however long T is.
 constexpr int64_t kBlockRows = 128, kBlockRowsSummed = 512, kMaxRowBlocks = 16;
@@ -35,6 +39,8 @@ constexpr int64_t kChunkRows = 2048;
 constexpr int64_t kMaxSplits = 8;
 // Enough for 16 threads; a function of the shape alone, never of the threads there are.
 constexpr int64_t kWantedBlocks = 16;
+// Passes of less than this many multiply-adds run on the thread that asks. Laying out the factor costs as much as rows.
+constexpr int64_t kSmallPass = 1 << 20, kPackRows = 16;
 
 struct Block {
   int64_t t0, t1, c0, c1;
@@ -80,6 +86,18 @@ struct Bits<double> {
 template <class T>
 using bits_t = typename Bits<T>::type;
 
+// The lanes of a vector as a type: 0, 1, ...
+template <int... kLane>
+struct Lanes {};
+template <int n, int... kLane>
+struct CountLanes : CountLanes<n - 1, n - 1, kLane...> {};
+template <int... kLane>
+struct CountLanes<0, kLane...> {
+  using type = Lanes<kLane...>;
+};
+template <int n>
+using FirstLanes = typename CountLanes<n>::type;
+
 // 64-byte aligned memory, released at the end of the scope.
 class AlignedBuffer {
  public:
@@ -104,6 +122,13 @@ class AlignedBuffer {
 // Loops over accumulators: unrolled early, or GCC keeps the array of them in memory and stores every sum (half the
 // speed).
 #define MOS_UNROLL _Pragma("GCC unroll 16")
+
+// Lanes of the vectors a and b of type V, by constant positions in both.
+#if defined(__clang__)
+#define MOS_SHUFFLE(V, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MOS_SHUFFLE(V, a, b, ...) __builtin_shuffle(a, b, decltype(a == b){__VA_ARGS__})
+#endif
 
 #define MOS_ISA baseline
 #define MOS_VECTOR_BYTES 16
@@ -225,11 +250,24 @@ const InstructionSet& chosen() {
   return *set;
 }
 
+std::vector<int32_t> uses_of_shards(const Factor& factor) {
+  std::vector<int32_t> uses(static_cast<size_t>(factor.num_shards));
+  for (int64_t q = 0; q < factor.rank * factor.shards_per_vector; ++q) ++uses[static_cast<size_t>(factor.index[q])];
+  return uses;
+}
+
 template <class T>
-void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const ParallelFor& parallel) {
+void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const ParallelFor& threads) {
   const int64_t total_rows = p.activations().rows, total_cols = p.factor.cols();
   const int64_t rank = p.factor.rank, rank_padded = round_up(rank, kernels.width);
   const int64_t groups = ceil_div(rank, kernels.group), tiles = ceil_div(total_cols, kColTile);
+
+  // Waking threads takes longer than this much work.
+  const int64_t products = !!p.projected + !!p.factor_grad + !!p.out;
+  const ParallelFor serial = [](int64_t count, const std::function<void(int64_t)>& task) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+  };
+  const ParallelFor& parallel = products * rank * total_cols * (kPackRows + total_rows) < kSmallPass ? serial : threads;
 
   // The grid depends on the shape alone, so the sums do too: bitwise equal runs, whatever the
   // number of threads.
@@ -274,7 +312,7 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
   };
   // The one block of few rows sums in the result itself, where its vectors fit the columns.
   T* factor_grad = static_cast<T*>(p.factor_grad);
-  const bool own_grads = factor_grad && (row_blocks != 1 || total_cols != cols_padded);
+  const bool own_grads = factor_grad && !p.scatter && (row_blocks != 1 || total_cols != cols_padded);
   const int64_t grad_stride = own_grads ? cols_padded : total_cols, grad_size = rank * grad_stride;
   AlignedBuffer grad_planes(own_grads ? static_cast<size_t>(row_blocks * grad_size) * sizeof(T) : 0);
   T* const grads = own_grads ? grad_planes.as<T>() : factor_grad;
@@ -284,7 +322,7 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
     const int64_t end = min64(total_rows, (row_block + 1) * block_rows);
     const int64_t c_begin = split * block_cols, c_end = min64(total_cols, (split + 1) * block_cols);
     for (int64_t c0 = c_begin; row_blocks == 1 && c0 < c_end; c0 += kColTile) pack(c0 / kColTile);
-    T* grad = p.factor_grad ? grads + row_block * grad_size + c_begin : nullptr;
+    T* grad = p.factor_grad ? grads + row_block * grad_size : nullptr;
     std::optional<AlignedBuffer> chunk;  // asked for only where needed: 0.1 us, eight times in a pass over one row
     if (p.projected && splits == 1) chunk.emplace(static_cast<size_t>(chunk_rows * rank_padded) * sizeof(T));
     for (int64_t t0 = row_block * block_rows, t1; t0 < end; t0 = t1) {
@@ -305,6 +343,13 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
       write_projected(t0, min64(total_rows, t0 + block_rows), planes.as<T>() + t0 * rank_padded);
     });
   }
+  if (p.scatter) {
+    const std::vector<int32_t> uses = uses_of_shards(p.factor);
+    const int64_t size = p.factor.shard_size;
+    for (int64_t m = 0; m < p.factor.num_shards; ++m) {
+      if (!uses[static_cast<size_t>(m)]) std::memset(factor_grad + m * size, 0, static_cast<size_t>(size) * sizeof(T));
+    }
+  }
   if (own_grads) {
     parallel(rank, [&](int64_t j) {
       T* row = factor_grad + j * total_cols;
@@ -318,6 +363,12 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Parall
 }
 
 }  // namespace
+
+bool scatters(const Factor& factor, int64_t rows) {
+  if (rows < 1 || rows > kBlockRowsSummed || factor.shard_size % kPanelMultiple != 0) return false;
+  const std::vector<int32_t> uses = uses_of_shards(factor);
+  return std::all_of(uses.begin(), uses.end(), [](int32_t n) { return n <= 1; });
+}
 
 void low_rank_pass(const LowRankPass& pass, const ParallelFor& parallel) {
   const DType dtype = pass.activations().dtype;

@@ -178,11 +178,12 @@ inline void project(int64_t words, const typename A::Element* x, int64_t x_strid
   }
 }
 
-// grad (R ranks, two vectors of columns) (+)= s^T x over `rows` rows. The sum starts at zero and is added once, which
-// over many tiles rounds less than adding every product to grad. `ahead` is what x of the next call will be.
+// grad (R ranks, two vectors of columns from c on) (+)= s^T x over `rows` rows. The sum starts at zero and is added
+// once, which over many tiles rounds less than adding every product to grad. `ahead` is what x of the next call will
+// be.
 template <class A, int R>
 inline void outer(int64_t rows, const typename A::Word* s, int64_t s_stride, const typename A::Element* x,
-                  int64_t x_stride, const typename A::Element* ahead, typename A::Sum* grad, int64_t grad_stride,
+                  int64_t x_stride, const typename A::Element* ahead, typename A::Sum* const* grad, int64_t c,
                   bool accumulate) {
   using S = Vec<typename A::Sum>;
   typename A::Sums acc[R][2] = {};
@@ -206,7 +207,7 @@ inline void outer(int64_t rows, const typename A::Word* s, int64_t s_stride, con
   for (int i = 0; i < R; ++i) {
     MOS_UNROLL
     for (int v = 0; v < 2; ++v) {
-      auto* g = grad + i * grad_stride + v * S::width;
+      auto* g = grad[i] + c + v * S::width;
       S::store(g, accumulate ? S::load(g) + acc[i][v] : acc[i][v]);
     }
   }
@@ -295,35 +296,76 @@ void stage_factor(const Factor& f, int64_t c0, int64_t cols, E* dst, int64_t str
   }
 }
 
-// kColTile columns of the factor from c0 on, packed as `project` wants them, (columns / kGroup, rank_padded) words, and
-// as `expand` does, panels of two vectors of columns, (rank / kGroup, 2 * width) words each; either may be null.
+// a and b exchange their halves of lanes 2 kHalf: one step of a transposition.
+template <int kHalf, class V, int... kLane>
+inline void exchange(V& a, V& b, Lanes<kLane...>) {
+  constexpr int n = sizeof...(kLane);
+  const V low = MOS_SHUFFLE(V, a, b, (kLane & kHalf ? n + kLane - kHalf : kLane)...);
+  b = MOS_SHUFFLE(V, a, b, (kLane & kHalf ? n + kLane : kLane + kHalf)...);
+  a = low;
+}
+
+template <int kHalf, class V, int n>
+inline void transpose(V (&v)[n]) {
+  if constexpr (kHalf < n) {
+    MOS_UNROLL
+    for (int i = 0; i < n; ++i) {
+      if (!(i & kHalf)) exchange<kHalf>(v[i], v[i + kHalf], FirstLanes<n>());
+    }
+    transpose<2 * kHalf>(v);
+  }
+}
+
+// Columns of the factor from c0 on, at most kPackColumns, packed as `project` wants them, (columns / kGroup,
+// rank_padded) words, and as `expand` does, panels of two vectors of columns, (rank / kGroup, 2 * width) words each;
+// either may be null.
+template <class A>
+void pack_columns(const Factor& f, int64_t c0, int64_t cols, typename A::Element* rows, int64_t stride,
+                  typename A::Word* by_column, typename A::Word* by_rank) {
+  using W = typename A::Word;
+  using E = typename A::Element;
+  constexpr int n = Vec<W>::width;
+  constexpr int64_t panel = 2 * n;
+  const int64_t rank_padded = round_up(f.rank, n), groups = ceil_div(f.rank, A::kGroup);
+  dispatch_dtype(f.dtype, [&](auto tag) {
+    stage_factor<typename decltype(tag)::type, typename A::Sum>(f, c0, cols, rows, stride);
+  });
+  const E* beyond = rows + f.rank * stride;
+  // In squares: moved word by word, the factor took half the time of a pass over one row.
+  for (int64_t c = 0; by_column && c < cols; c += n * A::kGroup) {
+    for (int64_t j = 0; j < rank_padded; j += n) {
+      typename Vec<W>::type v[n];
+      MOS_UNROLL
+      for (int i = 0; i < n; ++i) v[i] = Vec<W>::load(j + i < f.rank ? rows + (j + i) * stride + c : beyond);
+      transpose<1>(v);
+      W* dst = by_column + c / A::kGroup * rank_padded + j;
+      MOS_UNROLL
+      for (int i = 0; i < n; ++i) Vec<W>::store(dst + i * rank_padded, v[i]);
+    }
+  }
+  for (int64_t c = 0; by_rank && c < cols; c += panel) {
+    for (int64_t j = 0; j < groups; ++j, by_rank += panel) {
+      const E* first = rows + j * A::kGroup * stride + c;
+      const E* second = j * A::kGroup + 1 < f.rank ? first + stride : beyond;
+      for (int64_t i = 0; i < panel; ++i) by_rank[i] = A::join(first[i], second[i]);
+    }
+  }
+}
+
 template <class A>
 void pack_factor_as(const Factor& f, int64_t c0, int64_t cols, void* by_column, void* by_rank) {
   using W = typename A::Word;
   using E = typename A::Element;
-  constexpr int64_t stride = kColTile + 32, panel = 2 * Vec<W>::width;  // off the power of two: columns are read too
+  constexpr int64_t stride = kPackColumns + 32;  // off the power of two: columns are read too
   const int64_t rank_padded = round_up(f.rank, Vec<W>::width), groups = ceil_div(f.rank, A::kGroup);
   AlignedBuffer memory(static_cast<size_t>((f.rank + 1) * stride) * sizeof(E));
   E* rows = memory.as<E>();
-  dispatch_dtype(f.dtype, [&](auto tag) {
-    stage_factor<typename decltype(tag)::type, typename A::Sum>(f, c0, cols, rows, stride);
-  });
   E* beyond = rows + f.rank * stride;
   for (int64_t c = 0; c < stride; ++c) beyond[c] = E{};
-  if (W* dst = static_cast<W*>(by_column)) {
-    for (int64_t c = 0; c < round_up(cols, A::kGroup); c += A::kGroup, dst += rank_padded) {
-      for (int64_t j = 0; j < f.rank; ++j) dst[j] = word_at<W>(rows + j * stride + c);
-      for (int64_t j = f.rank; j < rank_padded; ++j) dst[j] = W(0);
-    }
-  }
-  if (W* dst = static_cast<W*>(by_rank)) {
-    for (int64_t c = 0; c < cols; c += panel) {
-      for (int64_t j = 0; j < groups; ++j, dst += panel) {
-        const E* first = rows + j * A::kGroup * stride + c;
-        const E* second = j * A::kGroup + 1 < f.rank ? first + stride : beyond + c;
-        for (int64_t i = 0; i < panel; ++i) dst[i] = A::join(first[i], second[i]);
-      }
-    }
+  for (int64_t c = 0; c < cols; c += kPackColumns) {
+    pack_columns<A>(f, c0 + c, min64(kPackColumns, cols - c), rows, stride,
+                    by_column ? static_cast<W*>(by_column) + c / A::kGroup * rank_padded : nullptr,
+                    by_rank ? static_cast<W*>(by_rank) + c * groups : nullptr);
   }
 }
 
@@ -385,8 +427,8 @@ void stage_rows(const X* src, int64_t src_stride, int64_t rows, int64_t cols, co
 // ------------------------------------------------------------------------------------------------ one block
 
 // Rows [t0, t1), columns [c0, c1) of a pass over activations of type X. `projected` (t1 - t0, rank_padded), zeroed by
-// the caller, and `grad` (rank, grad_stride), pointing at column c0, are this block's own sums; either may be null.
-// c0 is a multiple of kColTile.
+// the caller, and `grad` (rank, grad_stride), pointing at column 0, are this block's own sums; either may be null.
+// Where the pass scatters, grad is (num_shards, shard_size). c0 is a multiple of kColTile.
 template <class A, class X>
 void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& packed, void* projected_sums,
                     void* grad_sums, int64_t grad_stride) {
@@ -403,8 +445,10 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
 
   const int64_t tile = kRowTile * stride;
   AlignedBuffer memory(static_cast<size_t>(tile) * (sizeof(E) + sizeof(X) + sizeof(uint16_t)) +
-                       static_cast<size_t>(2 * kRowTile * round_up(rank_padded, 16)) * sizeof(W));
-  E* staged_in = memory.as<E>();
+                       static_cast<size_t>(2 * kRowTile * round_up(rank_padded, 16)) * sizeof(W) +
+                       static_cast<size_t>(round_up(rank, 8)) * sizeof(T*));
+  T** grad_rows = memory.as<T*>();
+  E* staged_in = reinterpret_cast<E*>(grad_rows + round_up(rank, 8));
   W* s_by_row = reinterpret_cast<W*>(staged_in + tile);
   W* s_by_pair = s_by_row + kRowTile * round_up(rank_padded, 16);
   X* staged_out = reinterpret_cast<X*>(s_by_pair + kRowTile * round_up(rank_padded, 16));
@@ -450,11 +494,20 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
           }
         }
         for (int64_t c = 0; c < cols; c += panel) {
+          // Where column 0 of the tile would be if the row went on as it does at c.
+          if (p.scatter && (c == 0 || (c0 + c) % p.factor.shard_size == 0)) {
+            const int64_t shard = (c0 + c) / p.factor.shard_size, start = shard * p.factor.shard_size - c0;
+            const int32_t* index = p.factor.index + shard;
+            for (int64_t j = 0; j < rank; ++j) {
+              grad_rows[j] = grad + index[j * p.factor.shards_per_vector] * p.factor.shard_size - start;
+            }
+          } else if (c == 0) {
+            for (int64_t j = 0; j < rank; ++j) grad_rows[j] = grad + j * grad_stride + c0;
+          }
           in_pieces(rank, [&](auto count, int64_t j) {
             outer<A, decltype(count)::value>(rows, s_by_pair + j, rank_padded, in + c, in_stride,
                                              c + panel < cols ? in + c + panel : in + kRowTile * in_stride,
-                                             grad + j * grad_stride + (c0 - b.c0) + c, grad_stride,
-                                             b.accumulate || t0 > b.t0);
+                                             grad_rows + j, c, b.accumulate || t0 > b.t0);
           });
         }
       }

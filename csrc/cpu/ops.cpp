@@ -1,5 +1,7 @@
 // CPU kernels of the mos_ext operators. Schemas, fakes and defaults live in mos_ext/ops/schema.py;
 // this file only adds implementations to them, through torch's stable ABI.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "../common/interface.h"
 #include "../common/stable.h"
 #include "kernels.h"
@@ -95,27 +97,53 @@ Tensor expand_op(const Tensor& s, const Tensor& pool, const Tensor& index, doubl
   return y;
 }
 
-std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s, const Tensor& pool,
-                                              const Tensor& index, double scale, bool) {
+// The gradient of a pass' factor (rank, columns), or of the pool that it was gathered from, (num_shards, shard_size):
+// where the pass cannot write that itself, by `scatter_add`.
+class GradientOf {
+ public:
+  GradientOf(LowRankPass& pass, const Tensor& like, const Tensor& index, bool pool)
+      : index_(index), num_shards_(pass.factor.num_shards), pool_(pool) {
+    pass.scatter = pool && scatters(pass.factor, pass.activations().rows);
+    written_ = pass.scatter ? new_matrix(like, num_shards_, pass.factor.shard_size, like.scalar_type())
+                            : new_matrix(like, pass.factor.rank, pass.factor.cols(), like.scalar_type());
+    pass.factor_grad = written_.mutable_data_ptr();
+    scattered_ = pass.scatter;
+  }
+  Tensor result() const { return pool_ && !scattered_ ? scatter_add_op({written_}, {index_}, num_shards_) : written_; }
+
+ private:
+  const Tensor& index_;
+  int64_t num_shards_;
+  bool pool_, scattered_;
+  Tensor written_;
+};
+
+std::tuple<Tensor, Tensor> expand_backward_into(const Tensor& dy, const Tensor& s, const Tensor& pool,
+                                                const Tensor& index, double scale, bool of_pool) {
   const FactorArgument factor(pool, index);
   const Tensor dy_c = rows_contiguous(dy);
   LowRankPass pass{factor.view, {}, scale};
   check_cols(dy, pass.factor);
   const Tensor s_c = sums_contiguous(s, dy, pass.factor.rank);
   Tensor ds = new_matrix(s, s.size(0), s.size(1), s.scalar_type());
-  Tensor grad = new_matrix(s, pass.factor.rank, pass.factor.cols(), s.scalar_type());
   const Matrix in = matrix_of(dy_c);
   pass.in = &in;
   pass.s = s_c.const_data_ptr();
   pass.projected = ds.mutable_data_ptr();
-  pass.factor_grad = grad.mutable_data_ptr();
+  const GradientOf grad(pass, s, index, of_pool);
   low_rank_pass(pass, torch_parallel);
-  return {ds, grad};
+  return {ds, grad.result()};
 }
 
-// The factor gradient; dx (contiguous rows) is written or accumulated into.
+std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s, const Tensor& pool,
+                                              const Tensor& index, double scale, bool) {
+  return expand_backward_into(dy, s, pool, index, scale, /*of_pool=*/false);
+}
+
+// The gradient of the factor, or of the pool; dx (contiguous rows) is written or accumulated into.
 Tensor shrink_backward_into(const Tensor& dx, const Tensor& ds, const Tensor& x, const Tensor& pool,
-                            const Tensor& index, double dropout, const std::optional<Tensor>& seed, bool accumulate) {
+                            const Tensor& index, double dropout, const std::optional<Tensor>& seed, bool accumulate,
+                            bool of_pool = false) {
   const FactorArgument factor(pool, index);
   const Tensor x_c = rows_contiguous(x);
   LowRankPass pass{factor.view, dropout_of(dropout, seed)};
@@ -123,16 +151,15 @@ Tensor shrink_backward_into(const Tensor& dx, const Tensor& ds, const Tensor& x,
   STD_TORCH_CHECK(dx.size(0) == x.size(0) && dx.size(1) == x.size(1) && dx.scalar_type() == x.scalar_type(),
                   "dx must have the shape and dtype of x");
   const Tensor ds_c = sums_contiguous(ds, x, pass.factor.rank);
-  Tensor grad = new_matrix(ds, pass.factor.rank, pass.factor.cols(), ds.scalar_type());
   const Matrix in = matrix_of(x_c);
   pass.in = &in;
   pass.s = ds_c.const_data_ptr();
-  pass.factor_grad = grad.mutable_data_ptr();
+  const GradientOf grad(pass, ds, index, of_pool);
   const Matrix out = output_matrix_of(dx);
   pass.out = &out;
   pass.accumulate = accumulate;
   low_rank_pass(pass, torch_parallel);
-  return grad;
+  return grad.result();
 }
 
 std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x, const Tensor& pool,
@@ -190,6 +217,42 @@ std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor&
   Tensor grad_a = shrink_backward_into(dx_c, ds, x, pool_a, index_a, dropout, seed, /*accumulate=*/true);
   if (dx_c.get() != dx.get()) torch::stable::copy_(dx, dx_c);
   return {grad_a, grad_b};
+}
+
+// The whole layer: the base's product by ATen, as linear and matmul would compute it, then the branch onto it.
+
+std::tuple<Tensor, Tensor> linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                     const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b,
+                                     const Tensor& index_b, double scale, double dropout,
+                                     const std::optional<Tensor>& seed, bool) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x and weight must be matrices");
+  check_weight(weight, x, weight.size(0), x.size(1));
+  Tensor y = new_matrix(x, x.size(0), weight.size(0), x.scalar_type());
+  const Tensor right = transposed(weight);
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == y.size(1) && bias->scalar_type() == x.scalar_type(),
+                    "bias must be (columns of y,) of y's dtype");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), bias->get(), x.get(), right.get(), 1.0, 1.0));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), x.get(), right.get()));
+  }
+  Tensor s = low_rank_into(y, /*accumulate=*/true, x, pool_a, index_a, pool_b, index_b, scale, dropout, seed);
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& dy, const Tensor& s, const Tensor& x,
+                                                      const Tensor& weight, const Tensor& pool_a, const Tensor& index_a,
+                                                      const Tensor& pool_b, const Tensor& index_b, double scale,
+                                                      double dropout, const std::optional<Tensor>& seed, bool of_pools,
+                                                      bool) {
+  STD_TORCH_CHECK(dy.dim() == 2 && x.dim() == 2, "dy and x must be matrices");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy must have the dtype of x");
+  check_weight(weight, x, dy.size(1), x.size(1));
+  Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(dx.get(), dy.get(), weight.get()));
+  auto [ds, grad_b] = expand_backward_into(dy, s, pool_b, index_b, scale, of_pools);
+  Tensor grad_a = shrink_backward_into(dx, ds, x, pool_a, index_a, dropout, seed, /*accumulate=*/true, of_pools);
+  return {dx, grad_a, grad_b};
 }
 
 }  // namespace

@@ -318,6 +318,39 @@ std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor&
   return grads;
 }
 
+// ---------------------------------------------------------------------------------------------- the whole layer
+
+// The branch, written, becomes the C of the base's product.
+
+std::tuple<Tensor, Tensor> linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                     const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b,
+                                     const Tensor& index_b, double scale, double p, const std::optional<Tensor>& seed,
+                                     bool tf32) {
+  const Launcher to(x);
+  check_device(weight, to.device, "weight");
+  check_weight(weight, x, index_b.size(1) * pool_b.size(1), x.size(1));
+  auto [y, s] = low_rank_op(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed, tf32);
+  add_product(y, x, transposed(weight));
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& dy, const Tensor& s, const Tensor& x,
+                                                      const Tensor& weight, const Tensor& pool_a, const Tensor& index_a,
+                                                      const Tensor& pool_b, const Tensor& index_b, double scale,
+                                                      double p, const std::optional<Tensor>& seed, bool of_pools,
+                                                      bool tf32) {
+  const Launcher to(x);
+  check_device(weight, to.device, "weight");
+  check_weight(weight, x, dy.size(1), x.size(1));
+  auto [dx, grad_a, grad_b] = low_rank_backward_op(dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32);
+  add_product(dx, dy, weight);
+  if (of_pools) {
+    grad_a = scatter_add_op({grad_a}, {index_a}, pool_a.size(0));
+    grad_b = scatter_add_op({grad_b}, {index_b}, pool_b.size(0));
+  }
+  return {dx, grad_a, grad_b};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mos_ext, MOS_DISPATCH_KEY, m) { MOS_EXT_IMPLEMENT_OPERATORS(m); }

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from .schema import NAMESPACE, library
 
@@ -77,7 +78,9 @@ def _no_setup(ctx, inputs, keyword_only_inputs, output):
     pass
 
 
-_SECOND_ORDER = "mos_ext: gradients of gradients are not implemented, nor is a gradient of low_rank: mos_linear has one"
+_SECOND_ORDER = (
+    "mos_ext: gradients of gradients are not implemented, nor is a gradient of low_rank or linear: mos_linear has one"
+)
 
 
 def _no_backward(ctx, *grads):
@@ -115,6 +118,8 @@ for _name, _setup, _backward in (
     ("expand_backward", _no_setup, _no_backward),
     ("low_rank", _no_setup, _no_backward),
     ("low_rank_backward", _no_setup, _no_backward),
+    ("linear", _no_setup, _no_backward),
+    ("linear_backward", _no_setup, _no_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=library)
 
@@ -218,14 +223,25 @@ def tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cuda" and _tf32_allowed()
 
 
-def _low_rank_first(x: Tensor) -> bool:
-    """How the low-rank branch and the base product meet.
+def _linear_apart(x, weight, bias, *branch, tf32: bool) -> tuple[Tensor, Tensor]:
+    """``ops.linear`` by pure operators of the names that checkpointing policies know: low_rank, and addmm or mm."""
+    *factors, scale, p, seed = branch
+    delta, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32)
+    y = x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    return y + delta, s
 
-    On CUDA the branch is written first and becomes the C of the base's product, which reads it in its epilogue while
-    the tensor cores are busy: no pass over y of its own. On the CPU the branch is added to the finished product, which
-    costs nothing more and rounds once.
+
+def _linear_under_policy(mode, function, types, args=(), kwargs=None) -> tuple[Tensor, Tensor]:
+    """``ops.linear`` where a selective checkpoint looks on: its policy is asked for base and branch one by one.
+
+    That happens in compiled graphs, whose Python no mode sees when it runs; elsewhere :func:`watched` does it.
     """
-    return x.device.type == "cuda"
+    with mode:
+        return _linear_apart(*args, **{"tf32": False, **(kwargs or {})})
+
+
+for _mode in create_selective_checkpoint_contexts([]):
+    torch.library.register_torch_dispatch(f"{NAMESPACE}::linear", type(_mode), _linear_under_policy, lib=library)
 
 
 def mos_linear_forward(
@@ -236,16 +252,9 @@ def mos_linear_forward(
     with below_autograd(hidden):
         if weight is None:
             y, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32(x))
-        elif not hidden and watched():
-            # Pure operators, by the names that checkpointing policies know: addmm, not linear.
-            delta, s = ops.low_rank(x, *factors, None, scale, p, seed, tf32=tf32(x))
-            y = torch.nn.functional.linear(x, weight, bias) + delta
-        elif _low_rank_first(x):
-            y, s = ops.low_rank(x, *factors, bias, scale, p, seed, tf32=tf32(x))
-            y.addmm_(x, weight.t())
         else:
-            y = torch.nn.functional.linear(x, weight, bias)
-            s = ops.low_rank_(y, x, *factors, scale, p, seed)
+            linear = _linear_apart if not hidden and watched() else ops.linear
+            y, s = linear(x, weight, bias, *factors, scale, p, seed, tf32=tf32(x))
     return y, s
 
 
@@ -257,27 +266,29 @@ def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index
         with without_autocast(dy):
             return _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index_b, seed)
     need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
-    arguments = (dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed)
-    with below_autograd(unseen()):
-        if need_x and weight is not None and not _low_rank_first(x):
+    branch = (pool_a, index_a, pool_b, index_b, scale, p, seed)
+    hidden, scattered = unseen(), False
+    with below_autograd(hidden):
+        if not need_x or weight is None:
+            dx, grad_a, grad_b = ops.low_rank_backward(dy, s, x, *branch, tf32=tf32(x))
+        elif not hidden and watched():
             dx = dy @ weight
-            factor_a, factor_b = ops.low_rank_backward_(dx, *arguments)
+            grad_a, grad_b = ops.low_rank_backward_(dx, dy, s, x, *branch, tf32=tf32(x))
         else:
-            dx, factor_a, factor_b = ops.low_rank_backward(*arguments, tf32=tf32(x))
-            if need_x and weight is not None:
-                dx.addmm_(dy, weight)
+            scattered = need_pool_a and need_pool_b
+            dx, grad_a, grad_b = ops.linear_backward(dy, s, x, weight, *branch, scattered, tf32=tf32(x))
         if need_pool_a:  # the factors one by one, so that not all four are there at once
-            factor_a = ops.scatter_add([factor_a], [index_a], pool_a.shape[0]).to(pool_a.dtype)
+            grad_a = (grad_a if scattered else ops.scatter_add([grad_a], [index_a], pool_a.shape[0])).to(pool_a.dtype)
         if need_pool_b:
-            factor_b = ops.scatter_add([factor_b], [index_b], pool_b.shape[0]).to(pool_b.dtype)
+            grad_b = (grad_b if scattered else ops.scatter_add([grad_b], [index_b], pool_b.shape[0])).to(pool_b.dtype)
         return (
             dx if need_x else None,
             dy.T @ x if need_weight else None,
             dy.sum(0) if need_bias else None,
-            factor_a if need_pool_a else None,
-            factor_b if need_pool_b else None,
-            factor_a if need_handle_a else None,
-            factor_b if need_handle_b else None,
+            grad_a if need_pool_a else None,
+            grad_b if need_pool_b else None,
+            grad_a if need_handle_a else None,
+            grad_b if need_handle_b else None,
         )
 
 

@@ -57,3 +57,17 @@ def _low_rank_backward(dy: Shape, s: Shape, *operands, **_) -> int:
 @register_flop_formula(ops.low_rank_backward_)
 def _low_rank_backward_(dx: Shape, dy: Shape, s: Shape, *operands, **_) -> int:
     return 2 * _both(*operands)
+
+
+def _base(x: Shape, weight: Shape) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(ops.linear)
+def _linear(x: Shape, weight: Shape, bias: Shape | None, *factors, **_) -> int:
+    return _base(x, weight) + _both(x, *factors)
+
+
+@register_flop_formula(ops.linear_backward)
+def _linear_backward(dy: Shape, s: Shape, x: Shape, weight: Shape, *factors, **_) -> int:
+    return _base(x, weight) + 2 * _both(x, *factors)  # of the base, dx alone

@@ -20,7 +20,7 @@ from .. import reference
 NAMESPACE = "mos_ext"
 # Bumped with every change of a schema; a library built for another number is refused (loader.py,
 # csrc/common/interface.h).
-INTERFACE = 2
+INTERFACE = 3
 
 library = torch.library.Library(NAMESPACE, "DEF")
 OPERATORS: list[str] = []  # the names of all of them
@@ -166,5 +166,73 @@ _product(
     lambda dx, dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed: (
         _factor(s, pool_a, index_a),
         _factor(s, pool_b, index_b),
+    ),
+)
+
+# ------------------------------------------------------------------------------------------------ the whole layer
+
+# Base product and branch as one operator a direction: out of place, so that nothing needs to be copied where calls are
+# made functional (torch.compile), and the base's product, ATen's, adds to what the branch wrote, or the branch to it.
+
+
+def _low_rank_first(x: Tensor) -> bool:
+    """How the low-rank branch and the base product meet.
+
+    On CUDA the branch is written first and becomes the C of the base's product, which reads it in its epilogue while
+    the tensor cores are busy: no pass over y of its own. On the CPU the branch is added to the finished product, which
+    costs nothing more and rounds once.
+    """
+    return x.device.type == "cuda"
+
+
+def _linear(x, weight, bias, pool_a, index_a, pool_b, index_b, scale, p, seed) -> tuple[Tensor, Tensor]:
+    """x W^T + bias + scale * S F_b, and S."""
+    factors = (pool_a, index_a, pool_b, index_b)
+    if _low_rank_first(x):
+        y, s = _low_rank(x, *factors, bias, scale, p, seed)
+        y.addmm_(x, weight.t())
+    else:
+        y = torch.nn.functional.linear(x, weight, bias)
+        s = _low_rank_(y, x, *factors, scale, p, seed)
+    return y, s
+
+
+_product(
+    f"linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, float scale, float p, Tensor? seed)"
+    " -> (Tensor, Tensor)",
+    _linear,
+    lambda x, weight, bias, pool_a, index_a, pool_b, index_b, scale, p, seed: (
+        x.new_empty(x.shape[0], weight.shape[0]),
+        _sums(x, x.shape[0], index_a.shape[0]),
+    ),
+)
+
+
+def _linear_backward(
+    dy, s, x, weight, pool_a, index_a, pool_b, index_b, scale, p, seed, of_pools
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and the gradients of both factors; or with ``of_pools`` those of both pools, (n, d/l), which are sums as well:
+    what ``scatter_add`` would make of the factors'."""
+    branch = (pool_a, index_a, pool_b, index_b, scale, p, seed)
+    if _low_rank_first(x):
+        dx, grad_a, grad_b = _low_rank_backward(dy, s, x, *branch)
+        dx.addmm_(dy, weight)
+    else:
+        dx = dy @ weight
+        grad_a, grad_b = _low_rank_backward_(dx, dy, s, x, *branch)
+    if of_pools:
+        grad_a = reference.scatter_add([grad_a], [index_a], pool_a.shape[0])
+        grad_b = reference.scatter_add([grad_b], [index_b], pool_b.shape[0])
+    return dx, grad_a, grad_b
+
+
+_product(
+    f"linear_backward(Tensor dy, Tensor s, Tensor x, Tensor weight, {_FACTORS}, float scale, float p, Tensor? seed,"
+    " bool of_pools) -> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    lambda dy, s, x, weight, pool_a, index_a, pool_b, index_b, scale, p, seed, of_pools: (
+        x.new_empty(x.shape),
+        s.new_empty(pool_a.shape) if of_pools else _factor(s, pool_a, index_a),
+        s.new_empty(pool_b.shape) if of_pools else _factor(s, pool_b, index_b),
     ),
 )
