@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources mutants bench quality gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench quality gpu-report native wheel clean
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make check-oldest  build against torch $(OLDEST) (fetched from PyPI, 530 MB), import and test beside it; CUDA, too, with nvcc"
 	@echo "make check-cuda  check-oldest, and check the machine code of every .cu for every architecture; needs nvcc, no GPU"
 	@echo "make cuda-resources    check-cuda, and keep its table of registers and occupancy"
+	@echo "make check-ptx   execute the PTX that nvcc makes of the CUDA kernels, on this CPU (4 minutes); needs nvcc, no GPU"
 	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
 	@echo "make bench       what MoS costs on this CPU, beside PEFT: CSV, tables and plots in build/bench (at most 8 minutes)"
 	@echo "make quality     the paper in miniature: MoS, its ablations, LoRA, VeRA, VB-LoRA; report in build/quality (at most 15 minutes)"
@@ -77,6 +78,10 @@ check-cuda: check-oldest
 
 cuda-resources:
 	$(MAKE) check-cuda GATES="--write csrc/cuda/RESOURCES.md"
+
+# GRID=full runs every check on every architecture. See tests/ptx_machine/README.md.
+check-ptx: $(READY)
+	@$(BIN)/python tests/ptx_machine $(if $(GRID),--grid $(GRID)) $(ARGS)
 
 mutants: $(READY)
 	$(BIN)/python tests/cuda_emulator/mutants.py
