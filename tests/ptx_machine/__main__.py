@@ -1,4 +1,7 @@
-"""`make check-ptx`: builds, runs every check in two processes, and says how much of the kernels was executed."""
+"""`make check-ptx`: what nvcc makes of csrc/cuda, executed on this CPU and compared with NumPy. README.md explains.
+
+python tests/ptx_machine [--grid ci|full] [--traffic] [--missed]
+"""
 
 import argparse
 import os
@@ -6,51 +9,67 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from build import HERE, OUTPUT, build, nvcc
+from report import report
+from toolchain import ARCHITECTURES, HERE, JOBS, OUTPUT, build, nvcc
 
-# compute_80 serves sm_80 to sm_90; nvcc compiles for sm_100 and later with another front end.
-ARCHITECTURES = (80, 100)
-PROCESSES = 2
+# Of the products' checks, one in so many. compute_90 is what Hopper runs, with its programmatic launches; compute_80
+# differs from it in nothing else, and nvcc compiles for compute_100 with another front end.
+SHARES = {80: 20, 90: 1, 100: 5}
+PARTS = 4  # processes of the largest share
+
+
+def run_part(architecture, library, share, part, parts, more):
+    """(its output, checks, failures, the file of what it executed)."""
+    coverage = OUTPUT / str(architecture) / f"executed.{part}.tsv"
+    coverage.unlink(missing_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, HERE / "check.py", library, "--part", part, "--parts", parts, "--share", share]
+    command = [str(word) for word in (*command, "--coverage", coverage, *more)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    last = re.search(r"^(\d+) checks, (\d+) failed\n\Z", done.stdout, re.MULTILINE)
+    # A crash is a failure.
+    checks, failed = (int(last[1]), int(last[2])) if last else (1, 1)
+    lines = [line for line in done.stdout.splitlines() if not last or "FAILED" in line]
+    return [f"compute_{architecture}: {line}" for line in lines], checks, failed, coverage
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=("ci", "full"), default="ci", help="full: every check on every architecture")
+    parser.add_argument("--traffic", action="store_true", help="count what accesses cost, and print it for each kernel")
+    parser.add_argument("--missed", action="store_true", help="print what was not executed")
     options = parser.parse_args()
     if not nvcc():
         print("check-ptx: nothing checked, nvcc was not found")
         return 0
     start = time.perf_counter()
-    libraries = build(ARCHITECTURES)
-    print(f"check-ptx: built in {time.perf_counter() - start:.0f} s", flush=True)
-    checks = failed = 0
-    for architecture, library in libraries.items():
-        quick = [] if architecture == ARCHITECTURES[0] or options.grid == "full" else ["--quick"]
-        coverage = [OUTPUT / str(architecture) / f"coverage.{part}.tsv" for part in range(PROCESSES)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "check.py"), str(library)]
-        running = [
-            subprocess.Popen(
-                [*command, str(part), str(PROCESSES), *quick, "--coverage", str(coverage[part])],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-            )
-            for part in range(PROCESSES)
-        ]
-        for process in running:
-            output, _ = process.communicate()
-            print(*(f"compute_{architecture}: {line}" for line in output.splitlines()), sep="\n")
-            last = re.search(r"^(\d+) checks, (\d+) failed\n\Z", output, re.MULTILINE)
-            # A crash is a failure.
-            checks, failed = checks + int(last[1] if last else 1), failed + int(last[2] if last else 1)
-        text = subprocess.run(
-            [sys.executable, str(HERE / "coverage.py"), *map(str, coverage)], capture_output=True, text=True, check=True
-        ).stdout
-        print(f"compute_{architecture}: {text.splitlines()[-1]}", flush=True)
-    print(f"{checks} checks, {failed} failed; {time.perf_counter() - start:.0f} s")
+    libraries = build()
+    print(f"check-ptx: compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    jobs = []
+    for architecture in sorted(libraries, key=SHARES.__getitem__):
+        share = 1 if options.grid == "full" else SHARES[architecture]
+        parts = PARTS if share == 1 else 1
+        more = ["--traffic"] if options.traffic else []
+        jobs += [(architecture, libraries[architecture], share, part, parts, more) for part in range(parts)]
+    checks = failed = executed = instructions = 0
+    files = {architecture: [] for architecture in ARCHITECTURES}
+    with ThreadPoolExecutor(JOBS) as pool:
+        for job, (lines, done, wrong, coverage) in zip(jobs, pool.map(lambda job: run_part(*job), jobs), strict=True):
+            print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+            checks, failed = checks + done, failed + wrong
+            files[job[0]] += [coverage] if coverage.exists() else []
+    for architecture, paths in files.items():
+        lines, (done, everything, kernels) = report(paths, show_missed=options.missed, show_traffic=options.traffic)
+        if options.missed or options.traffic:
+            print(*lines, sep="\n")
+        print(f"check-ptx: compute_{architecture}: {done} of {everything} instructions of {kernels} kernels executed")
+        executed, instructions = executed + done, instructions + everything
+    print(
+        f"check-ptx: {', '.join(f'compute_{a}' for a in ARCHITECTURES)} in {time.perf_counter() - start:.0f} s: "
+        f"{checks} checks, {failed} failed, {executed} of {instructions} instructions executed"
+    )
     return 1 if failed else 0
 
 

@@ -1,87 +1,62 @@
-// The state of a running block, and memory.
+// The machine: how it runs, what it may touch, launches.
 #pragma once
-#include <cstring>
 
-#include "ptx.h"
+#include "program.h"
 
 namespace ptx {
 
-struct Shadow {                              // of a byte of shared memory, in race mode
-  uint32_t write_block = 0, write_warp = 0;  // epochs
-  uint32_t read_block = 0, read_warp = 0, read_lanes = 0;
-  int16_t writer = -1;   // thread
-  int16_t pending = -1;  // thread whose cp.async is in flight
-  uint32_t read_warps = 0;
+// A schedule and what to look for. interface.cpp gives the fields their names.
+struct Config {
+  int64_t late = 1;     // cp.async: 1 lands when it is waited for (NaN until then), 0 at once
+  int64_t warps = 0;    // 0 in order, 1 backwards, 2 in random slices
+  int64_t lanes = 0;    // diverged lanes: 0 lowest address first, 1 highest first, 2 at random, 3 each lane alone
+  int64_t blocks = 0;   // 0 in order, 1 backwards, 2 at random
+  int64_t early = 0;    // 1: launches wait for flush(), then programmatic ones begin as early as they may
+  int64_t race = 0;     // look for races in shared and global memory
+  int64_t traffic = 0;  // count cycles of shared and sectors of global memory
+  int64_t seed = 1;     // of all that is random
 };
+extern Config config;
 
-struct Split {
-  int32_t pc;
-  uint32_t mask;
-  bool waiting;
+struct Statistics {
+  uint64_t launches = 0, instructions = 0;
+  uint64_t never_waited = 0;  // cp.async in flight when a kernel ended
 };
+extern Statistics statistics;
 
-struct Copy {  // cp.async in flight
-  int lane;
-  uint32_t group;
-  uint32_t target;
-  uint64_t source;
-  uint32_t bytes;
+// What a launch may do with a buffer. `produced` is an input that the launch before may still be writing: a
+// programmatic launch has to wait before it reads it.
+enum class Access : int { input = 0, output = 1, produced = 2 };
+
+// Global memory is what these ranges cover; anything else is out of bounds.
+struct Range {
+  uint64_t begin, end;
+  Access access;
+  std::vector<uint64_t> writer;  // with Config::race, of each byte: the thread, counted from Launch::first_thread
 };
+extern std::vector<Range> ranges;
 
-struct Block;
-
-struct Warp {
-  unsigned char* regs;
-  Block* block;
-  int number;
-  int32_t pc = 0;
-  uint32_t mask = 0, live = 0;
-  bool at_barrier = false;
-  uint32_t epoch = 1;
-  std::vector<Split> others;
-  uint32_t groups[kLanes] = {};
-  std::vector<Copy> copies;
+struct Dim {
+  uint32_t x, y, z;
+  uint64_t count() const { return uint64_t{x} * y * z; }
 };
-
-struct Block {
+struct Launch {
   const Entry* entry;
-  std::vector<unsigned char> shared;
-  std::vector<Shadow> shadow;
+  Dim grid, block;
+  size_t shared_bytes;
   std::vector<unsigned char> params;
-  std::vector<Warp> warps;
-  std::vector<unsigned char> files;
-  uint32_t epoch = 1;
-  uint32_t first_thread = 0;  // of the grid, for global races
+  bool programmatic = false;  // may begin before the launch before it has ended
+  uint64_t first_thread = 0;  // the number of its first thread, among those of all launches
 };
 
-unsigned char* shared_at(Warp& w, uint64_t address, unsigned bytes);
-void shared_read(Warp& w, uint64_t address, unsigned bytes, uint32_t lanes);
-void shared_write(Warp& w, uint64_t address, unsigned bytes, int lane);
-unsigned char* global_at(Warp& w, uint64_t address, unsigned bytes, bool write, int lane);
+// Runs a launch; with Config::early, keeps it for flush(). Throws what went wrong, with place and instruction.
+void submit(Launch launch);
+// Runs what submit() kept.
+void flush();
 
-// Of one instruction of a warp: `n` accesses of `bytes` each.
-void count_shared(const Ins& in, const uint64_t* address, int n, unsigned bytes);
-void count_global(const Ins& in, const uint64_t* address, int n, unsigned bytes);
-
-enum Space { kGlobal, kShared, kParam, kGeneric };
-
-template <Space space, bool write>
-inline unsigned char* at(Warp& w, uint64_t address, unsigned bytes, int lane) {
-  if (space == kGeneric) {
-    const bool shared = address >> 48 == kSharedWindow >> 48;
-    return shared ? at<kShared, write>(w, address & 0xFFFFFFFFu, bytes, lane)
-                  : at<kGlobal, write>(w, address, bytes, lane);
-  }
-  if (address % bytes)
-    fail("misaligned address " + std::to_string(address) + " of " + std::to_string(bytes) + " bytes");
-  if (space == kGlobal) return global_at(w, address, bytes, write, lane);
-  if (space == kShared) {
-    unsigned char* p = shared_at(w, address, bytes);
-    if (config.race) write ? shared_write(w, address, bytes, lane) : shared_read(w, address, bytes, 1u << lane);
-    return p;
-  }
-  if (address < kParamBase || address - kParamBase + bytes > w.block->params.size()) fail("outside of .param");
-  return w.block->params.data() + (address - kParamBase);
-}
+// The entry of a name, or null; and adding those of a module. modules.cpp.
+Entry* find_entry(const std::string& name);
+std::vector<std::string> add_module(const std::string& text);
+const std::map<std::string, std::unique_ptr<Entry>>& all_entries();
 
 }  // namespace ptx

@@ -1,151 +1,165 @@
-// A stand-in for the CUDA runtime under objects that nvcc compiled: it takes the PTX out of their fat binaries and
-// interprets what is launched. Device pointers are host pointers.
+// A stand-in for the CUDA runtime below objects that nvcc compiled: it takes the PTX out of their fat binaries and
+// interprets what is launched. Device pointers are host pointers. What the kernels' host code has not called so far is
+// not there (a link error) or stops the process.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 
-#include "ptx.h"
+#include "interface.h"
+#include "machine.h"
 
 namespace {
 
-std::map<std::string, std::unique_ptr<ptx::Entry>>& entries() {
-  static auto* all = new std::map<std::string, std::unique_ptr<ptx::Entry>>;
+// Of sm_86, sm_89 and sm_120, the least of all that the kernels run on.
+constexpr int kSharedLimit = 99 * 1024;
+constexpr size_t kParamLimit = 4096;
+
+std::map<const void*, ptx::Entry*>& functions() {
+  static auto* all = new std::map<const void*, ptx::Entry*>;
   return *all;
 }
-std::map<const void*, std::string>& names() {
-  static auto* all = new std::map<const void*, std::string>;
-  return *all;
-}
-std::string last_error;
 
 [[noreturn]] void die(const std::string& what) {
   std::fprintf(stderr, "ptx: %s\n", what.c_str());
   std::abort();
 }
 
+template <class T>
+T read(const unsigned char* at) {
+  T value;
+  std::memcpy(&value, at, sizeof value);
+  return value;
+}
+
 ptx::Entry* entry_of(const void* function) {
-  const auto n = names().find(function);
-  if (n == names().end()) return nullptr;
-  const auto e = entries().find(n->second);
-  return e == entries().end() ? nullptr : e->second.get();
+  const auto found = functions().find(function);
+  return found == functions().end() ? nullptr : found->second;
+}
+
+int architecture() {
+  // One for all modules: toolchain.py compiles them so.
+  const auto& entries = ptx::all_entries();
+  return entries.empty() ? 0 : entries.begin()->second->architecture;
+}
+
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared, bool programmatic) {
+  const ptx::Entry* entry = entry_of(function);
+  if (!entry) return cudaErrorInvalidDeviceFunction;
+  const auto legal = [](const dim3& size) { return size.x && size.y && size.z; };
+  if (!legal(grid) || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (!legal(block) || threads > entry->max_threads) return cudaErrorInvalidConfiguration;
+  if (shared > entry->shared_attribute || entry->param_bytes > kParamLimit) return cudaErrorInvalidValue;
+  const auto* params = static_cast<const unsigned char*>(arguments[0]);
+  try {
+    ptx::submit({entry,
+                 {grid.x, grid.y, grid.z},
+                 {block.x, block.y, block.z},
+                 shared,
+                 {params, params + entry->param_bytes},
+                 programmatic});
+  } catch (const std::exception& error) {
+    ptx::pending_error() = error.what();
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
 extern "C" {
 
+// ------------------------------------------------------------------------------------------------ what nvcc calls
+
 void** __cudaRegisterFatBinary(void* wrapper) {
-  struct Wrapper {
-    uint32_t magic, version;
-    const unsigned char* data;
-  };
-  const auto* w = static_cast<const Wrapper*>(wrapper);
-  if (w->magic != 0x466243B1u) die("not the wrapper of a fat binary");
-  const unsigned char* p = w->data;
-  uint32_t magic;
-  uint16_t header;
-  uint64_t size;
-  std::memcpy(&magic, p, 4), std::memcpy(&header, p + 6, 2), std::memcpy(&size, p + 8, 8);
-  if (magic != 0xBA55ED50u) die("not a fat binary");
-  int found = 0;
-  for (const unsigned char *at = p + header, *end = at + size; at < end;) {
-    uint16_t kind;
-    uint32_t header_bytes, compressed;
-    uint64_t bytes;
-    std::memcpy(&kind, at, 2), std::memcpy(&header_bytes, at + 4, 4), std::memcpy(&bytes, at + 8, 8),
-        std::memcpy(&compressed, at + 16, 4);
-    if (kind == 1) {
-      if (compressed) die("compressed PTX: compile with -no-compress");
-      const std::string text(reinterpret_cast<const char*>(at + header_bytes), bytes);
+  const auto* head = static_cast<const unsigned char*>(wrapper);
+  if (read<uint32_t>(head) != 0x466243B1u) die("not the wrapper of a fat binary");
+  const unsigned char* binary = read<const unsigned char*>(head + 8);
+  if (read<uint32_t>(binary) != 0xBA55ED50u) die("not a fat binary");
+  const unsigned char* at = binary + read<uint16_t>(binary + 6);
+  const unsigned char* end = at + read<uint64_t>(binary + 8);
+  int modules = 0;
+  while (at < end) {
+    const uint32_t header_bytes = read<uint32_t>(at + 4);
+    const uint64_t bytes = read<uint64_t>(at + 8);
+    if (read<uint16_t>(at) == 1) {
+      if (read<uint32_t>(at + 16)) die("compressed PTX: compile with -no-compress");
+      ++modules;
       try {
-        for (auto& e : ptx::parse(text)) {
-          const std::string name = e->name;
-          if (!entries().emplace(name, std::move(e)).second) die("two kernels " + name);
-        }
+        ptx::add_module({reinterpret_cast<const char*>(at + header_bytes), bytes});
       } catch (const std::exception& error) {
         die(error.what());
       }
-      ++found;
     }
     at += header_bytes + bytes;
   }
-  if (found != 1) die("a fat binary with " + std::to_string(found) + " PTX modules");
+  if (modules != 1) die("a fat binary with " + std::to_string(modules) + " PTX modules");
   return static_cast<void**>(wrapper);
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
                             int*) {
-  if (!entries().count(name)) die(std::string("registered, but not in the PTX: ") + name);
-  names()[host] = name;
+  functions()[host] = ptx::find_entry(name);
+  if (!functions()[host]) die(std::string("registered, but not in the PTX: ") + name);
 }
+// Kernels are launched by cudaLaunchKernel and cudaLaunchKernelExC, never by <<<>>>.
 unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { die("<<<>>>"); }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { die("<<<>>>"); }
-cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { die("__cudaGetKernel"); }
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { die("__cudaLaunchKernel"); }
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { die("<<<>>>"); }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { die("<<<>>>"); }
+
+// ------------------------------------------------------------------------------------------------ what kernels call
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return cudaErrorInvalidDevice;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) {
+    *value = architecture() / 10;
+  } else if (attribute == cudaDevAttrComputeCapabilityMinor) {
+    *value = architecture() % 10;
+  } else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
+    *value = kSharedLimit;
+  } else {
+    die("cudaDeviceGetAttribute of " + std::to_string(attribute));
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
+cudaError_t cudaGetLastError() { return cudaSuccess; }  // errors of the host have been returned, others come later
+cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
-  ptx::Entry* e = entry_of(function);
-  if (!e) return cudaErrorInvalidDeviceFunction;
-  // 227 KiB of sm_90 and sm_100; sm_86, sm_89 and sm_120 have 99, which the kernels promise to keep.
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > 99 * 1024)
-    return cudaErrorInvalidValue;
-  e->shared_attribute = static_cast<size_t>(value);
+  ptx::Entry* entry = entry_of(function);
+  if (!entry) return cudaErrorInvalidDeviceFunction;
+  const bool known = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (!known || value < 0 || value > kSharedLimit) return cudaErrorInvalidValue;
+  entry->shared_attribute = static_cast<size_t>(value);
   return cudaSuccess;
 }
 
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
                              cudaStream_t) {
-  ptx::Entry* e = entry_of(function);
-  if (!e) return cudaErrorInvalidDeviceFunction;
-  const auto legal = [](const dim3& d) { return d.x && d.y && d.z; };
-  if (!legal(grid) || !legal(block) || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535)
-    return cudaErrorInvalidConfiguration;
-  if (static_cast<uint64_t>(block.x) * block.y * block.z > static_cast<uint64_t>(e->max_threads))
-    return cudaErrorInvalidConfiguration;
-  if (shared > e->shared_attribute) return cudaErrorInvalidValue;
-  if (e->param_bytes > 4096) return cudaErrorInvalidValue;
-  try {
-    ptx::launch(*e, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, arguments[0]);
-  } catch (const std::exception& error) {
-    last_error = error.what();  // as on a GPU, the launch itself succeeds
-  }
-  return cudaSuccess;
+  return launch(function, grid, block, arguments, shared, false);
 }
-
-// ------------------------------------------------------------------------------------------------ for check.py
-
-void ptx_ranges(int count, const uint64_t* lo, const uint64_t* hi, const int* writable) {
-  ptx::ranges.clear();
-  for (int i = 0; i < count; ++i) ptx::ranges.push_back({lo[i], hi[i], writable[i] != 0, {}});
-}
-void ptx_config(const int64_t* v) { ptx::config = {v[0], v[1], v[2], v[3], v[4], v[5], v[6]}; }
-// What went wrong since the last call, or an empty string.
-const char* ptx_error() {
-  static std::string error;
-  error.swap(last_error);
-  last_error.clear();
-  return error.c_str();
-}
-void ptx_stats(uint64_t* out) {
-  out[0] = ptx::stats.launches, out[1] = ptx::stats.instructions, out[2] = ptx::stats.unwaited,
-  out[3] = ptx::stats.unwritten;
-}
-// Writes "kernel, index, hits, line, cycles, ideal, sectors, least, text" of every instruction, with tabs.
-void ptx_coverage(const char* path) {
-  FILE* f = std::fopen(path, "w");
-  const auto count = [](uint64_t v) { return static_cast<unsigned long long>(v); };
-  for (const auto& [name, e] : entries()) {
-    for (size_t i = 0; i < e->code.size(); ++i) {
-      const ptx::Ins& in = e->code[i];
-      std::fprintf(f, "%s\t%zu\t%llu\t%d\t%llu\t%llu\t%llu\t%llu\t%s\n", name.c_str(), i, count(in.hits), in.line,
-                   count(in.cycles), count(in.ideal), count(in.sectors), count(in.least), in.text.c_str());
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+  bool programmatic = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization || architecture() < 90) {
+      return cudaErrorInvalidValue;
     }
+    programmatic = attribute.val.programmaticStreamSerializationAllowed != 0;
   }
-  std::fclose(f);
+  return launch(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, programmatic);
 }
 
 }  // extern "C"

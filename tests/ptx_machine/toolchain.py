@@ -12,7 +12,9 @@ from emulator import COMPILER, CUDA, ROOT, _is_current, _lock, _machine_flags, _
 
 OUTPUT = ROOT / "build" / "ptx_machine"
 MACHINE = HERE / "machine"
-JOBS = 2  # compilers at a time
+JOBS = 2  # processes at a time
+# One for each front end of nvcc, and the first with griddepcontrol.
+ARCHITECTURES = (80, 90, 100)
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 
@@ -61,7 +63,21 @@ def kernel_units(architecture, sources, root=ROOT):
         yield command, OUTPUT / str(architecture) / f"{source.name}.o", [source, *headers]
 
 
-def build(architectures):
+def link(target, objects):
+    # Symbolic: a CUDA runtime that the process may have loaded stays out of it.
+    command = [COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects)]
+    if not _is_current(target, command, objects):
+        _write(command, target)
+    return target
+
+
+def build_machine():
+    """The library of the machine alone, for PTX text."""
+    with _lock(OUTPUT / "lock"):
+        return link(OUTPUT / "machine.so", compile_all(list(machine_units())))
+
+
+def build(architectures=ARCHITECTURES):
     """{architecture: library} of every kernel of csrc/cuda over the machine."""
     with _lock(OUTPUT / "lock"):
         sources = sorted(CUDA.glob("*.cu"))
@@ -69,12 +85,7 @@ def build(architectures):
         common = [*machine_units(), *host_units()]
         # The longest first.
         compile_all([*(unit for units in kernels.values() for unit in units), *common])
-        libraries = {}
-        for architecture, units in kernels.items():
-            objects = [target for _, target, _ in (*units, *common)]
-            libraries[architecture] = OUTPUT / str(architecture) / "kernels.so"
-            # Symbolic: a CUDA runtime that the process may have loaded stays out of it.
-            command = [COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects)]
-            if not _is_current(libraries[architecture], command, objects):
-                _write(command, libraries[architecture])
-        return libraries
+        return {
+            a: link(OUTPUT / str(a) / "kernels.so", [target for _, target, _ in (*units, *common)])
+            for a, units in kernels.items()
+        }
