@@ -15,6 +15,8 @@ MACHINE = HERE / "machine"
 JOBS = 2  # processes at a time
 # One for each front end of nvcc, and the first with griddepcontrol.
 ARCHITECTURES = (80, 90, 100)
+DEPENDENT_LAUNCHES = 90
+HOST_SOURCES = (CUDA / "launch.cpp", HERE.parent / "cuda_emulator" / "bindings.cpp")  # beside the kernels
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 
@@ -48,7 +50,7 @@ def machine_units():
 def host_units():
     """What lies between the kernels and Python, compiled by nvcc, which knows where its headers are."""
     inputs = [*MACHINE.glob("*.h"), *(ROOT / "csrc").rglob("*.h")]
-    for source in (MACHINE / "runtime.cpp", CUDA / "launch.cpp", HERE.parent / "cuda_emulator" / "bindings.cpp"):
+    for source in (MACHINE / "runtime.cpp", *HOST_SOURCES):
         command = [nvcc(), "-c", "-O1", "-std=c++20", "-Xcompiler=-fPIC", str(source.relative_to(ROOT))]
         yield command, OUTPUT / "host" / f"{source.name}.o", [source, *inputs]
 
@@ -78,14 +80,20 @@ def build_machine():
 
 
 def build(architectures=ARCHITECTURES):
-    """{architecture: library} of every kernel of csrc/cuda over the machine."""
+    """({architecture: library of every kernel of csrc/cuda}, {architecture: library of probes.cu}), over the machine."""
     with _lock(OUTPUT / "lock"):
         sources = sorted(CUDA.glob("*.cu"))
         kernels = {a: list(kernel_units(a, sources)) for a in architectures}
-        common = [*machine_units(), *host_units()]
+        probes = {a: list(kernel_units(a, [HERE / "probes.cu"])) for a in architectures if a >= DEPENDENT_LAUNCHES}
+        machine, host = list(machine_units()), list(host_units())
         # The longest first.
-        compile_all([*(unit for units in kernels.values() for unit in units), *common])
-        return {
-            a: link(OUTPUT / str(a) / "kernels.so", [target for _, target, _ in (*units, *common)])
-            for a, units in kernels.items()
-        }
+        of_nvcc = (unit for units in (*kernels.values(), *probes.values()) for unit in units)
+        compile_all([*of_nvcc, *machine, *host])
+
+        def linked(name, units, more):
+            return {
+                a: link(OUTPUT / str(a) / name, [target for _, target, _ in (*own, *more, *machine)])
+                for a, own in units.items()
+            }
+
+        return linked("kernels.so", kernels, host), linked("probes.so", probes, host[:1])
