@@ -85,6 +85,7 @@ check-ptx: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python tests/cuda_emulator/mutants.py
+	$(BIN)/python tests/ptx_machine/mutants.py
 
 # OUT=dir puts the results elsewhere; ARGS="--grid all" measures everything. See benchmarks/README.md.
 bench: native

@@ -1,168 +1,151 @@
-"""Plants bugs in a copy of csrc/cuda and shows what the interpreter finds: python mutants.py CHECKOUT BUILD [NAME...]
+"""Does `make check-ptx` find bugs? Plants one after the other in a copy of csrc/cuda, compiles it with nvcc, and looks.
 
-BUILD is a folder of build.sh with compute_80 in it; only the sources that a bug touches are compiled again.
+    python mutants.py [--only NAME ...] [--jobs 2]
+
+Most are bugs that tests/cuda_emulator cannot see, because it replaces device.h's PTX and nvcc's host code: constraints
+of inline assembly, orders of operands, address spaces, launch attributes. One line per mutant: what was said. The exit
+status is 1 where one survives that EQUIVALENT does not explain. Part of `make mutants`. A mutant whose text no longer
+occurs in the sources is an error: rewrite it.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-# name: (file, old, new, sources to compile, checks to run)
-MUTANTS = {
-    "shrink waits for one copy too few": (
-        "shrink.cu",
-        "cp_async_wait<kStages - 2>",
-        "cp_async_wait<kStages - 1>",
-        "shrink",
-        "shrink:",
-    ),
-    "shrink without its barrier": ("shrink.cu", "__syncthreads();  // this tile", "// this tile", "shrink", "shrink:"),
-    "shrink's table without a barrier": (
-        "shrink.cu",
-        "table = shared_table;\n    __syncthreads();",
-        "table = shared_table;",
-        "shrink",
-        "shrink:",
-    ),
-    "backward waits for one copy too few": (
-        "backward.cu",
-        "cp_async_wait<kAhead - 1>",
-        "cp_async_wait<kAhead>",
-        "backward",
-        "_backward",
-    ),
-    "backward writes dx over what others read": (
-        "backward.cu",
-        "__syncthreads();  // nobody reads x",
-        "// nobody reads x",
-        "backward",
-        "shrink_backward",
-    ),
-    "backward without the barrier before s": (
-        "backward.cu",
-        "__syncthreads();  // nobody needs s",
-        "// nobody needs s",
-        "backward",
-        "_backward",
-    ),
-    "backward accumulates without __syncwarp": (
-        "backward.cu",
-        "          }\n          __syncwarp();\n        }",
-        "          }\n        }",
-        "backward",
-        "shrink_backward acc",
-    ),
-    "expand leaves without __syncwarp": (
-        "expand.cu",
-        "      __syncwarp();\n#pragma unroll\n      for (int j = 0; j < kOwn; ++j) {",
-        "#pragma unroll\n      for (int j = 0; j < kOwn; ++j) {",
-        "expand",
-        "expand",
-    ),
-    "expand's sums without __syncwarp": (
-        "expand.cu",
-        "      __syncwarp();\n#pragma unroll\n      for (int n",
-        "#pragma unroll\n      for (int n",
-        "expand",
-        "expand acc",
-    ),
-    "mma: a[1] and a[2] swapped": ("device.h", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])', "shrink", "shrink:"),
-    "mma: sums only written": ("device.h", '"+f"(d[0])', '"=f"(d[0])', "shrink", "shrink:"),
-    "ldmatrix.trans does not": ("device.h", "m8n8.x4.trans", "m8n8.x4", "backward", "_backward"),
-    "halves of bf16x2 swapped": (
-        "device.h",
-        'asm("cvt.rn.bf16x2.f32 %0, %1, %2;\\n" : "=r"(bits) : "f"(high), "f"(low));',
-        'asm("cvt.rn.bf16x2.f32 %0, %1, %2;\\n" : "=r"(bits) : "f"(low), "f"(high));',
-        "expand",
-        "expand:",
-    ),
-    "tf32 operands as they are": ("device.h", "cvt.rna.tf32.f32 %0, %1", "mov.b32 %0, %1", "shrink", "tf32"),
-    "cp.async always reads": ("device.h", '"r"(bytes)', '"r"(16)', "shrink", "shrink:"),
-    "ldmatrix may move": (
-        "device.h",
-        ': "r"(address)\n               : "memory");',
-        ': "r"(address));',
-        "shrink backward",
-        "_backward",
-    ),
-    "waits do not order memory": (
-        "device.h",
-        '"n"(kPending) : "memory")',
-        '"n"(kPending))',
-        "shrink backward",
-        "shrink",
-    ),
-    "no shared memory beyond 48 KiB": (
-        "device.h",
-        "shared_bytes > 48 * 1024",
-        "shared_bytes > 480 * 1024",
-        "shrink backward",
-        "_backward",
-    ),
-    "sum writes four where fewer are": ("sum.cu", "if (i < live) one.out", "one.out", "sum", "sum"),
-    "a row of x too many": (
-        "tiles.h",
-        "const bool inside = row < m.rows",
-        "const bool inside = row <= m.rows",
-        "shrink",
-        "shrink:",
-    ),
+from toolchain import (
+    CUDA,
+    DEPENDENT_LAUNCHES,
+    HERE,
+    JOBS,
+    ROOT,
+    build,
+    compile_all,
+    host_units,
+    kernel_units,
+    link,
+    machine_units,
+    nvcc,
+)
+
+ARCHITECTURE = DEPENDENT_LAUNCHES
+SHARE = 3  # of the products' checks, one in so many
+TIMEOUT = 600  # seconds of a run; a mutant may hang
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    source: str  # the .cu that is compiled anew
+    only: str  # what the names of the checks contain
+    old: str
+    new: str
+    file: str = "device.h"  # of csrc/cuda
+
+    def apply(self, folder):
+        path = folder / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise SystemExit(f"{self.name}: occurs {text.count(self.old)} times in {self.file}:\n{self.old}")
+        path.write_text(text.replace(self.old, self.new))
+
+
+# fmt: off
+MUTANTS = [
+    # Operands and constraints of inline assembly.
+    Mutant("mma: a[1] and a[2] swapped", "shrink.cu", "shrink:", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])'),
+    Mutant("mma: b[0] and b[1] swapped", "expand.cu", "expand", '"r"(b[0]), "r"(b[1])', '"r"(b[1]), "r"(b[0])'),
+    Mutant("mma: b[0] twice", "shrink.cu", "shrink:", '"r"(b[0]), "r"(b[1])', '"r"(b[0]), "r"(b[0])'),
+    Mutant("mma: sums are only written", "shrink.cu", "shrink:", '"+f"(d[0]), "+f"(d[1])', '"=f"(d[0]), "+f"(d[1])'),
+    Mutant("mma: sums are only read", "shrink.cu", "shrink:", '"+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \\\n                 : "r"', '\\\n                 : "f"(d[0]), "f"(d[1]), "f"(d[2]), "f"(d[3]), "r"'),
+    Mutant("mma: C is another sum", "shrink.cu", "shrink:", '{%8,%9}, {%0,%1,%2,%3};', '{%8,%9}, {%0,%1,%3,%2};'),
+    Mutant("mma: bf16 for f16", "shrink.cu", "f16/f16", 'MOS_MMA(mma_f16, "m16n8k16", "f16")', 'MOS_MMA(mma_f16, "m16n8k16", "bf16")'),
+    Mutant("ldmatrix: matrices 1 and 2 swapped", "shrink.cu", "shrink:", '.x4.shared.b16 {%0,%1,%2,%3}', '.x4.shared.b16 {%0,%2,%1,%3}'),
+    Mutant("ldmatrix.trans does not transpose", "expand.cu", "expand", "m8n8.x4.trans", "m8n8.x4"),
+    Mutant("bf16x2: halves swapped", "expand.cu", "bf16", 'asm("cvt.rn.bf16x2.f32 %0, %1, %2;\\n" : "=r"(bits) : "f"(high), "f"(low));', 'asm("cvt.rn.bf16x2.f32 %0, %1, %2;\\n" : "=r"(bits) : "f"(low), "f"(high));'),
+    Mutant("f16x2: halves swapped", "expand.cu", "f16", 'asm("cvt.rn.f16x2.f32 %0, %1, %2;\\n" : "=r"(bits) : "f"(high), "f"(low));', 'asm("cvt.rn.f16x2.f32 %0, %1, %2;\\n" : "=r"(bits) : "f"(low), "f"(high));'),
+    Mutant("tf32: operands as they are", "shrink.cu", "tf32", "cvt.rna.tf32.f32 %0, %1", "mov.b32 %0, %1"),
+    # cp.async and addresses.
+    Mutant("cp.async: always reads", "shrink.cu", "shrink:", '"r"(bytes)', '"r"(16)'),
+    Mutant("cp.async: 8 bytes of 16", "shrink.cu", "shrink:", 'cp.async.cg.shared.global [%0], [%1], 16, %2', 'cp.async.ca.shared.global [%0], [%1], 8, %2'),
+    Mutant("cp.async: the size says nothing", "shrink.cu", "shrink:", '[%1], 16, %2;', '[%1], 16;'),
+    Mutant("cp.async: groups are not closed", "shrink.cu", "shrink:", 'asm volatile("cp.async.commit_group;\\n" ::: "memory")', 'asm volatile("" ::: "memory")'),
+    Mutant("cp.async: waits for a group too few", "shrink.cu", "shrink:", '::"n"(kPending)', '::"n"(kPending + 1)'),
+    Mutant("shared addresses are generic ones cut off", "shrink.cu", "shrink:", "static_cast<uint32_t>(__cvta_generic_to_shared(p))", "static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p))"),
+    # Clobbers.
+    Mutant("ldmatrix: no clobber, not volatile", "shrink.cu", "shrink:", 'asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\\n"\n               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])\n               : "r"(address)\n               : "memory");', 'asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\\n"\n               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])\n               : "r"(address));'),
+    Mutant("cp.async: waits do not order memory", "shrink.cu", "shrink:", '"n"(kPending) : "memory")', '"n"(kPending))'),
+    # Launches, as nvcc's host code and the runtime see them.
+    Mutant("no shared memory beyond 48 KiB", "backward.cu", "_backward", "shared_bytes > 48 * 1024", "shared_bytes > 480 * 1024"),
+    Mutant("shared memory is not asked for", "shrink.cu", "shrink:", "arguments, shared_bytes, stream);", "arguments, 0, stream);"),
+    Mutant("parameters of another kernel", "sum.cu", "sum", "void* arguments[] = {&p...};", "void* arguments[] = {&grid};"),
+    Mutant("fewer threads than are launched", "shrink.cu", "shrink:", "__launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)", "__launch_bounds__(kThreads / 2)", "shrink.cu"),
+    # Bugs that both machines find, one of each kind, to see this one's detectors at work on what nvcc makes of kernels.
+    Mutant("a barrier is missing", "shrink.cu", "shrink:", "__syncthreads();  // this tile", "// this tile", "shrink.cu"),
+    Mutant("a row of x too many", "shrink.cu", "shrink:", "const bool inside = row < m.rows", "const bool inside = row <= m.rows", "tiles.h"),
+    Mutant("sum: four where fewer are", "sum.cu", "sum", "if (i < live) one.out", "one.out", "sum.cu"),
+]
+# fmt: on
+
+# Mutants that nvcc 13.0 makes the same PTX of, and why they are wrong all the same. They run, for another nvcc may not.
+EQUIVALENT = {
+    "ldmatrix: no clobber, not volatile": "nvcc moves no load of shared memory that it does not know over a barrier",
+    "cp.async: waits do not order memory": "nvcc moves nothing over an asm volatile with side effects here",
 }
 
 
+def examine(mutant, scratch, objects):
+    """What the checks say of a mutant; empty where they find nothing."""
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        root = Path(name)
+        shutil.copytree(ROOT / "csrc", root / "csrc")
+        mutant.apply(root / "csrc" / "cuda")
+        changed = compile_all(list(kernel_units(ARCHITECTURE, [root / "csrc" / "cuda" / mutant.source], root, root)))
+        rest = [path for path in objects if path.name != f"{mutant.source}.o"]
+        library = link(root / "kernels.so", [*changed, *rest])
+        command = [sys.executable, HERE / "check.py", library, "--stop", "--share", str(SHARE), "--only", mutant.only]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return "hangs"
+    if done.returncode == 0:
+        return ""
+    said = (done.stdout + done.stderr).splitlines()
+    return next((line for line in said if line.startswith(("FAILED", "ptx:"))), said[-1] if said else "crashed")
+
+
 def main():
-    checkout, build, wanted = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    found = 0
-    chosen = {k: v for k, v in MUTANTS.items() if not wanted or any(w in k for w in wanted)}
-    for name, (file, old, new, sources, only) in chosen.items():
-        with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            shutil.copytree(checkout / "csrc", root / "csrc")
-            path = root / "csrc" / "cuda" / file
-            text = path.read_text()
-            assert old in text, f"{name}: {file} has changed"
-            path.write_text(text.replace(old, new))
-            objects = {p.name: p for p in (build / "80").glob("*.o")}
-            for source in sources.split():
-                objects[f"{source}.o"] = root / f"{source}.o"
-                subprocess.run(
-                    [
-                        "nvcc",
-                        "-c",
-                        "-O3",
-                        "-std=c++17",
-                        "-Xcompiler=-fPIC",
-                        "-gencode",
-                        "arch=compute_80,code=compute_80",
-                        "-no-compress",
-                        "-o",
-                        root / f"{source}.o",
-                        root / "csrc" / "cuda" / f"{source}.cu",
-                    ],
-                    check=True,
-                )
-            library = root / "kernels.so"
-            extra = (build / "launch_and_bindings.o", *build.glob("*.o"))
-            subprocess.run(["g++", "-shared", "-o", library, *objects.values(), *{str(p) for p in extra}], check=True)
-            done = subprocess.run(
-                [sys.executable, HERE / "check.py", library, "0", "1", "--stop", "--quick", "--only", only],
-                capture_output=True,
-                text=True,
-            )
-            first = next(
-                (line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("FAILED", "ptx:"))), ""
-            )
-            found += bool(first)
-            print(
-                f"{'found    ' if first else 'NOT FOUND'} {name}"
-                + (f"\n          {first[:300]}" if first else f" | {done.stdout[-200:]}"),
-                flush=True,
-            )
-    print(f"{found} of {len(chosen)} found")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", action="append", help="mutants whose name contains this; may be given several times")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="processes at a time")
+    options = parser.parse_args()
+    if not nvcc():
+        print("mutants of the PTX: none planted, nvcc was not found")
+        return 0
+    start = time.perf_counter()
+    chosen = [mutant for mutant in MUTANTS if any(name in mutant.name for name in options.only or [""])]
+    build([ARCHITECTURE])
+    kernels = kernel_units(ARCHITECTURE, sorted(CUDA.glob("*.cu")))
+    objects = [target for _, target, _ in (*kernels, *machine_units(), *host_units())]
+    found, surviving = 0, []
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(lambda mutant: examine(mutant, scratch, objects), chosen)
+        for mutant, said in zip(chosen, results, strict=True):
+            found += bool(said)
+            if not said and mutant.name not in EQUIVALENT:
+                surviving.append(mutant)
+            state = "found" if said else "equivalent" if mutant.name in EQUIVALENT else "SURVIVES"
+            said = said.removeprefix("FAILED ") or EQUIVALENT.get(mutant.name, "")
+            print(f"{mutant.name:42} {state:10} {said[:150]}", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"{found} of {len(chosen)} found, {len(surviving)} survive unexplained; {seconds:.0f} s")
+    return 1 if surviving else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -55,14 +55,14 @@ def host_units():
         yield command, OUTPUT / "host" / f"{source.name}.o", [source, *inputs]
 
 
-def kernel_units(architecture, sources, root=ROOT):
-    """Kernels as PTX for an architecture, in objects with their host code."""
+def kernel_units(architecture, sources, root=ROOT, output=OUTPUT):
+    """Sources of `root` as PTX for an architecture, in objects with their host code."""
     headers = list((root / "csrc").rglob("*.h"))
     # -no-compress: the stand-in for the runtime reads the PTX out of the objects.
     generate = ["-gencode", f"arch=compute_{architecture},code=compute_{architecture}", "-no-compress"]
     for source in sources:
         command = [nvcc(), "-c", "-O3", "-std=c++17", "-Xcompiler=-fPIC", *generate, str(source)]
-        yield command, OUTPUT / str(architecture) / f"{source.name}.o", [source, *headers]
+        yield command, output / str(architecture) / f"{source.name}.o", [source, *headers]
 
 
 def link(target, objects):

@@ -18,9 +18,9 @@ void require_unwritten(uint64_t address);
 template <Space space, bool write>
 inline unsigned char* access(Warp& warp, uint64_t address, unsigned bytes, int lane) {
   if constexpr (space == Space::generic) {
-    const uint64_t window = address & kWindowMask, inside = address & ~kWindowMask;
-    if (window == kSharedWindow) return access<Space::shared, write>(warp, inside, bytes, lane);
-    if (window == kParamWindow && !write) return access<Space::param, write>(warp, inside, bytes, lane);
+    const auto inside = [&](uint64_t window) { return (address & kWindowMask) == (window & kWindowMask); };
+    if (inside(kSharedWindow)) return access<Space::shared, write>(warp, address - kSharedWindow, bytes, lane);
+    if (inside(kParamWindow) && !write) return access<Space::param, write>(warp, address - kParamWindow, bytes, lane);
     return access<Space::global, write>(warp, address, bytes, lane);
   }
   require_aligned(address, bytes);

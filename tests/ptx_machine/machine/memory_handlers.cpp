@@ -93,7 +93,7 @@ void from_generic(Warp& warp, const Instruction& in, uint32_t lanes) {
   const uint64_t* a = lanes_of<uint64_t>(warp, in.operand[1]);
   for_each_lane(lanes, [&](int lane) {
     // A global address of null, or of what nobody will touch, is converted all the same.
-    if (window && (a[lane] & kWindowMask) != window) fail("cvta.to of an address elsewhere");
+    if (window && (a[lane] & kWindowMask) != (window & kWindowMask)) fail("cvta.to of an address elsewhere");
     d[lane] = a[lane] - window;
   });
 }

@@ -13,12 +13,12 @@ namespace ptx {
 constexpr int kLanes = 32;
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
-// Where memory lies. Shared memory does not start at 0, so that a lost base is seen; no host pointer looks like a
-// generic address of the windows.
+// Where memory lies. Shared memory does not start at 0, so that a lost base is seen; a generic address is of a window
+// if its upper bits are, which no host pointer's are, and its lower half is not yet the address inside.
 constexpr uint64_t kParamBase = 0x1000;
 constexpr uint32_t kSharedBase = 1024;
-constexpr uint64_t kSharedWindow = 0x5AFE000000000000;
-constexpr uint64_t kParamWindow = 0x5A9A000000000000;
+constexpr uint64_t kSharedWindow = 0x5AFE000001000000;
+constexpr uint64_t kParamWindow = 0x5A9A000001000000;
 constexpr uint64_t kWindowMask = 0xFFFF000000000000;
 
 struct Warp;
