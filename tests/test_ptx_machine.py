@@ -786,6 +786,8 @@ def test_waits_are_not_transitive(machine):
         ("st.shared.v4.u32 [%r2], {%r0, %r0, %r0, %r0};", (4, 4), (0, 0)),
         ("shl.b32 %r3, %r0, 7; add.s32 %r3, %r1, %r3; st.shared.u32 [%r3], %r0;", (32, 1), (0, 0)),
         ("ld.global.u32 %r4, [%d0];", (0, 0), (16, 4)),
+        ("ld.u32 %r4, [%d0];", (0, 0), (16, 4)),
+        ("cvt.u64.u32 %d3, %r2; cvta.shared.u64 %d3, %d3; st.u32 [%d3], %r0;", (4, 1), (0, 0)),
         ("ld.global.v4.u32 {%r4, %r5, %r6, %r7}, [%d0];", (0, 0), (16, 16)),
         (ASYNC_COPY + WAIT, (4, 4), (16, 16)),
     ],

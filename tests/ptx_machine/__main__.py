@@ -20,19 +20,20 @@ SHARES = {80: 20, 90: 1, 100: 5}
 PARTS = 4  # processes of the largest share
 
 
-def run_part(architecture, library, share, part, parts, more):
-    """(its output, checks, failures, the file of what it executed)."""
-    coverage = OUTPUT / str(architecture) / f"executed.{part}.tsv"
-    coverage.unlink(missing_ok=True)
+def run(architecture, library, name, arguments):
+    """(lines to print, checks, failures, the file of what was executed) of a process of check.py."""
+    executed = OUTPUT / str(architecture) / f"{name}.tsv"
+    executed.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, HERE / "check.py", library, "--part", part, "--parts", parts, "--share", share]
-    command = [str(word) for word in (*command, "--coverage", coverage, *more)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    command = [sys.executable, HERE / "check.py", library, "--coverage", executed, *arguments]
+    done = subprocess.run(
+        map(str, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     last = re.search(r"^(\d+) checks, (\d+) failed\n\Z", done.stdout, re.MULTILINE)
     # A crash is a failure.
     checks, failed = (int(last[1]), int(last[2])) if last else (1, 1)
     lines = [line for line in done.stdout.splitlines() if not last or "FAILED" in line]
-    return [f"compute_{architecture}: {line}" for line in lines], checks, failed, coverage
+    return [f"compute_{architecture}: {line}" for line in lines], checks, failed, executed
 
 
 def main():
@@ -45,21 +46,24 @@ def main():
         print("check-ptx: nothing checked, nvcc was not found")
         return 0
     start = time.perf_counter()
-    libraries = build()
+    libraries, probes = build()
     print(f"check-ptx: compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    jobs = []
+    more = ["--traffic"] if options.traffic else []
+    jobs = [(a, library, "probes", ["--probes", a]) for a, library in probes.items()]
     for architecture in sorted(libraries, key=SHARES.__getitem__):
         share = 1 if options.grid == "full" else SHARES[architecture]
         parts = PARTS if share == 1 else 1
-        more = ["--traffic"] if options.traffic else []
-        jobs += [(architecture, libraries[architecture], share, part, parts, more) for part in range(parts)]
+        for part in range(parts):
+            arguments = ["--part", part, "--parts", parts, "--share", share, *more]
+            jobs.append((architecture, libraries[architecture], f"executed.{part}", arguments))
     checks = failed = executed = instructions = 0
     files = {architecture: [] for architecture in ARCHITECTURES}
     with ThreadPoolExecutor(JOBS) as pool:
-        for job, (lines, done, wrong, coverage) in zip(jobs, pool.map(lambda job: run_part(*job), jobs), strict=True):
+        for job, (lines, done, wrong, file) in zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True):
             print(*lines, sep="\n", end="\n" if lines else "", flush=True)
             checks, failed = checks + done, failed + wrong
-            files[job[0]] += [coverage] if coverage.exists() else []
+            if file.exists() and job[2] != "probes":
+                files[job[0]].append(file)
     for architecture, paths in files.items():
         lines, (done, everything, kernels) = report(paths, show_missed=options.missed, show_traffic=options.traffic)
         if options.missed or options.traffic:

@@ -5,7 +5,7 @@ import ctypes as C
 import itertools
 
 import numpy as np
-from device import OUTPUT
+from device import PRODUCED
 from mirrors import DTYPES, STORAGE, Dropout, ExpandOptions, sums_type
 from products import Case, Product
 
@@ -24,7 +24,7 @@ def forward(a, b, accumulate):
         for mode in SCHEDULES:
             device.free()
             device.configure(**mode)
-            factor, (x, _) = first.put_factor(device), first.put_activations(device, first.x)
+            factor, (x, _) = first.put_factor(device, PRODUCED), first.put_activations(device, first.x, PRODUCED)
             count = device.library.mos_shrink_planes(C.byref(x), C.byref(factor))
             planes, _ = first.new_planes(device, count, a.rows, a.rank)
             total = device.out((a.rows, a.rank), STORAGE[sums_type(a.dtype)])
@@ -54,7 +54,7 @@ def backward(a, b, accumulate):
         for mode in SCHEDULES:
             device.free()
             device.configure(**mode)
-            dy, _ = first.put_activations(device, first.dy, OUTPUT)
+            dy, _ = first.put_activations(device, first.dy, PRODUCED)
             x, _ = second.put_activations(device, second.x)
             dx, dx_out = second.put_target(device, accumulate)
             projected, grads_b = first.backward_planes(device, dy)

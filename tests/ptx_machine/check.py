@@ -1,6 +1,7 @@
 """Runs checks on a library of toolchain.py, in a process of its own.
 
     python check.py LIBRARY [--part 0 --parts 1] [--share 1] [--only TEXT] [--stop] [--times] [--coverage FILE] [--traffic]
+    python check.py LIBRARY --case 256,1024,16,4,bf16,f32,0.5 --traffic --coverage FILE
     python check.py LIBRARY --probes ARCHITECTURE
 
 prints a line for each that fails, then "N checks, M failed".
@@ -10,7 +11,7 @@ import argparse
 import sys
 import time
 
-from checks import all_checks
+from checks import all_checks, case_checks
 from device import Kernels, Machine, Trouble
 from probes import probe_checks
 
@@ -25,11 +26,17 @@ def main():
     parser.add_argument("--stop", action="store_true", help="at the first failure")
     parser.add_argument("--times", action="store_true", help="print the time of each check")
     parser.add_argument("--coverage", help="write what was executed to this file, for report.py")
+    parser.add_argument("--case", help="the products of this case alone: T, C, r, l, dtype, the pool's, dropout's p")
     parser.add_argument("--probes", type=int, help="the library is that of probes.cu, for this architecture")
     parser.add_argument("--traffic", action="store_true", help="count cycles of shared and sectors of global memory")
     options = parser.parse_args()
     device = Machine(options.library) if options.probes else Kernels(options.library)
-    checks = probe_checks(options.probes) if options.probes else all_checks(options.share)
+    if options.probes:
+        checks = probe_checks(options.probes)
+    elif options.case:
+        checks = case_checks(*options.case.split(","))
+    else:
+        checks = all_checks(options.share)
     device.traffic = int(options.traffic)
     count = failed = 0
     for number, (name, check) in enumerate(checks):

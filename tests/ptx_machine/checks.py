@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 from cases import modes_of, products
 from chains import chain_checks
-from device import OUTPUT, Trouble
+from device import OUTPUT, PRODUCED, Trouble
 from formats import load, store
 from mirrors import DTYPES, STORAGE, Factor, FactorGradient, Planes, sums_type
-from products import Case, Product, in_order
+from products import KERNELS, Case, Product, in_order
 
 
 def differ(got, expected):
@@ -51,7 +51,7 @@ def scatter(dtype, shard, modules, pad, shift, number):
             device.configure(**mode)
             views = (FactorGradient * modules)()
             for view, grad, table in zip(views, grads, indices, strict=True):
-                view.grad = device.matrix(*grad.shape, dtype, grad, pad=pad, shift=shift)[0]
+                view.grad = device.matrix(*grad.shape, dtype, grad, PRODUCED, pad=pad, shift=shift)[0]
                 view.index, view.shards_per_vector = device.put(table).ctypes.data, 5
             out, got = device.matrix(23, shard, sums_type(dtype), access=OUTPUT)
             device.call("mos_scatter_add", C.byref(views), C.c_int(modules), out)
@@ -181,10 +181,22 @@ def trap_checks():
             yield trap(kernel, Case(9, 64, rank, 2, dtype, "f32", gap=gap), wrong)
 
 
+def product(case, kernel, modes):
+    # Data is drawn when the check runs.
+    return f"{kernel}: {case}", lambda device: Product(case).check(device, kernel, modes)
+
+
 def product_checks(share):
     for case, kernel, modes in products(share):
-        # Data is drawn when the check runs.
-        yield f"{kernel}: {case}", lambda device, c=case, k=kernel, m=modes: Product(c).check(device, k, m)
+        yield product(case, kernel, modes)
+
+
+def case_checks(rows, cols, rank, l, dtype, pool_dtype, p="0"):
+    """Every kernel once on a case, given as text."""
+    case = Case(int(rows), int(cols), int(rank), int(l), dtype, pool_dtype, float(p))
+    for kernel in KERNELS:
+        if kernel != "expand dropout" or case.p:
+            yield product(case, kernel, [{}])
 
 
 def all_checks(share):

@@ -147,13 +147,13 @@ class Product:
 
     # ------------------------------------------------------------------------------------ the kernels
 
-    def put_factor(self, device):
+    def put_factor(self, device, access=INPUT):
         case, (shards, size) = self.case, self.pool.shape
         stored = store(self.pool, case.pool_dtype)
         if case.apart:
-            pool, _ = device.sparse_matrix(shards, size, case.pool_dtype, stored, case.apart)
+            pool, _ = device.sparse_matrix(shards, size, case.pool_dtype, stored, case.apart, access)
         else:
-            pool, _ = device.matrix(shards, size, case.pool_dtype, stored, pad=case.gap, shift=case.shift)
+            pool, _ = device.matrix(shards, size, case.pool_dtype, stored, access, pad=case.gap, shift=case.shift)
         index = device.put(self.index).ctypes.data
         return Factor(pool.data, DTYPES[case.pool_dtype], shards, size, pool.row_stride, index, case.rank, case.l)
 
@@ -203,7 +203,8 @@ class Product:
         return getattr(self, kernel)(device, option)
 
     def shrink(self, device, _):
-        factor, (x, _) = self.put_factor(device), self.put_activations(device, self.x)
+        # The first of a layer: the launch before may have written anything.
+        factor, (x, _) = self.put_factor(device, PRODUCED), self.put_activations(device, self.x, PRODUCED)
         count = device.library.mos_shrink_planes(C.byref(x), C.byref(factor))
         s = self.new_planes(device, count, self.case.rows, self.case.rank)
         device.call("mos_shrink", x, factor, self.put_dropout(device), s[0], C.c_int(self.case.tf32))

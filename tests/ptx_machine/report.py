@@ -84,6 +84,8 @@ def report(paths, *, show_missed=False, show_traffic=False):
     for kernel, rows in sorted(kernels.items(), key=lambda item: names[item[0]]):
         hit = sum(one.hits > 0 for one in rows)
         done, everything = done + hit, everything + len(rows)
+        if show_traffic and not hit:
+            continue
         lines.append(f"{hit:6} of {len(rows):6} {100 * hit / len(rows):5.1f}%  {names[kernel]}")
         details = [*(missed(rows) if show_missed else []), *(traffic(rows) if show_traffic and hit else [])]
         lines += [f"         {line}" for line in details]

@@ -13,10 +13,25 @@ uint64_t address_of(Warp& warp, const Instruction& in, int operand, int64_t offs
   return lanes_of<uint32_t>(warp, in.operand[operand])[lane] + static_cast<uint32_t>(offset);
 }
 
-// `count` values of type T between memory and registers R, which may be wider.
-template <bool load, Space space, class T, class R, int count>
+void count(Space space, const Instruction& in, uint64_t* addresses, int seen, unsigned bytes) {
+  if (space == Space::generic) {
+    // To one space or the other, lane by lane; parameters cost nothing.
+    const auto inside = [](uint64_t window) {
+      return [=](uint64_t address) { return (address & kWindowMask) == (window & kWindowMask); };
+    };
+    uint64_t* shared = std::partition(addresses, addresses + seen, inside(kSharedWindow));
+    uint64_t* params = std::partition(shared, addresses + seen, inside(kParamWindow));
+    count(Space::shared, in, addresses, static_cast<int>(shared - addresses), bytes);
+    count(Space::global, in, params, static_cast<int>(addresses + seen - params), bytes);
+  }
+  if (space == Space::shared) count_shared(in, addresses, seen, bytes);
+  if (space == Space::global) count_global(in, addresses, seen, bytes);
+}
+
+// `length` values of type T between memory and registers R, which may be wider.
+template <bool load, Space space, class T, class R, int length>
 void load_or_store(Warp& warp, const Instruction& in, uint32_t lanes) {
-  constexpr unsigned kBytes = sizeof(T) * count;
+  constexpr unsigned kBytes = sizeof(T) * length;
   uint64_t addresses[kLanes];
   int seen = 0;
   for (; lanes; lanes &= lanes - 1) {
@@ -25,10 +40,10 @@ void load_or_store(Warp& warp, const Instruction& in, uint32_t lanes) {
     addresses[seen++] = address;
     if (in.non_coherent) require_unwritten(address);
     unsigned char* data = access<space, !load>(warp, address, kBytes, lane);
-    T values[count];
+    T values[length];
     if constexpr (load) {
       std::memcpy(values, data, kBytes);
-      for (int k = 0; k < count; ++k) {
+      for (int k = 0; k < length; ++k) {
         R& target = lanes_of<R>(warp, in.operand[1 + k])[lane];
         // Signed values of a wider register are extended.
         if constexpr (std::is_signed_v<T>) {
@@ -38,12 +53,11 @@ void load_or_store(Warp& warp, const Instruction& in, uint32_t lanes) {
         }
       }
     } else {
-      for (int k = 0; k < count; ++k) values[k] = static_cast<T>(lanes_of<R>(warp, in.operand[1 + k])[lane]);
+      for (int k = 0; k < length; ++k) values[k] = static_cast<T>(lanes_of<R>(warp, in.operand[1 + k])[lane]);
       std::memcpy(data, values, kBytes);
     }
   }
-  if (config.traffic && space == Space::shared) count_shared(in, addresses, seen, kBytes);
-  if (config.traffic && space == Space::global) count_global(in, addresses, seen, kBytes);
+  if (config.traffic) count(space, in, addresses, seen, kBytes);
 }
 
 template <bool load, Space space, class T, class R>
