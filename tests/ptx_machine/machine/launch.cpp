@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <deque>
 #include <numeric>
-#include <random>
 #include <utility>
 
 #include "state.h"
@@ -44,7 +43,7 @@ void run_alone(const Launch& launch) {
 struct Grid {
   explicit Grid(const Launch& of) : launch(&of) {}
 
-  void advance(bool all_before_complete) {
+  void advance(bool may_pass_wait) {
     if (blocks.empty()) {
       const std::vector<uint64_t> order = order_of_blocks(launch->grid.count());
       blocks.resize(order.size());
@@ -52,7 +51,7 @@ struct Grid {
     }
     for (Block& block : blocks) {
       if (block.done) continue;
-      block.may_pass_wait |= all_before_complete;
+      block.may_pass_wait |= may_pass_wait;
       run_with_place(block);
     }
     if (complete()) {
@@ -67,11 +66,11 @@ struct Grid {
     return started() && std::all_of(blocks.begin(), blocks.end(), [](const Block& b) { return b.done || b.triggered; });
   }
   // Whether advance() would do something.
-  bool able(bool before_complete) const {
+  bool able(bool may_pass_wait) const {
     return std::any_of(blocks.begin(), blocks.end(), [&](const Block& block) {
       const bool waits = std::all_of(block.warps.begin(), block.warps.end(),
                                      [](const Warp& w) { return !w.live || w.at_wait || w.at_barrier; });
-      return !block.done && (!waits || before_complete);
+      return !block.done && (!waits || may_pass_wait);
     });
   }
 

@@ -7,8 +7,6 @@
 namespace ptx {
 namespace {
 
-constexpr uint32_t kFileAlignment = 64;  // of registers in the file: vector instructions of the CPU like it
-
 bool is_digit(char c) { return std::isdigit(static_cast<unsigned char>(c)); }
 bool is_word(const std::string& text) { return std::isalnum(static_cast<unsigned char>(text.back())); }
 

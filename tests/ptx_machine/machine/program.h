@@ -21,6 +21,9 @@ constexpr uint64_t kSharedWindow = 0x5AFE000001000000;
 constexpr uint64_t kParamWindow = 0x5A9A000001000000;
 constexpr uint64_t kWindowMask = 0xFFFF000000000000;
 
+// Of registers in a warp's file, for the CPU's vector instructions.
+constexpr uint32_t kFileAlignment = 64;
+
 struct Warp;
 struct Instruction;
 // Does an instruction for the lanes of a mask.

@@ -1,6 +1,5 @@
 // Who runs when: the warps of a block, the lanes of a warp.
 #include <algorithm>
-#include <cstring>
 #include <random>
 
 #include "state.h"
@@ -200,72 +199,10 @@ void release_barrier(Block& block) {
   }
 }
 
-uint32_t special_value(const std::string& name, const Launch& launch, uint64_t block, uint32_t thread) {
-  const auto component = [](const Dim& size, uint64_t index, char axis) {
-    const uint64_t all[] = {index % size.x, index / size.x % size.y, index / size.x / size.y};
-    return static_cast<uint32_t>(all[axis - 'x']);
-  };
-  const auto size = [](const Dim& of, char axis) { return axis == 'x' ? of.x : axis == 'y' ? of.y : of.z; };
-  const std::string stem = name.substr(0, name.find('.'));
-  const char axis = name.back();
-  const uint32_t lane = thread % kLanes, bit = 1u << lane;
-  if (stem == "%tid") return component(launch.block, thread, axis);
-  if (stem == "%ntid") return size(launch.block, axis);
-  if (stem == "%ctaid") return component(launch.grid, block, axis);
-  if (stem == "%nctaid") return size(launch.grid, axis);
-  if (name == "%laneid") return lane;
-  if (name == "%lanemask_eq") return bit;
-  if (name == "%lanemask_lt") return bit - 1;
-  if (name == "%lanemask_le") return bit | (bit - 1);
-  if (name == "%lanemask_gt") return ~(bit | (bit - 1));
-  if (name == "%lanemask_ge") return ~(bit - 1);
-  fail("no value for " + name);
-}
-
 }  // namespace
 
 void seed_draws(uint64_t seed) { generator.seed(seed); }
 uint64_t draw(uint64_t below) { return generator() % below; }
-
-void start(Block& block, const Launch& launch, uint64_t index) {
-  const Entry& entry = *launch.entry;
-  const uint32_t warps = static_cast<uint32_t>(launch.block.count() / kLanes);
-  const bool fresh = block.files.empty();
-  block.launch = &launch;
-  block.index = index;
-  block.shared.assign(launch.shared_bytes, 0xFF);
-  block.races.assign(config.race ? launch.shared_bytes : 0, SharedByte{});
-  block.files.resize(size_t{entry.file_bytes} * warps + 64);
-  unsigned char* files = block.files.data() + (64 - reinterpret_cast<uintptr_t>(block.files.data()) % 64) % 64;
-  if (fresh) {
-    // Registers start as something conspicuous, NaN if floats; later blocks find what the one before left.
-    for (size_t at = 0; at + 4 <= size_t{entry.file_bytes} * warps; at += 4)
-      std::memcpy(files + at, "\xBE\xBA\xFE\xFF", 4);
-  }
-  block.epoch = 1;
-  block.triggered = block.done = false;
-  block.may_pass_wait = !launch.programmatic || !config.early;
-  block.warps.assign(warps, Warp{});
-  for (uint32_t i = 0; i < warps; ++i) {
-    Warp& warp = block.warps[i];
-    warp.registers = files + size_t{entry.file_bytes} * i;
-    warp.block = &block;
-    warp.number = static_cast<int>(i);
-    warp.lanes = warp.live = kAllLanes;
-    warp.dependent = launch.programmatic;
-    for (const Constant& constant : entry.constants) {
-      for (int lane = 0; fresh && lane < constant.lanes; ++lane) {
-        std::memcpy(warp.registers + constant.offset + lane * constant.bytes, &constant.bits,
-                    static_cast<size_t>(constant.bytes));
-      }
-    }
-    for (const auto& [name, offset] : entry.special) {
-      for (uint32_t lane = 0; lane < kLanes; ++lane) {
-        lanes_of<uint32_t>(warp, offset)[lane] = special_value(name, launch, index, i * kLanes + lane);
-      }
-    }
-  }
-}
 
 void run(Block& block) {
   for (;;) {

@@ -16,7 +16,7 @@ struct Party {
 // A cp.async in flight.
 struct Copy {
   int lane;
-  uint32_t group;  // the how manieth group of its lane
+  uint32_t group;  // its number among the groups of its lane
   uint32_t target;
   uint64_t source;
   uint32_t bytes, read_bytes;
@@ -25,7 +25,7 @@ struct Copy {
 struct Block;
 
 struct Warp {
-  unsigned char* registers;
+  unsigned char* registers;  // its part of Block::files
   Block* block;
   int number;
   int32_t at = 0;      // the next instruction of the lanes that run
@@ -34,7 +34,7 @@ struct Warp {
   std::vector<Party> others;
   bool at_barrier = false;
   bool at_wait = false;  // griddepcontrol.wait
-  bool dependent;        // what the launch before writes must not be touched yet
+  bool dependent;        // has not waited yet: what the launch before writes must not be touched yet
   uint32_t epoch = 1;    // bar.warp.sync and barriers so far, for races
   uint32_t carry = 0;    // the lanes' CC.CF
   uint32_t groups[kLanes] = {};
@@ -47,10 +47,10 @@ struct Block {
   std::vector<unsigned char> shared;
   std::vector<SharedByte> races;
   std::vector<Warp> warps;
-  std::vector<unsigned char> files;
-  uint32_t epoch = 1;  // barriers so far, for races
-  bool triggered = false;
-  bool may_pass_wait = false;
+  std::vector<unsigned char> files;  // of registers
+  uint32_t epoch = 1;                // barriers so far, for races
+  bool triggered = false;            // the launch behind, by griddepcontrol.launch_dependents
+  bool may_pass_wait = false;        // griddepcontrol.wait
   bool done = false;
 };
 
@@ -74,10 +74,11 @@ inline void for_each_lane(uint32_t lanes, const F& f) {
 void seed_draws(uint64_t seed);
 uint64_t draw(uint64_t below);
 
-// schedule.cpp. Makes a block ready to start; `files` are its warps' registers, if it may have those of another.
+// Makes a block ready to run; it finds in its registers what another block of the launch has left there, if one ran in
+// the same memory. start.cpp.
 void start(Block& block, const Launch& launch, uint64_t index);
-// Until the block is done or cannot go on: it waits for the launch before, or has just triggered the next (with
-// Config::early).
+// Until the block is done or pauses: it waits for the launch before, or, with Config::early, has just triggered the
+// launch behind. schedule.cpp.
 void run(Block& block);
 
 }  // namespace ptx
