@@ -310,6 +310,16 @@ def instructions():
         yield f"shf.r.{how}.b32 $0, $1, $2, $3", [u32], [u32, u32, u32], lambda a, b, c, n=amount: (b << 32 | a) >> n(c)
     for name, function in (("and", lambda a, b: a and b), ("or", lambda a, b: a or b), ("xor", lambda a, b: a != b)):
         yield f"{name}.pred $0, $1, $2", [bool], [bool, bool], function
+    for name, function in (("and", lambda a, b: a and b), ("or", lambda a, b: a or b), ("xor", lambda a, b: a != b)):
+        for t, T in (("s32", s32), ("f64", f64)):
+            yield f"setp.lt.{name}.{t} $0, $1, $2, $3", [bool], [T, T, bool], lambda a, b, c, f=function: f(a < b, c)
+            yield (
+                f"setp.lt.{name}.{t} $0|$1, $2, $3, !$4",
+                [bool, bool],
+                [T, T, bool],
+                lambda a, b, c, f=function: (f(a < b, not c), f(not a < b, not c)),
+            )
+    yield "setp.lt.u16 $0|$1, $2, $3", [bool, bool], [u16, u16], lambda a, b: (a < b, a >= b)
     yield "not.pred $0, $1", [bool], [bool], lambda a: not a
     yield "mov.pred $0, $1", [bool], [bool], lambda a: a
     yield "mov.b32 $0, {$1, $2}", [u32], [u16, u16], lambda a, b: a | b << 16
@@ -545,6 +555,22 @@ st.global.v4.u32 [%d2], {{%r2, %r5, %r6, %r7}};"""
         matrices = words_of.transpose(0, 2, 1) if trans else words_of
         pairs = matrices[:, lane // 4, 2 * (lane % 4)] | matrices[:, lane // 4, 2 * (lane % 4) + 1].astype(u32) << 16
         np.testing.assert_array_equal(out.reshape(LANES, 4), pairs.T)
+
+
+def test_parameters_one_by_one(machine):
+    name = next(names)
+    machine.load(
+        f".version 8.7 .target sm_90 .address_size 64 .visible .entry {name}(.param .u32 a, .param .u64 out, "
+        ".param .u8 b, .param .align 16 .b8 c[32], .param .f64 d) .maxntid 32, 1, 1 .minnctapersm 2 {"
+        + REGISTERS
+        + """
+mov.u32 %r0, %tid.x; mul.wide.u32 %d1, %r0, 16; ld.param.u64 %d0, [out]; add.s64 %d0, %d0, %d1;
+ld.param.u32 %r4, [a]; ld.param.u8 %r5, [b]; ld.param.u32 %r6, [c+28]; ld.param.f64 %d4, [d]; cvt.rzi.u32.f64 %r7, %d4;
+st.global.v4.u32 [%d0], {%r4, %r5, %r6, %r7}; ret; }"""
+    )
+    out = machine.out((LANES, 4), u32)
+    machine.launch(name, struct.pack("<I4xQB15x28xId", 3, out.ctypes.data, 200, 5, 7.0))
+    np.testing.assert_array_equal(out, [[3, 200, 5, 7]] * LANES)
 
 
 def test_parameters(machine):

@@ -61,7 +61,7 @@ void Parser::decode(Instruction& in, const Words& words, const Operands& operand
     bind(in, conversion(words, 32, 32), operands, pair);
   } else if (const Signature exchanged = exchange(words)) {
     bind(in, exchanged, operands, pair);
-  } else if (const Signature compared = comparison(words)) {
+  } else if (const Signature compared = comparison(words, pair)) {
     bind(in, compared, operands, pair);
   } else if (const Signature bits = bitwise(words)) {
     bind(in, bits, operands, pair);
@@ -227,6 +227,7 @@ void Parser::bind(Instruction& in, const Signature& signature, const Operands& o
   if (!signature) reject("such an instruction");
   in.handler = signature.handler;
   in.kind = signature.kind;
+  in.immediate = signature.immediate;
   uint32_t* slot = in.operand;
   size_t given = 0;
   for (size_t i = 0; i < signature.targets.size(); ++i) {

@@ -11,6 +11,7 @@ struct Signature {
   std::vector<int> targets, sources;  // widths in bits, 1 of a predicate
   bool optional_predicate = false;    // the second target may be absent
   Kind kind = Kind::lanes;
+  int64_t immediate = 0;
 
   explicit operator bool() const { return handler != nullptr; }
 };
@@ -19,7 +20,8 @@ using Words = std::vector<std::string>;
 
 Signature arithmetic(const Words& words);  // arithmetic.cpp
 Signature bitwise(const Words& words);     // bitwise.cpp
-Signature comparison(const Words& words);  // comparison.cpp: setp, selp, logic of predicates, mov of one
+// setp, selp, slct, logic of predicates. `pair`: there are two targets. comparison.cpp.
+Signature comparison(const Words& words, bool pair);
 // `widths`: of the registers, of the target first; they may be wider than the types.
 Signature conversion(const Words& words, int target_width, int source_width);  // conversion.cpp
 Signature exchange(const Words& words);                                        // exchange.cpp: shfl, vote, match, ...

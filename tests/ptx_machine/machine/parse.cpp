@@ -73,14 +73,7 @@ std::unique_ptr<Entry> Parser::entry(int architecture) {
   entry_->architecture = architecture;
   entry_->name = next();
   labels_.clear(), jumps_.clear(), constants_.clear(), scopes_.clear();
-  // All parameters travel as one struct: the kernels' habit.
-  for (const char* word : {"(", ".param", ".align"}) expect(word);
-  next();
-  expect(".b8");
-  entry_->param = next();
-  expect("[");
-  entry_->param_bytes = static_cast<uint32_t>(std::stoul(next()));
-  for (const char* word : {"]", ")"}) expect(word);
+  parameters();
   attributes();
   expect("{");
   scopes_.emplace_back();
@@ -94,6 +87,38 @@ std::unique_ptr<Entry> Parser::entry(int architecture) {
   const bool ends = last.kind == Kind::exit || last.kind == Kind::branch || last.kind == Kind::trap;
   if (!ends || last.guard >= 0) fail(entry_->name + " runs off its end");
   return out;
+}
+
+// (.param .u64 a, .param .align 8 .b8 b[160])
+void Parser::parameters() {
+  expect("(");
+  while (peek() != ")") {
+    if (!entry_->parameters.empty()) expect(",");
+    expect(".param");
+    uint32_t alignment = 1, bytes = 0;
+    while (peek()[0] == '.') {
+      const std::string word = next();
+      if (word == ".align") {
+        alignment = static_cast<uint32_t>(std::stoul(next()));
+      } else if (bits_of(word.substr(1)) >= 8) {
+        bytes = static_cast<uint32_t>(bits_of(word.substr(1)) / 8);
+      } else {
+        reject("parameter directive " + word);
+      }
+    }
+    alignment = std::max(alignment, bytes);
+    const std::string name = next();
+    if (peek() == "[") {
+      next();
+      bytes *= static_cast<uint32_t>(std::stoul(next()));
+      expect("]");
+    }
+    if (bytes == 0) reject("the type of parameter " + name);
+    const uint32_t offset = (entry_->param_bytes + alignment - 1) / alignment * alignment;
+    entry_->parameters.push_back({name, offset, bytes});
+    entry_->param_bytes = offset + bytes;
+  }
+  expect(")");
 }
 
 void Parser::attributes() {
@@ -230,6 +255,7 @@ uint32_t Parser::constant(uint64_t bits, int width) {
 Operand Parser::operand() {
   if (peek() == "{") return vector_operand();
   if (peek() == "[") return address_operand();
+  if (peek() == "!") return negated_operand();
   const bool minus = peek() == "-";
   if (minus) next();
   const std::string word = next();
@@ -248,6 +274,23 @@ Operand Parser::operand() {
     out.type = Operand::name;
     out.text = word;
   }
+  return out;
+}
+
+// !p: the negation is an instruction of its own, into a register that nobody else knows.
+Operand Parser::negated_operand() {
+  expect("!");
+  Instruction negation;
+  negation.line = tokens_[at_].line;
+  negation.text = "!" + peek();
+  const uint32_t predicate = source(operand(), 1);
+  Operand out{};
+  out.type = Operand::reg;
+  out.value = make_register(1);
+  negation.handler = comparison({"not", "pred"}, false).handler;
+  negation.operand[0] = out.value.offset;
+  negation.operand[1] = predicate;
+  entry_->code.push_back(std::move(negation));
   return out;
 }
 
@@ -313,7 +356,9 @@ uint32_t Parser::source(const Operand& operand, int bits) {
       if (operand.width != bits) reject("a real of another width");
       return constant(operand.bits, bits);
     case Operand::name:
-      if (operand.text == entry_->param) return constant(kParamBase, bits);
+      for (const Parameter& parameter : entry_->parameters) {
+        if (operand.text == parameter.name) return constant(kParamBase + parameter.offset, bits);
+      }
       if (std::find(shared_symbols_.begin(), shared_symbols_.end(), operand.text) != shared_symbols_.end()) {
         return constant(kSharedBase, bits);
       }

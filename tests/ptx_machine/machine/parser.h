@@ -37,6 +37,7 @@ class Parser {
   // Modules and what is in them.
   std::unique_ptr<Entry> entry(int architecture);
   void external_shared();
+  void parameters();
   void attributes();
   void statement();
   void registers();
@@ -49,6 +50,7 @@ class Parser {
   uint32_t constant(uint64_t bits, int width);
   Operand operand();
   Operand number_operand(const std::string& word, bool minus);
+  Operand negated_operand();
   Operand address_operand();
   Operand vector_operand();
   // The offsets of operands of a width; anything else is rejected.

@@ -72,6 +72,11 @@ struct Constant {
   uint64_t bits;
 };
 
+struct Parameter {
+  std::string name;
+  uint32_t offset, bytes;
+};
+
 struct Entry {
   std::string name;
   int architecture = 0;  // 90 for .target sm_90
@@ -79,7 +84,7 @@ struct Entry {
   uint32_t file_bytes = 0;  // of a warp's register file
   std::vector<Constant> constants;
   std::map<std::string, uint32_t> special;  // %tid.x to its offset
-  std::string param;
+  std::vector<Parameter> parameters;
   uint32_t param_bytes = 0;
   uint64_t max_threads = 1024;
   size_t shared_attribute = 48 * 1024;  // dynamic shared memory that a launch may ask for

@@ -52,14 +52,13 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (!legal(block) || threads > entry->max_threads) return cudaErrorInvalidConfiguration;
   if (shared > entry->shared_attribute || entry->param_bytes > kParamLimit) return cudaErrorInvalidValue;
-  const auto* params = static_cast<const unsigned char*>(arguments[0]);
+  std::vector<unsigned char> params(entry->param_bytes);
+  for (size_t i = 0; i < entry->parameters.size(); ++i) {
+    std::memcpy(params.data() + entry->parameters[i].offset, arguments[i], entry->parameters[i].bytes);
+  }
   try {
-    ptx::submit({entry,
-                 {grid.x, grid.y, grid.z},
-                 {block.x, block.y, block.z},
-                 shared,
-                 {params, params + entry->param_bytes},
-                 programmatic});
+    ptx::submit(
+        {entry, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, std::move(params), programmatic});
   } catch (const std::exception& error) {
     ptx::pending_error() = error.what();
   }
