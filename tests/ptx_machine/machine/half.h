@@ -15,21 +15,10 @@ inline uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 }
 
-inline float half_to_float(uint16_t bits) {
-  static const std::vector<float> table = [] {
-    std::vector<float> values(1 << 16);
-    for (uint32_t i = 0; i < values.size(); ++i) {
-      const uint32_t exponent = i >> 10 & 31, fraction = i & 1023;
-      const float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                              : exponent
-                                  ? std::ldexp(static_cast<float>(1024 + fraction), static_cast<int>(exponent) - 25)
-                                  : std::ldexp(static_cast<float>(fraction), -24);
-      values[i] = i >> 15 ? -magnitude : magnitude;
-    }
-    return values;
-  }();
-  return table[bits];
-}
+// Of all 65536.
+std::vector<float> make_half_table();
+inline const std::vector<float> half_table = make_half_table();
+inline float half_to_float(uint16_t bits) { return half_table[bits]; }
 inline uint16_t float_to_half(float value) {
   if (std::isnan(value)) return 0x7FFF;
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;

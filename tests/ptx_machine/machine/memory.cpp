@@ -35,8 +35,12 @@ Range& range_of(uint64_t address, unsigned bytes, const char* what) {
 
 }  // namespace
 
-void require_aligned(uint64_t address, unsigned bytes) {
-  if (address % bytes) fail("misaligned: " + std::to_string(bytes) + " bytes at " + hex(address));
+void fail_misaligned(uint64_t address, unsigned bytes) {
+  fail("misaligned: " + std::to_string(bytes) + " bytes at " + hex(address));
+}
+void fail_outside_shared(const Warp& warp, uint64_t address) {
+  fail("outside of shared memory: byte " + std::to_string(static_cast<int64_t>(address) - kSharedBase) + " of " +
+       std::to_string(warp.block->shared.size()));
 }
 
 unsigned char* global_bytes(Warp& warp, uint64_t address, unsigned bytes, bool write, int lane) {
@@ -67,15 +71,6 @@ unsigned char* global_bytes(Warp& warp, uint64_t address, unsigned bytes, bool w
 void require_unwritten(uint64_t address) {
   const Range& range = range_of(address, 1, "read");
   if (range.access == Access::output) fail("ld.global.nc of a buffer that the launch may write, at " + hex(address));
-}
-
-unsigned char* shared_bytes(Warp& warp, uint64_t address, unsigned bytes) {
-  const size_t size = warp.block->shared.size();
-  if (address < kSharedBase || address - kSharedBase + bytes > size) {
-    fail("outside of shared memory: byte " + std::to_string(static_cast<int64_t>(address) - kSharedBase) + " of " +
-         std::to_string(size));
-  }
-  return warp.block->shared.data() + (address - kSharedBase);
 }
 
 unsigned char* param_bytes(Warp& warp, uint64_t address, unsigned bytes) {
