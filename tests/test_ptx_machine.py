@@ -8,12 +8,9 @@ import re
 import shutil
 import struct
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "ptx_machine"))
 from device import INPUT, OUTPUT, PRODUCED, Machine, Trouble
 from toolchain import COMPILER, build_machine
 
@@ -754,6 +751,16 @@ def test_dependent_launches(machine, warps):
 def test_launches_that_are_not_programmatic_follow_each_other(machine):
     bodies = [TRIGGER + LOAD + ADD, TRIGGER + LOAD + ADD]
     np.testing.assert_array_equal(chain(machine, *bodies, programmatic=False), np.arange(64) + 2)
+
+
+def test_what_waits_for_the_flush_can_be_forgotten(machine):
+    machine.configure(early=1)
+    given, out = machine.put(np.arange(64, dtype=u32)), machine.out(64, u32)
+    machine.launch(add_kernel(machine, LOAD + ADD, params=2), words(given, out), block=(64, 1, 1))
+    assert (out == 2**32 - 1).all()
+    machine.free()
+    machine.flush()
+    assert (out == 2**32 - 1).all()
 
 
 @pytest.mark.parametrize("late", [LOAD + WAIT_FOR_IT + ADD, LOAD + ADD + WAIT_FOR_IT, LOAD + ADD])

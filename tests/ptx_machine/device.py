@@ -51,7 +51,8 @@ class Machine:
     # ------------------------------------------------------------------------------------ memory
 
     def free(self):
-        """Forgets every buffer."""
+        """Forgets every buffer, and launches that wait for flush()."""
+        self.library.ptx_discard()
         self.buffers, self.sparse_rows, self.gaps, self.alive = [], [], [], []
 
     def bytes(self, count, access, shift=0):
@@ -107,7 +108,7 @@ class Machine:
         self._run(name, lambda: getattr(self.library, name)(*map(_argument, arguments)))
 
     def flush(self):
-        self._run("flush", lambda: self.library.ptx_flush() and 0)
+        self._run("flush", self.library.ptx_flush)
 
     def load(self, text):
         """Adds the kernels of PTX text."""
@@ -118,7 +119,7 @@ class Machine:
         """Launches a kernel by its name in PTX; params are bytes."""
         dims = [(C.c_uint32 * 3)(*size) for size in (grid, block)]
         arguments = (C.c_uint64(shared), params, C.c_uint64(len(params)), C.c_int(programmatic))
-        self._run(name, lambda: self.library.ptx_launch(name.encode(), *dims, *arguments) and 0)
+        self._run(name, lambda: self.library.ptx_launch(name.encode(), *dims, *arguments))
 
     def _run(self, name, function):
         ranges = [

@@ -17,12 +17,6 @@ void drop_cache_hints(std::vector<std::string>& words) {
   words.erase(std::remove_if(words.begin() + 1, words.end(), is_cache_hint), words.end());
 }
 
-std::string join(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : ".") + word;
-  return text;
-}
-
 // Takes a word out, if it stands at a place.
 bool take_word(std::vector<std::string>& words, size_t at, const std::string& word) {
   if (at >= words.size() || words[at] != word) return false;
@@ -39,8 +33,7 @@ int width_of(const Operand& operand, int otherwise) {
 void Parser::decode(Instruction& in, const Words& words, const Operands& operands, bool pair) {
   const std::string name = join(words);
   const std::string& family = words[0];
-  const bool is_pair_of_operands = operands.size() == 2;
-  if (decode_control(in, name, words, operands)) {
+  if (decode_control(in, name, operands)) {
   } else if (family == "mma") {
     decode_mma(in, name, operands);
   } else if (family == "ldmatrix") {
@@ -49,16 +42,14 @@ void Parser::decode(Instruction& in, const Words& words, const Operands& operand
     decode_async_copy(in, name, words, operands);
   } else if (family == "ld" || family == "st") {
     decode_memory(in, words, operands);
-  } else if (family == "mov" && is_pair_of_operands && words.size() == 2 && bits_of(words[1]) > 1) {
-    decode_vector_move(in, bits_of(words[1]), operands);
+  } else if (family == "mov" && words.size() == 2 && bits_of(words[1]) > 1) {
+    decode_move(in, bits_of(words[1]), operands);
   } else if (family == "cvta") {
     bind(in, {address_conversion(words), {64}, {64}}, operands, pair);
-  } else if (family == "cvt" && is_pair_of_operands) {
+  } else if (family == "cvt" && words.size() > 2 && operands.size() > 1) {
     const int target_bits = std::max(16, bits_of(words[words.size() - 2]));
     const int source_bits = std::max(16, bits_of(words.back()));
     bind(in, conversion(words, width_of(operands[0], target_bits), width_of(operands[1], source_bits)), operands, pair);
-  } else if (family == "cvt") {
-    bind(in, conversion(words, 32, 32), operands, pair);
   } else if (const Signature exchanged = exchange(words)) {
     bind(in, exchanged, operands, pair);
   } else if (const Signature compared = comparison(words, pair)) {
@@ -73,7 +64,7 @@ void Parser::decode(Instruction& in, const Words& words, const Operands& operand
   if (in.kind == Kind::warp && in.guard >= 0) reject("a guard of an instruction of the whole warp");
 }
 
-bool Parser::decode_control(Instruction& in, const std::string& name, const Words&, const Operands& operands) {
+bool Parser::decode_control(Instruction& in, const std::string& name, const Operands& operands) {
   const auto none = [&](Kind kind) {
     if (!operands.empty()) reject("operands of " + name);
     in.kind = kind;
@@ -192,7 +183,8 @@ void Parser::decode_memory(Instruction& in, Words words, const Operands& operand
   if (!in.handler) reject(name);
 }
 
-void Parser::decode_vector_move(Instruction& in, int bits, const Operands& operands) {
+void Parser::decode_move(Instruction& in, int bits, const Operands& operands) {
+  if (operands.size() != 2) reject("operands of mov");
   const bool pack = operands[1].type == Operand::vector, unpack = operands[0].type == Operand::vector;
   if (pack && unpack) reject("mov of a vector to a vector");
   const Operands& parts = operands[pack ? 1 : 0].parts;

@@ -82,6 +82,7 @@ int ptx_launch(const char* name, const uint32_t* grid, const uint32_t* block, ui
   });
 }
 
+void ptx_discard() { ptx::discard(); }
 int ptx_flush() { return attempt(ptx::flush); }
 
 // Writes "kernel, number, hits, line, cycles, least, sectors, least, text" of every instruction, with tabs.

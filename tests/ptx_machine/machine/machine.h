@@ -51,8 +51,9 @@ struct Launch {
 
 // Runs a launch; with Config::early, keeps it for flush(). Throws what went wrong, with place and instruction.
 void submit(Launch launch);
-// Runs what submit() kept.
+// Runs what submit() kept, or forgets it.
 void flush();
+void discard();
 
 // The entry of a name, or null; and adding those of a module. modules.cpp.
 Entry* find_entry(const std::string& name);

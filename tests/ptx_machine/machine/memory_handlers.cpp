@@ -4,6 +4,7 @@
 
 #include "handlers.h"
 #include "memory.h"
+#include "tokens.h"
 
 namespace ptx {
 namespace {
@@ -177,8 +178,7 @@ Handler memory_of(bool load, const std::string& space, const std::string& type, 
 }
 
 Handler address_conversion(const Words& words) {
-  std::string name;
-  for (const std::string& word : words) name += (name.empty() ? "" : ".") + word;
+  const std::string name = join(words);
   if (name == "cvta.global.u64") return to_generic<0>;
   if (name == "cvta.shared.u64") return to_generic<kSharedWindow>;
   if (name == "cvta.param.u64") return to_generic<kParamWindow>;

@@ -60,12 +60,12 @@ class Parser {
   // Instructions.
   using Operands = std::vector<Operand>;
   void decode(Instruction& in, const Words& words, const Operands& operands, bool pair);
-  bool decode_control(Instruction& in, const std::string& name, const Words& words, const Operands& operands);
+  bool decode_control(Instruction& in, const std::string& name, const Operands& operands);
   void decode_mma(Instruction& in, const std::string& name, const Operands& operands);
   void decode_ldmatrix(Instruction& in, const Words& words, const Operands& operands);
   void decode_async_copy(Instruction& in, const std::string& name, Words words, const Operands& operands);
   void decode_memory(Instruction& in, Words words, const Operands& operands);
-  void decode_vector_move(Instruction& in, int bits, const Operands& operands);
+  void decode_move(Instruction& in, int bits, const Operands& operands);
   void bind(Instruction& in, const Signature& signature, const Operands& operands, bool pair);
   void bind_address(Instruction& in, const Operand& memory, int slot);
 

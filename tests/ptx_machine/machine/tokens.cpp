@@ -61,6 +61,12 @@ std::vector<std::string> split(const std::string& word) {
   return parts;
 }
 
+std::string join(const std::vector<std::string>& parts) {
+  std::string word;
+  for (const std::string& part : parts) word += (word.empty() ? "" : ".") + part;
+  return word;
+}
+
 int bits_of(const std::string& type) {
   if (type == "pred") return 1;
   if (type == "bf16") return 16;
