@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from device import INPUT, OUTPUT, PRODUCED, Machine, Trouble
+from report import read, report
 from toolchain import COMPILER, build_machine
 
 pytestmark = pytest.mark.skipif(
@@ -807,6 +808,27 @@ def test_waits_are_not_transitive(machine):
         machine.launch(last, words(middle, out), block=(64, 1, 1), programmatic=True)
         machine.flush()
         np.testing.assert_array_equal(out, expected)
+
+
+# ---------------------------------------------------------------------------------------------- what was executed
+
+
+def test_report(machine, tmp_path):
+    skipped = "add.u32 %r5, %r5, 1;" * 9
+    name = add_kernel(machine, f"mov.u32 %r5, %tid.x; setp.lt.u32 %p1, %r5, 40; @%p1 bra END; {skipped} END:")
+    for k in range(2):
+        machine.launch(name, words())
+        machine.coverage(tmp_path / f"{k}.tsv")
+    rows = read([tmp_path / "0.tsv", tmp_path / "1.tsv"])[name]
+    assert [one.hits for one in rows] == [3, 3, 3, *[0] * 9, 3]  # once, and twice in the second file
+    mine = tmp_path / "mine.tsv"
+    mine.write_text(
+        "".join(f"{row}\n" for row in (tmp_path / "1.tsv").read_text().splitlines() if row.startswith(f"{name}\t"))
+    )
+    lines, totals = report([mine], show_missed=True)
+    assert lines[0].split() == ["4", "of", "13", "30.8%", name]
+    assert lines[1].strip().startswith("9 from line 5: add.u32 %r5,%r5,1;")
+    assert totals == (4, 13, 1)
 
 
 # ---------------------------------------------------------------------------------------------- traffic

@@ -14,16 +14,17 @@ uint64_t address_of(Warp& warp, const Instruction& in, int operand, int64_t offs
   return lanes_of<uint32_t>(warp, in.operand[operand])[lane] + static_cast<uint32_t>(offset);
 }
 
-void count(Space space, const Instruction& in, uint64_t* addresses, int seen, unsigned bytes) {
+// What `seen` accesses of one instruction cost.
+void count_traffic(Space space, const Instruction& in, uint64_t* addresses, int seen, unsigned bytes) {
   if (space == Space::generic) {
     // To one space or the other, lane by lane; parameters cost nothing.
     const auto inside = [](uint64_t window) {
       return [=](uint64_t address) { return (address & kWindowMask) == (window & kWindowMask); };
     };
-    uint64_t* shared = std::partition(addresses, addresses + seen, inside(kSharedWindow));
-    uint64_t* params = std::partition(shared, addresses + seen, inside(kParamWindow));
-    count(Space::shared, in, addresses, static_cast<int>(shared - addresses), bytes);
-    count(Space::global, in, params, static_cast<int>(addresses + seen - params), bytes);
+    uint64_t* shared = std::stable_partition(addresses, addresses + seen, inside(kSharedWindow));
+    uint64_t* params = std::stable_partition(shared, addresses + seen, inside(kParamWindow));
+    count_traffic(Space::shared, in, addresses, static_cast<int>(shared - addresses), bytes);
+    count_traffic(Space::global, in, params, static_cast<int>(addresses + seen - params), bytes);
   }
   if (space == Space::shared) count_shared(in, addresses, seen, bytes);
   if (space == Space::global) count_global(in, addresses, seen, bytes);
@@ -58,7 +59,7 @@ void load_or_store(Warp& warp, const Instruction& in, uint32_t lanes) {
       std::memcpy(data, values, kBytes);
     }
   }
-  if (config.traffic) count(space, in, addresses, seen, kBytes);
+  if (config.traffic) count_traffic(space, in, addresses, seen, kBytes);
 }
 
 template <bool load, Space space, class T, class R>
