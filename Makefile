@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources mutants bench kernel-model quality gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench kernel-model quality gpu-report native wheel clean
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make check-oldest  build against torch $(OLDEST) (fetched from PyPI, 530 MB), import and test beside it; CUDA, too, with nvcc"
 	@echo "make check-cuda  check-oldest, and check the machine code of every .cu for every architecture; needs nvcc, no GPU"
 	@echo "make cuda-resources    check-cuda, and keep its table of registers and occupancy"
+	@echo "make check-ptx   execute the PTX that nvcc makes of the CUDA kernels, on this CPU (4 minutes); needs nvcc, no GPU"
 	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
 	@echo "make bench       what MoS costs on this CPU, beside PEFT: CSV, tables and plots in build/bench (at most 8 minutes)"
 	@echo "make kernel-model   what the CUDA kernels of a layer should take, by a model; ARGS=\"--rows 2048 --rank 64\", or --table"
@@ -79,8 +80,13 @@ check-cuda: check-oldest
 cuda-resources:
 	$(MAKE) check-cuda GATES="--write csrc/cuda/RESOURCES.md"
 
+# GRID=full runs every check on every architecture. See tests/ptx_machine/README.md.
+check-ptx: $(READY)
+	@$(BIN)/python tests/ptx_machine $(if $(GRID),--grid $(GRID)) $(ARGS)
+
 mutants: $(READY)
 	$(BIN)/python tests/cuda_emulator/mutants.py
+	$(BIN)/python tests/ptx_machine/mutants.py
 
 # OUT=dir puts the results elsewhere; ARGS="--grid all" measures everything. See benchmarks/README.md.
 bench: native
