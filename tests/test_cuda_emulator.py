@@ -24,7 +24,7 @@ def test_wrappers_do_what_plain_code_does(flavour):
     assert result.stdout == "wrappers: ok\n"
 
 
-CORRECT = ["correct_reduction", "correct_pipeline", "correct_matrices"]
+CORRECT = ["correct_reduction", "correct_pipeline", "correct_matrices", "correct_chain"]
 
 # What the message says about each bug; in the plain flavour every one of 20 seeds finds it.
 PLAIN = {
@@ -51,6 +51,11 @@ PLAIN = {
     "mma_after_exit": r"mma.bf16 at \S+bugs.cu:\d+",
     "uninitialised_sum": "result",
     "ldmatrix_row_outside": "byte 512 is outside the 512 bytes of shared memory",
+    "launch_without_a_wait": "ends without wait_for_launch_before",
+    "read_before_the_wait": "result -?nan",
+    "copy_before_the_wait": "result -?nan",
+    "wait_in_half_the_threads": r"thread \(\d+,0,0\) .*: ends without wait_for_launch_before",
+    "next_launch_before_the_wait": r"let_next_launch_start at \S+bugs.cu:\d+ before its own wait_for_launch_before",
     "read_past_the_end": r"thread \(63,0,0\) .*: invalid address",
     "write_past_the_end": r"thread \(63,0,0\) .*: invalid address",
     "misaligned_vector": r"load_16 at \S+bugs.cu:\d+: address 0x\w+ is not a multiple of 16",
@@ -75,6 +80,8 @@ RACES = [
     "no_barrier_before_reading",
     "no_barrier_before_overwriting",
     "blocks_race",
+    "read_before_the_wait",
+    "copy_before_the_wait",
 ]
 
 
