@@ -154,8 +154,10 @@ __global__ void add_kernel(const float* x, float* y, int n, float a) {
   (void)shared;
 }
 extern "C" int add(const float* x, float* y, int64_t n, double a, int64_t shared_bytes) {
-  return start_kernel(add_kernel, dim3((n + 31) / 32), dim3(32), shared_bytes, nullptr, x, y, static_cast<int>(n),
-                      static_cast<float>(a));
+  KernelState state;
+  const size_t bytes = static_cast<size_t>(shared_bytes);
+  return start_kernel(state, add_kernel, dim3((n + 31) / 32), dim3(32), SharedBytes{bytes, bytes}, false, nullptr, x, y,
+                      static_cast<int>(n), static_cast<float>(a));
 }
 extern "C" int refuse() { return cudaErrorInvalidValue; }
 """
@@ -216,6 +218,26 @@ def test_an_overrun_is_reported(plain, align):
             plain.free()
     x, y = plain.buffer(np.zeros(96, np.float32)), plain.buffer(shape=96, dtype=np.float32)
     plain.call("add", x, y, 96, 0.5, 0)  # as if nothing had happened
+    plain.free()
+
+
+def test_early_launches_run_when_they_are_waited_for(plain):
+    x, y, z = (plain.buffer(data) for data in np.float32([np.zeros(96), np.full(96, np.nan), np.full(96, np.nan)]))
+    plain.config(early=True)
+    plain.call("add", x, y, 96, 0.5, 0)
+    plain.call("add", y, z, 96, 0.5, 0)
+    assert np.isnan(y).all()
+    with pytest.raises(RuntimeError, match="invalid launch: grid"):
+        plain.call("add", x, y, 0, 0.5, 0)
+    plain.synchronize()
+    assert (z == 1).all()
+    plain.call("add", x, y, 97, 0.5, 0)
+    plain.call("add", x, z, 96, 7.5, 0)
+    with pytest.raises(RuntimeError, match="invalid address"):
+        plain.synchronize()
+    assert (z == 1).all()  # nothing runs behind a launch that failed
+    plain.synchronize()
+    plain.config(early=False)
     plain.free()
 
 
