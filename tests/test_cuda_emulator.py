@@ -24,7 +24,7 @@ def test_wrappers_do_what_plain_code_does(flavour):
     assert result.stdout == "wrappers: ok\n"
 
 
-CORRECT = ["correct_reduction", "correct_pipeline", "correct_matrices"]
+CORRECT = ["correct_reduction", "correct_pipeline", "correct_matrices", "correct_chain"]
 
 # What the message says about each bug; in the plain flavour every one of 20 seeds finds it.
 PLAIN = {
@@ -51,6 +51,11 @@ PLAIN = {
     "mma_after_exit": r"mma.bf16 at \S+bugs.cu:\d+",
     "uninitialised_sum": "result",
     "ldmatrix_row_outside": "byte 512 is outside the 512 bytes of shared memory",
+    "launch_without_a_wait": "ends without wait_for_launch_before",
+    "read_before_the_wait": "result -?nan",
+    "copy_before_the_wait": "result -?nan",
+    "wait_in_half_the_threads": r"thread \(\d+,0,0\) .*: ends without wait_for_launch_before",
+    "next_launch_before_the_wait": r"let_next_launch_start at \S+bugs.cu:\d+ before its own wait_for_launch_before",
     "read_past_the_end": r"thread \(63,0,0\) .*: invalid address",
     "write_past_the_end": r"thread \(63,0,0\) .*: invalid address",
     "misaligned_vector": r"load_16 at \S+bugs.cu:\d+: address 0x\w+ is not a multiple of 16",
@@ -75,6 +80,8 @@ RACES = [
     "no_barrier_before_reading",
     "no_barrier_before_overwriting",
     "blocks_race",
+    "read_before_the_wait",
+    "copy_before_the_wait",
 ]
 
 
@@ -147,8 +154,10 @@ __global__ void add_kernel(const float* x, float* y, int n, float a) {
   (void)shared;
 }
 extern "C" int add(const float* x, float* y, int64_t n, double a, int64_t shared_bytes) {
-  return start_kernel(add_kernel, dim3((n + 31) / 32), dim3(32), shared_bytes, nullptr, x, y, static_cast<int>(n),
-                      static_cast<float>(a));
+  KernelState state;
+  const size_t bytes = static_cast<size_t>(shared_bytes);
+  return start_kernel(state, add_kernel, dim3((n + 31) / 32), dim3(32), SharedBytes{bytes, bytes}, false, nullptr, x, y,
+                      static_cast<int>(n), static_cast<float>(a));
 }
 extern "C" int refuse() { return cudaErrorInvalidValue; }
 """
@@ -209,6 +218,26 @@ def test_an_overrun_is_reported(plain, align):
             plain.free()
     x, y = plain.buffer(np.zeros(96, np.float32)), plain.buffer(shape=96, dtype=np.float32)
     plain.call("add", x, y, 96, 0.5, 0)  # as if nothing had happened
+    plain.free()
+
+
+def test_early_launches_run_when_they_are_waited_for(plain):
+    x, y, z = (plain.buffer(data) for data in np.float32([np.zeros(96), np.full(96, np.nan), np.full(96, np.nan)]))
+    plain.config(early=True)
+    plain.call("add", x, y, 96, 0.5, 0)
+    plain.call("add", y, z, 96, 0.5, 0)
+    assert np.isnan(y).all()
+    with pytest.raises(RuntimeError, match="invalid launch: grid"):
+        plain.call("add", x, y, 0, 0.5, 0)
+    plain.synchronize()
+    assert (z == 1).all()
+    plain.call("add", x, y, 97, 0.5, 0)
+    plain.call("add", x, z, 96, 7.5, 0)
+    with pytest.raises(RuntimeError, match="invalid address"):
+        plain.synchronize()
+    assert (z == 1).all()  # nothing runs behind a launch that failed
+    plain.synchronize()
+    plain.config(early=False)
     plain.free()
 
 

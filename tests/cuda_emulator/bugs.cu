@@ -12,6 +12,7 @@
 
 extern "C" int emulator_config(const char* options);
 extern "C" const char* emulator_last_error();
+extern "C" int emulator_synchronize();
 extern "C" void* emulator_guarded_alloc(size_t bytes, size_t align);
 extern "C" int emulator_guarded_free(void* p, size_t bytes, size_t align);
 
@@ -173,6 +174,33 @@ __global__ void matrices(const float*, float* out) {
   out[threadIdx.x] = sum[0];
 }
 
+// ---------------------------------------------------------------------------------------------- chains
+
+// out[i] = x[i + 1], three times: each launch reads what the one before has written, and all but the first are early.
+enum class Chain { correct, no_wait, reads_too_early, copies_too_early, waits_in_half, lets_next_start_too_early };
+template <Chain kBug>
+__global__ void chain(const float* x, float* out) {
+  MOS_DYNAMIC_SHARED(shared);
+  float* copied = reinterpret_cast<float*>(shared);
+  const int i = threadIdx.x, next = (i + 1) % kThreads;
+  float value = 0.f;
+  if (kBug == Chain::reads_too_early) value = x[next];
+  if (kBug == Chain::copies_too_early && i % 4 == 0) cp_async_16(shared_address(copied + i), x + i, 16);
+  if (kBug == Chain::lets_next_start_too_early) let_next_launch_start();
+  if (kBug != Chain::no_wait && i < 32) wait_for_launch_before();
+  __syncthreads();  // for which one half waits while the other waits for the launch before
+  if (kBug != Chain::no_wait && kBug != Chain::waits_in_half) wait_for_launch_before();
+  if (kBug != Chain::no_wait && kBug != Chain::waits_in_half) let_next_launch_start();
+  if (kBug != Chain::reads_too_early) value = x[next];
+  if (kBug == Chain::copies_too_early) {
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    value = copied[next];
+  }
+  out[i] = value;
+}
+
 // ---------------------------------------------------------------------------------------------- memory
 
 __global__ void read_past_the_end(const float* x, float* out) { out[threadIdx.x] = x[kInputs - 63 + threadIdx.x]; }
@@ -201,7 +229,7 @@ __global__ void endless(const float* x, float* out) {
 
 // ---------------------------------------------------------------------------------------------- the table
 
-enum class Result { sum, vectors, zero, any };
+enum class Result { sum, vectors, zero, chain, any };
 struct Case {
   const char* name;
   void (*kernel)(const float*, float*);
@@ -214,6 +242,12 @@ const Case kCases[] = {
     {"correct_reduction", reduction<Reduction::correct>, Result::sum, kPartials},
     {"correct_pipeline", pipeline<Pipeline::correct>, Result::vectors, kStages},
     {"correct_matrices", matrices<Matrices::correct>, Result::zero, 512},
+    {"correct_chain", chain<Chain::correct>, Result::chain, kPartials},
+    {"launch_without_a_wait", chain<Chain::no_wait>, Result::chain, kPartials},
+    {"read_before_the_wait", chain<Chain::reads_too_early>, Result::chain, kPartials},
+    {"copy_before_the_wait", chain<Chain::copies_too_early>, Result::chain, kThreads * sizeof(float)},
+    {"wait_in_half_the_threads", chain<Chain::waits_in_half>, Result::chain, kPartials},
+    {"next_launch_before_the_wait", chain<Chain::lets_next_start_too_early>, Result::chain, kPartials},
     {"shared_reused", reduction<Reduction::shared_reused>, Result::sum, kPartials},
     {"never_written", reduction<Reduction::never_written>, Result::sum, kPartials},
     {"shared_written_past_the_end", reduction<Reduction::written_past_the_end>, Result::any, kPartials},
@@ -257,29 +291,37 @@ float expected(Result result, const float* x, int thread) {
       for (int i = 0; i < 4; ++i) sum += x[(tile * kThreads + (thread + 33) % kThreads) * 4 + i];
     }
   }
-  return sum;
+  return result == Result::chain ? x[(thread + 3) % kThreads] : sum;
 }
 
 // What is wrong with one execution; empty where nothing was seen.
 std::string problem(const Case& test) {
   constexpr size_t kInBytes = kInputs * sizeof(float), kOutBytes = kThreads * sizeof(float);
+  const int launches = test.result == Result::chain ? 3 : 1;
   float* x = static_cast<float*>(emulator_guarded_alloc(kInBytes, 16));
-  float* out = static_cast<float*>(emulator_guarded_alloc(kOutBytes, 16));
+  std::vector<float*> outs(launches);
+  for (float*& out : outs) out = static_cast<float*>(emulator_guarded_alloc(kOutBytes, 16));
   for (int i = 0; i < kInputs; ++i) x[i] = static_cast<float>(i % 7);
   std::string text;
   const dim3 grid(test.blocks), block(kThreads);
   KernelState state;
   const SharedBytes shared{test.shared_bytes, test.shared_bytes};
-  if (start_kernel(state, test.kernel, grid, block, shared, false, nullptr, static_cast<const float*>(x), out)) {
-    text = emulator_last_error();
+  bool failed = false;
+  for (int i = 0; i < launches; ++i) {
+    const float* in = i ? outs[i - 1] : x;
+    failed |= start_kernel(state, test.kernel, grid, block, shared, i > 0, nullptr, in, outs[i]) != cudaSuccess;
   }
+  if (launches > 1) failed |= emulator_synchronize() != cudaSuccess;
+  if (failed) text = emulator_last_error();
+  const float* out = outs.back();
   for (int i = 0; i < kThreads && text.empty() && test.result != Result::any; ++i) {
     const float want = expected(test.result, x, i);
     if (out[i] == want) continue;
     text =
         "result " + std::to_string(out[i]) + " of thread " + std::to_string(i) + " instead of " + std::to_string(want);
   }
-  const bool intact = emulator_guarded_free(x, kInBytes, 16) & emulator_guarded_free(out, kOutBytes, 16);
+  bool intact = emulator_guarded_free(x, kInBytes, 16);
+  for (float* buffer : outs) intact &= emulator_guarded_free(buffer, kOutBytes, 16);
   return intact || !text.empty() ? text : "written outside a buffer";
 }
 
@@ -288,8 +330,8 @@ void examine(const Case& test, int seeds) {
   std::string first;
   for (int seed = 0; seed < seeds; ++seed) {
     const char* const schedules[] = {"sequential", "reverse", "random", "priority"};
-    const std::string options =
-        "timeout=0.05,seed=" + std::to_string(seed) + ",schedule=" + schedules[seed % 4] + ",resident_blocks=2";
+    const std::string options = "timeout=0.05,seed=" + std::to_string(seed) + ",schedule=" + schedules[seed % 4] +
+                                ",resident_blocks=2,early=" + (test.result == Result::chain ? "1" : "0");
     if (emulator_config(options.c_str()) != 0) std::abort();
     const std::string text = problem(test);
     if (text.empty()) continue;

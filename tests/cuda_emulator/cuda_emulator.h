@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 
@@ -100,29 +101,32 @@ inline uint32_t round_to_tf32(float x) {
 
 // ---------------------------------------------------------------------------------------------- launches
 
-inline void wait_for_launch_before() {}
-inline void let_next_launch_start() {}
+void wait_for_launch_before(Site site = here());
+void let_next_launch_start(Site site = here());
 
 [[noreturn]] inline void trap(Site site = here()) { fail("trap at %s:%d", site.file, site.line); }
 
-// Executes body(arguments) once for every thread of the grid; what went wrong is emulator_last_error().
-cudaError_t execute(void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
+// Executes body(arguments) once for every thread of the grid, at once or in synchronize(), as the option `early` wants;
+// what went wrong is emulator_last_error().
+cudaError_t execute(void (*body)(void*), std::shared_ptr<void> arguments, dim3 grid, dim3 block, size_t shared_bytes,
+                    bool early);
+cudaError_t synchronize();
 
 struct KernelState {};
 
 // `shared` is a SharedBytes of device.h.
 template <class... P, class Shared>
-cudaError_t start_kernel(KernelState&, void (*kernel)(P...), dim3 grid, dim3 block, Shared shared, bool, cudaStream_t,
-                         P... p) {
+cudaError_t start_kernel(KernelState&, void (*kernel)(P...), dim3 grid, dim3 block, Shared shared, bool early,
+                         cudaStream_t, P... p) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> parameters;
-  } call{kernel, {p...}};
+  };
   const auto body = [](void* arguments) {
     Call* c = static_cast<Call*>(arguments);
     std::apply(c->kernel, c->parameters);
   };
-  return execute(body, &call, grid, block, shared.bytes);
+  return execute(body, std::shared_ptr<Call>(new Call{kernel, {p...}}), grid, block, shared.bytes, early);
 }
 
 }  // namespace emulator

@@ -14,6 +14,8 @@
 
 #include <algorithm>
 #include <iterator>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/common/numeric.h"
@@ -104,6 +106,7 @@ struct Config {
   size_t max_shared_bytes = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 allow a block
   size_t stack_bytes = 64 * 1024;
   double timeout = 60;  // seconds per launch
+  bool early = false;   // launches wait for emulator_synchronize(), which starts them as early as it may
 } config;
 
 struct Statistics {  // all uint64_t, in the order of emulator.py
@@ -125,6 +128,7 @@ struct Fiber : Thread {
   const char* inside;  // the function below that it waits in, or null; called at `site`, for `lanes` of its warp
   Site site;
   unsigned lanes;
+  bool waited;           // for the launch before
   uint32_t copy_groups;  // committed
   unsigned copy_count;
   Copy* copies;
@@ -189,19 +193,36 @@ struct Block {
   size_t used_bytes() const { return (shared_bytes + kSlack + 15) / 16 * 16; }
 };
 
-Block* blocks[kMaxResident];
-unsigned slots;         // of this launch
-unsigned current_slot;  // the scheduler prefers to stay
-uint64_t ready_blocks;  // slots
-Fiber host;             // the caller's own stack
+using Slots = Block* [kMaxResident];
+Slots slots_of_launches[2];  // of the launch that runs, and of the one after it, if that has started early
+
+struct Launch {
+  void (*body)(void*);
+  std::shared_ptr<void> arguments;
+  dim3 grid, block;
+  size_t shared_bytes;
+  bool early;
+
+  bool released = false;          // all launches before have ended: nobody waits for them any more
+  Block** blocks = nullptr;       // its slots; null until it starts
+  unsigned slots = 0;             // that it uses
+  std::vector<uint64_t> order{};  // of its blocks
+  uint64_t started = 0;           // blocks
+  unsigned current_slot = 0;      // the scheduler prefers to stay
+  uint64_t ready_blocks = 0;      // slots
+
+  uint64_t count() const { return static_cast<uint64_t>(grid.x) * grid.y * grid.z; }
+};
+std::vector<Launch> queue;
+Launch* launch;  // whose fibers run
+Fiber host;      // the caller's own stack
 Block* finished_block;
 
-void (*kernel_body)(void*);
-void* kernel_arguments;
 double deadline;
 bool failed;
 sigjmp_buf signal_return;
-char start_order, exit_order;  // for ThreadSanitizer: the host before its kernels, kernels before the host
+// For ThreadSanitizer: the host before its kernels, kernels before the host, a launch before those who waited for it.
+char start_order, exit_order, wait_order;
 
 char message[1 << 16];
 size_t message_length;
@@ -284,8 +305,8 @@ bool same_place(const Fiber& a, const Fiber& b) {
 }
 // Where every resident thread is, in runs of neighbours that are in one place.
 void append_threads() {
-  for (unsigned slot = 0; slot < slots; ++slot) {
-    const Block* b = blocks[slot];
+  for (unsigned slot = 0; slot < launch->slots; ++slot) {
+    const Block* b = launch->blocks[slot];
     if (!b || !b->active) continue;
     append("\n  block (%u,%u,%u):", b->index.x, b->index.y, b->index.z);
     for (unsigned i = 0, end; i < b->threads; i = end) {
@@ -385,7 +406,7 @@ inline void set_ready(Block* b, unsigned warp, unsigned lanes) {
   if (!lanes) return;
   b->warp[warp].ready |= lanes;
   b->ready_warps |= 1u << warp;
-  ready_blocks |= uint64_t{1} << b->slot;
+  launch->ready_blocks |= uint64_t{1} << b->slot;
 }
 
 // Warps run in the order of weights that change now and then: some starve for a while, which uniform choices never do.
@@ -413,18 +434,19 @@ unsigned choose(Mask ready) {
 
 // The thread to run next, no longer ready; null where there is none.
 Fiber* pick() {
-  if (!ready_blocks) return nullptr;
+  Launch& l = *launch;
+  if (!l.ready_blocks) return nullptr;
   const bool random = config.schedule == Schedule::random || config.schedule == Schedule::priority;
-  const bool stay = ready_blocks >> current_slot & 1;
-  if (!stay || (random && slots > 1 && random_bits() % 16 == 0)) current_slot = choose(ready_blocks);
-  Block* b = blocks[current_slot];
+  const bool stay = l.ready_blocks >> l.current_slot & 1;
+  if (!stay || (random && l.slots > 1 && random_bits() % 16 == 0)) l.current_slot = choose(l.ready_blocks);
+  Block* b = l.blocks[l.current_slot];
   const unsigned w = config.schedule == Schedule::priority ? highest_priority(b) : choose(b->ready_warps);
   Warp& warp = b->warp[w];
   const unsigned lane = choose(warp.ready);
   warp.ready &= ~(1u << lane);
   if (!warp.ready) {
     b->ready_warps &= ~(1u << w);
-    if (!b->ready_warps) ready_blocks &= ~(uint64_t{1} << b->slot);
+    if (!b->ready_warps) l.ready_blocks &= ~(uint64_t{1} << b->slot);
   }
   return &b->fibers[w * kWarp + lane];
 }
@@ -432,11 +454,14 @@ Fiber* pick() {
 // Lets others run. The running thread waits for something, is ready again already, or has ended.
 void reschedule(bool ends = false) {
   Fiber* next = pick();
+  if (!next && !launch->released) next = &host;  // until the launch before has ended
   if (!next) fail_with_threads("deadlock: no thread can run");
   static unsigned calls;
   if (++calls % 4096 == 0 && now() > deadline) fail_with_threads("no end after %g s", config.timeout);
   switch_to(next, ends);
 }
+
+const char* const kWaitForLaunch = "wait_for_launch_before";
 
 void wait_in(const char* what, unsigned lanes, Site site) {
   Fiber* t = self();
@@ -549,8 +574,9 @@ void land(const Copy& copy) {
 void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
   __tsan_acquire(&start_order);
-  kernel_body(kernel_arguments);
+  launch->body(launch->arguments.get());
   Fiber* t = self();
+  if (launch->early && !t->waited) fail("ends without wait_for_launch_before, though it was launched early");
   Block* b = t->block;
   Warp& warp = b->warp[t->warp];
   for (unsigned i = 0; i < t->copy_count; ++i) land(t->copies[i]);
@@ -589,7 +615,7 @@ unsigned char* map_pages(size_t bytes, void* at = nullptr) {
 }
 
 Block* block_of(unsigned slot, unsigned threads) {
-  Block*& b = blocks[slot];
+  Block*& b = launch->blocks[slot];
   if (!b) {
     b = new Block{};
     b->slot = slot;
@@ -673,6 +699,7 @@ void start_block(unsigned slot, uint64_t number, size_t shared_bytes) {
     t.warp = i / kWarp;
     t.block = b;
     t.inside = nullptr;
+    t.waited = false;
     t.copy_groups = t.copy_count = 0;
     const unsigned stack = b->fiber_set * b->stack_count + i;
     t.stack = b->stacks + stack * (b->stack_bytes + kPage) + kPage;
@@ -788,7 +815,7 @@ std::vector<uint64_t> block_order(uint64_t count) {
   return order;
 }
 
-// Runs fibers until a block has finished or the launch has failed.
+// Runs fibers until a block has finished, all wait for the launch before, or the launch has failed.
 void run_fibers() {
   if (sigsetjmp(signal_return, 0) != 0) {
     current = &host;
@@ -803,39 +830,93 @@ void run_fibers() {
   }
 }
 
-void run_blocks(size_t shared_bytes) {
-  const uint64_t count = static_cast<uint64_t>(grid_size.x) * grid_size.y * grid_size.z;
-  const std::vector<uint64_t> order = block_order(count);
-  slots = static_cast<unsigned>(std::min<uint64_t>(count, std::clamp(config.resident_blocks, 1u, kMaxResident)));
-  uint64_t started = 0;
-  for (uint64_t finished = 0; finished < count; ++finished) {
-    for (unsigned slot = 0; slot < slots && started < count; ++slot) {
-      if (!blocks[slot] || !blocks[slot]->active) start_block(slot, order[started++], shared_bytes);
+// Fills the slots with blocks.
+void start_blocks() {
+  Launch& l = *launch;
+  for (unsigned slot = 0; slot < l.slots && l.started < l.order.size(); ++slot) {
+    if (!l.blocks[slot] || !l.blocks[slot]->active) start_block(slot, l.order[l.started++], l.shared_bytes);
+  }
+}
+
+// The launch `number` of the queue is the one whose fibers run from here on.
+void enter(size_t number) {
+  Launch& l = queue[number];
+  launch = &l;
+  grid_size = l.grid;
+  block_size = l.block;
+  deadline = now() + config.timeout;
+  if (l.blocks) return;
+  l.blocks = slots_of_launches[number % 2];
+  random_state = 0x9E3779B97F4A7C15ull * (config.seed + 1);
+  for (int i = 0; i < 8; ++i) random_bits();
+  l.order = block_order(l.count());
+  l.slots = static_cast<unsigned>(std::min<uint64_t>(l.count(), std::clamp(config.resident_blocks, 1u, kMaxResident)));
+  statistics.launches++;
+}
+
+// As far as it comes while the launch before has not begun.
+void run_prologue() {
+  start_blocks();
+  run_fibers();
+}
+
+void run_to_the_end() {
+  Launch& l = *launch;
+  l.released = true;
+  __tsan_release(&wait_order);
+  for (unsigned slot = 0; slot < l.slots; ++slot) {
+    Block* b = l.blocks[slot];
+    for (unsigned i = 0; b && b->active && i < b->threads; ++i) {
+      if (b->fibers[i].inside == kWaitForLaunch) set_ready(b, b->fibers[i].warp, 1u << b->fibers[i].lane);
     }
+  }
+  for (uint64_t finished = 0; finished < l.count(); ++finished) {
+    start_blocks();
     run_fibers();
     if (!failed) check_canaries(finished_block);
     if (failed) return;
   }
+  __tsan_acquire(&exit_order);
 }
 
-// Fibers that a failure has left behind come before what the host does next.
-void order_abandoned_fibers() {
-  if (!kThreadSanitizer) return;
-  for (unsigned slot = 0; slot < slots; ++slot) {
-    const Block* b = blocks[slot];
-    for (unsigned i = 0; b && b->active && i < b->threads; ++i) {
-      __tsan_switch_to_fiber(b->fibers[i].tsan_fiber, kSwitchWithoutOrder);
-      __tsan_release(&exit_order);
-      __tsan_switch_to_fiber(host.tsan_fiber, kSwitchWithoutOrder);
+// Each launch in order, from its end of a wait on; before it, what the next one does until it waits, if it is early.
+// Hardware allows that only once every block of this one has said so, which is after all launches before it have ended:
+// none does before its own wait (let_next_launch_start).
+void run_queue() {
+  for (size_t i = 0; i < queue.size() && !failed; ++i) {
+    if (i + 1 < queue.size() && queue[i + 1].early) {
+      enter(i + 1);
+      run_prologue();
+      if (failed) return;
+    }
+    enter(i);
+    run_to_the_end();
+  }
+}
+
+// What a failure has left behind: fibers come before what the host does next, and may have red zones anywhere.
+void abandon_fibers() {
+  for (Slots& slots : slots_of_launches) {
+    for (Block* b : slots) {
+      if (!b || !b->active) continue;
+      b->active = false;
+      b->ready_warps = 0;
+      unpoison(b->stacks, kFiberSets * b->stack_count * (b->stack_bytes + kPage));
+      for (unsigned i = 0; kThreadSanitizer && i < b->threads; ++i) {
+        __tsan_switch_to_fiber(b->fibers[i].tsan_fiber, kSwitchWithoutOrder);
+        __tsan_release(&exit_order);
+        __tsan_switch_to_fiber(host.tsan_fiber, kSwitchWithoutOrder);
+      }
     }
   }
+  __tsan_acquire(&exit_order);
 }
 
 }  // namespace
 
-cudaError_t execute(void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes) {
+cudaError_t execute(void (*body)(void*), std::shared_ptr<void> arguments, dim3 grid, dim3 block, size_t shared_bytes,
+                    bool early) {
   clear_message();
-  failed = false;
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {
@@ -846,32 +927,40 @@ cudaError_t execute(void (*body)(void*), void* arguments, dim3 grid, dim3 block,
     append("invalid launch: %zu bytes of shared memory, of at most %zu", shared_bytes, config.max_shared_bytes);
     return cudaErrorInvalidValue;
   }
-  kernel_body = body;
-  kernel_arguments = arguments;
-  grid_size = grid;
-  block_size = block;
-  random_state = 0x9E3779B97F4A7C15ull * (config.seed + 1);
-  for (int i = 0; i < 8; ++i) random_bits();
-  ready_blocks = 0;
-  current_slot = 0;
-  for (Block* b : blocks) {
-    if (!b || !b->active) continue;
-    b->active = false;  // abandoned by a failure, with red zones anywhere
-    b->ready_warps = 0;
-    unpoison(b->stacks, kFiberSets * b->stack_count * (b->stack_bytes + kPage));
-  }
-  deadline = now() + config.timeout;
-  statistics.launches++;
+  queue.push_back({body, std::move(arguments), grid, block, shared_bytes, early});
+  return config.early ? cudaSuccess : synchronize();
+}
+
+cudaError_t synchronize() {
+  clear_message();
+  failed = false;
   describe_host();
   current = &host;
   {
     const SignalHandler handler;
-    run_blocks(shared_bytes);
+    run_queue();
   }
-  if (failed) order_abandoned_fibers();
-  __tsan_acquire(&exit_order);
+  if (failed) abandon_fibers();
   current = nullptr;
+  queue.clear();
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+void wait_for_launch_before(Site site) {
+  Fiber* t = self();
+  t->waited = true;
+  if (!launch->released) {
+    // What is on its way may arrive as early as now.
+    for (unsigned i = 0; i < t->copy_count; ++i) land(t->copies[i]);
+    t->copy_count = 0;
+    wait_in(kWaitForLaunch, 0, site);
+  }
+  __tsan_acquire(&wait_order);
+}
+
+void let_next_launch_start(Site site) {
+  if (!launch->early || self()->waited) return;
+  fail("let_next_launch_start at %s:%d before its own wait_for_launch_before", site.file, site.line);
 }
 
 // ---------------------------------------------------------------------------------------------- shared memory
@@ -1163,6 +1252,8 @@ bool set_option(const char* key, const char* value) {
     config.stack_bytes = (static_cast<size_t>(number) + kPage - 1) / kPage * kPage;
   } else if (is("timeout")) {
     config.timeout = number;
+  } else if (is("early")) {
+    config.early = number != 0;
   } else {
     return false;
   }
@@ -1198,6 +1289,8 @@ MOS_EMULATOR_API int emulator_config(const char* options) {
 
 // Of the last launch; empty where it succeeded.
 MOS_EMULATOR_API const char* emulator_last_error() { return emulator::message; }
+// Runs what has been launched under the option `early`; a cudaError_t.
+MOS_EMULATOR_API int emulator_synchronize() { return emulator::synchronize(); }
 MOS_EMULATOR_API void emulator_clear_error() { emulator::clear_message(); }
 
 MOS_EMULATOR_API void emulator_stats(uint64_t* out) {

@@ -199,7 +199,7 @@ class Emulator:
         self._held = []
 
     def config(self, **options):
-        """schedule, seed, resident_blocks, shuffle_blocks, max_shared_bytes, stack_bytes, timeout: see README.md."""
+        """schedule, seed, resident_blocks, shuffle_blocks, max_shared_bytes, stack_bytes, timeout, early: see README.md."""
         text = ",".join(f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in options.items())
         if self.library.emulator_config(text.encode()) != 0:
             raise ValueError(f"unknown option or value in {text!r}")
@@ -236,6 +236,10 @@ class Emulator:
         intact = [self.library.emulator_guarded_free(*block) for block in held]
         if not all(intact):
             raise RuntimeError(f"written outside buffer {intact.index(0)} of {len(held)}")
+
+    def synchronize(self):
+        """Runs what was launched under the option `early`."""
+        self.call("emulator_synchronize")
 
     def call(self, name, *args):
         """Calls an extern "C" function that returns a cudaError_t. Arrays travel as their address, None as null, int

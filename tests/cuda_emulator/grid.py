@@ -254,6 +254,45 @@ def check_isolation(kernels, case):
         assert np.array_equal(finite, np.isfinite(exact[name])), f"{case} {name}: an infinity spreads"
 
 
+# Launches that follow each other: whole variants and others, several planes, dropout, ranks whose dx is a launch of its
+# own.
+CHAINS = [
+    Case("bf16", "f32", 130, 136, 5, 16, p=0.5),
+    Case("f16", "f32", 70, 24, 11, 40),
+    Case("bf16", "bf16", 67, 16, 9, 12, p=0.5, pad=3),
+    Case("f32", "f32", 70, 24, 11, 17, p=0.5),
+    Case("f32", "f32", 64, 64, 2, 16, tf32=True),
+    Case("f64", "f32", 33, 8, 5, 20),
+    Case("bf16", "f32", 33, 8, 5, 70, p=0.5),
+]
+
+
+def check_chains(kernels, seeds, resident_blocks=6):
+    """Whether launches that start as early as they may make what launches one after the other make."""
+    for case, seed in itertools.product(CHAINS, seeds):
+        kernels.emulator.config(seed=seed, schedule=SCHEDULES[seed % 4], resident_blocks=resident_blocks)
+        given, more = inputs(case, False, number=seed), {"tf32": case.tf32, "pad": case.pad}
+        x, y, dy, bias = (encode(v, case.dtype) for v in (given.x, given.y, given.dy, given.bias))
+        factor, s = (encode(given.pool, case.pool_dtype), case.pool_dtype, given.index), given.s
+        forward = (x, case.dtype, factor, factor, SCALE, case.p, given.seed)
+        backward = (dy, case.dtype, encode(s, sums_type(case.dtype)), x, factor, factor, SCALE, case.p, given.seed)
+        for sum_first in (False, True):
+            more["sum_first"] = sum_first
+            for chain, given_to_it, options in (
+                (kernels.low_rank, forward, {"bias": bias}),
+                (kernels.low_rank, forward, {"y": y}),
+                (kernels.low_rank_backward, backward, {}),
+                (kernels.low_rank_backward, backward, {"dx": y}),
+            ):
+                early, one_by_one = (chain(*given_to_it, **options, **more, early=on) for on in (True, False))
+                for got, expected in zip(early, one_by_one, strict=True):
+                    same = np.array_equal(got.view(np.uint8), expected.view(np.uint8))
+                    assert same, f"{case} {chain.__name__} {[*options]} {sum_first=} seed {seed}: differs when early"
+                    kind = "f64" if got.dtype == np.float64 else "f32" if got.dtype == np.float32 else case.dtype
+                    assert np.isfinite(decode(got, kind)).all(), f"{case} {chain.__name__}: not finite"
+    kernels.emulator.config(resident_blocks=2)
+
+
 def check_gather(kernels, seeds):
     """Gather-concat and scatter-add: every copy width, tables longer than a warp, several modules and launches."""
     rng = np.random.default_rng(0)
@@ -296,3 +335,6 @@ if __name__ == "__main__":
         check(kernels, case, range(seeds))
     if first == 0:
         check_gather(kernels, range(seeds))
+    if first == 1:
+        # ThreadSanitizer knows no more than 8128 threads.
+        check_chains(kernels, range(seeds), 2 if flavour == "tsan" else 6)

@@ -6,6 +6,7 @@ kernel reads or writes beyond its arrays, or forgets to write, is seen. bfloat16
 """
 
 import ctypes as C
+from contextlib import contextmanager
 
 import numpy as np
 from emulator import Emulator
@@ -54,7 +55,13 @@ class Planes(C.Structure):
 
 
 class ExpandOptions(C.Structure):
-    _fields_ = [("bias", C.c_void_p), ("accumulate", C.c_bool), ("dropout", Dropout), ("s_sum", C.c_void_p), ("early", C.c_bool)]
+    _fields_ = [
+        ("bias", C.c_void_p),
+        ("accumulate", C.c_bool),
+        ("dropout", Dropout),
+        ("s_sum", C.c_void_p),
+        ("early", C.c_bool),
+    ]
 
 
 STRUCTS = (Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions)
@@ -126,6 +133,19 @@ class Kernels:
         self.emulator.free()
         return results[0] if len(results) == 1 else results
 
+    @contextmanager
+    def _chain(self, early):
+        """Launches inside run at the end, each as early as it may start; or, where not `early`, at once."""
+        self.emulator.config(early=early)
+        self.library.mos_launch_early(C.c_int(early))
+        try:
+            yield
+            self.emulator.synchronize()
+        finally:
+            self.emulator.config(early=False)
+            self.library.mos_launch_early(C.c_int(0))
+            self.library.emulator_synchronize()  # what a refused launch has left behind
+
     def last_launch(self):
         """The last kernel's name, grid, threads and bytes of shared memory."""
         out = (C.c_int64 * 5)()
@@ -136,7 +156,7 @@ class Kernels:
         getattr(self.library, f"mos_{kernel}_geometry")(*map(C.c_int64, (rows, cols, rank)), size, out)
         return tuple(out)
 
-    # ------------------------------------------------------------------------------------------ K1 to K5
+    # ------------------------------------------------------------------------------------------ K1 to K4
 
     def shrink(self, x, dtype, pool, pool_dtype, index, p=0.0, seed=0, *, tf32=False, pad=0):
         """Planes of s, (count, T, r)."""
@@ -200,6 +220,57 @@ class Kernels:
         given = [self._given_planes(p) for p in planes]
         self._call("mos_sums", *given, *outs, C.c_int(DTYPES["f64" if planes[0].dtype == np.float64 else "f32"]))
         return self._done(*outs)
+
+    # ------------------------------------------------------------------------------------------ as ops.cpp calls them
+
+    def low_rank(self, x, dtype, a, b, scale, p=0.0, seed=0, *, y=None, bias=None, sum_first=False, early=True, tf32=False, pad=0):  # fmt: skip
+        """y (T, C) and s (T, r): shrink, a launch that adds its planes if ``sum_first``, and expand. The factors ``a``
+        and ``b`` are (pool, its dtype, index)."""
+        (matrix, _), factor_a, factor_b = self._matrix(x, dtype, pad), self._factor(*a), self._factor(*b)
+        count = self.library.mos_shrink_planes(C.byref(matrix), C.byref(factor_a))
+        planes, s = self._planes(dtype, count, len(x), len(a[2]))
+        target, out = self._matrix(y, dtype, pad, fill=(len(x), b[2].shape[1] * b[0].shape[1]))
+        total = self.emulator.buffer(shape=s.shape[1:], dtype=s.dtype)
+        options = ExpandOptions(None if bias is None else self.emulator.buffer(bias).ctypes.data, y is not None)
+        with self._chain(early):
+            self._call("mos_shrink", matrix, factor_a, self._dropout(p, seed), planes, C.c_int(tf32))
+            if sum_first:
+                self._call("mos_sum", planes, total, C.c_int(DTYPES[sums_type(dtype)]))
+                planes = Planes(total.ctypes.data, 1, *total.shape)
+            else:
+                options.s_sum = total.ctypes.data
+            self._call("mos_expand", planes, factor_b, float(scale), target, options, C.c_int(tf32))
+        return self._done(out, total)
+
+    def low_rank_backward(self, dy, dtype, s, x, a, b, scale, p=0.0, seed=0, *, dx=None, sum_first=False, early=True, tf32=False, pad=0):  # fmt: skip
+        """dx (T, C) and both factor gradients (r, C): dy pass, a launch that adds the planes of ds into the first if
+        ``sum_first``, x pass, and the sums of both gradients."""
+        (dy_matrix, _), (x_matrix, _) = self._matrix(dy, dtype, pad), self._matrix(x, dtype, pad)
+        factor_a, factor_b = self._factor(*a), self._factor(*b)
+        target, out = self._matrix(dx, dtype, pad, fill=x.shape)
+        count, b_count = self._backward_planes(dy_matrix, len(b[2]))
+        ds, ds_planes = self._planes(dtype, count, *s.shape[1:])
+        grad_b, _ = self._planes(dtype, b_count, len(b[2]), dy.shape[1])
+        grad_a, _ = self._planes(dtype, self._backward_planes(x_matrix, len(a[2]))[1], len(a[2]), x.shape[1])
+        sums = [self.emulator.buffer(shape=(g.rows, g.cols), dtype=s.dtype) for g in (grad_a, grad_b)]
+        of_sums = C.c_int(DTYPES[sums_type(dtype)])
+        with self._chain(early):
+            self._call(
+                "mos_expand_backward",
+                *(dy_matrix, self._given_planes(s), factor_b, float(scale), ds, grad_b, C.c_int(tf32)),
+            )
+            if sum_first:
+                self._call("mos_sum", ds, ds_planes, of_sums)
+                ds = Planes(ds.data, 1, ds.rows, ds.cols)
+            self._call(
+                "mos_shrink_backward",
+                *(x_matrix, ds, factor_a, self._dropout(p, seed), target, C.c_int(dx is not None), grad_a),
+                C.c_int(tf32),
+            )
+            self._call("mos_sums", grad_a, grad_b, *sums, of_sums)
+        return self._done(out, *sums)
+
+    # ------------------------------------------------------------------------------------------ K5
 
     def gather_concat(self, pool, dtype, index):
         factor = self._factor(pool, dtype, index)

@@ -316,6 +316,25 @@ plant("gather.cu", "scatter: bad entries are not noticed", ("        if (first +
 plant("gather.cu", "scatter: four columns at any address", ("reinterpret_cast<uintptr_t>(modules[k].grad.data) % kVector == 0 && modules", "modules"))
 plant("gather.cu", "scatter: four columns of any row", (" && modules[k].grad.row_stride % 4 == 0", ""))
 
+# ---------------------------------------------------------------------------------------------- early launches
+
+LET = "  let_next_launch_start();\n"
+WAIT = "  wait_for_launch_before();  // F and the bias are older than that; s is its work\n"
+WAIT_DX = "  if (kXPass) wait_for_launch_before();\n"
+plant("expand.cu", "early: waits after reading s", (WAIT + LET, ""), ("      load_s(row0, 0);\n", "      load_s(row0, 0);\n      wait_for_launch_before();\n"))
+plant("expand.cu", "early: waits after the first tile", (WAIT + LET, ""), ("      __syncwarp();  // y may be", "      wait_for_launch_before();  // y may be"))
+plant("expand.cu", "early: does not wait", (WAIT + LET, ""))
+plant("expand.cu", "early: does not wait where there is no bias", (WAIT + LET, "  if (biased) wait_for_launch_before();\n"))
+plant("expand.cu", "early: lets the next launch start before it waits", (WAIT + LET, LET + WAIT))
+plant("backward.cu", "early: the x pass waits after reading ds", (WAIT_DX + LET, ""), ("    Block<S> projected[kXPass", "    wait_for_launch_before();\n    Block<S> projected[kXPass"))
+plant("backward.cu", "early: the x pass waits after its first tile", (WAIT_DX + LET, ""), ("      stage = stage == kStages - 1 ? 0", "      wait_for_launch_before();\n      stage = stage == kStages - 1 ? 0"))
+plant("backward.cu", "early: the x pass does not wait", (WAIT_DX + LET, ""))
+plant("backward.cu", "early: the dy pass does not wait", ("  if (!kXPass) wait_for_launch_before();\n", ""), (LET, ""))
+plant("backward.cu", "early: lets the next launch start before it waits", (WAIT_DX + LET, LET + WAIT_DX))
+plant("sum.cu", "early: waits after it has added", ("  wait_for_launch_before();\n" + LET, ""), ("  write_quad(one", "  wait_for_launch_before();\n  write_quad(one"), ("  if (first >= one.elements) return;\n", "  if (first >= one.elements) return wait_for_launch_before();\n"))
+plant("sum.cu", "early: threads beyond the end do not wait", ("  wait_for_launch_before();\n" + LET + "  if (first >= one.elements) return;\n", "  if (first >= one.elements) return;\n  wait_for_launch_before();\n"))
+plant("sum.cu", "early: does not wait", ("  wait_for_launch_before();\n" + LET, ""))
+
 # fmt: on
 
 assert len({str(m) for m in MUTANTS}) == len(MUTANTS)
@@ -375,6 +394,8 @@ def examine(library, flavour):
     try:
         case = "gather"
         grid.check_gather(kernels, seeds)
+        case = "chains"
+        grid.check_chains(kernels, seeds, 2 if flavour == "tsan" else 6)
         case = "index out of range"
         for entry, aligned in itertools.product((-1, 8), (True, False)):
             test_cuda_kernels.test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned)
