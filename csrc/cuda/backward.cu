@@ -199,7 +199,8 @@ cudaError_t backward_as(const Matrix& in, const ConstPlanes& s, const Factor& fa
                                     static_cast<S>(kXPass ? keep_scale(dropout) : scale), static_cast<S>(scale),
                                     projected ? static_cast<S*>(projected->data) : nullptr, static_cast<S*>(grad.data),
                                     dx ? rows_of<E>(*dx) : Rows<E>{}, dx != nullptr, accumulate, dropout.seed,
-                                    dropout.threshold, g.column_tiles, ceil_div(in.rows, kTileRows), g.rows.tiles};
+                                    dropout.threshold, g.column_tiles, static_cast<int32_t>(ceil_div(in.rows, kTileRows)),
+                                    static_cast<int32_t>(g.rows.tiles)};
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count),
                   static_cast<unsigned>(g.rank_blocks));
   constexpr size_t kBytes = BackwardShared<E, kRanks>::kBytes;
