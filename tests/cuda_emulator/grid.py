@@ -97,9 +97,21 @@ def cases():
             yield Case(dtype, pool_dtype, 67, 16, 9, 12, p=0.5, shift=1, gap=8)
             yield Case(dtype, pool_dtype, 67, 16, 9, 12, p=0.5, gap=8, dx_pad=1)
             yield Case(dtype, pool_dtype, 67, 16, 9, 12, p=0.5, gap=1)
+    # Whole variants (variants.h), each at its edges: rows, columns and ranks that do not fill a tile, rows at a distance.
+    for dtype in ("bf16", "f16"):
+        yield Case(dtype, "f32", 67, 16, 9, 12, p=0.5, pad=8, gap=8)
+        yield Case(dtype, "f32", 131, 24, 13, 40, p=0.5)
+    yield Case("bf16", "f32", 131, 24, 13, 64)
+    yield Case("bf16", "f32", 5, 8, 130, 12, p=0.5)  # an index table that does not fit in shared memory
+    yield Case("bf16", "f32", 67, 16, 9, 12, p=0.5, gap=2)  # shards that are not aligned
+    # Two column tiles in a block of backward, of which the last has one.
+    yield Case("bf16", "f32", 3, 1064, 32, 4, p=0.5)
+    yield Case("f16", "f32", 3, 1064, 32, 20)
+    yield Case("f32", "f32", 3, 8, 537, 100)
 
 
 CASES = list(cases())
+LONG = [case for case in CASES if case.rows > 10_000 or case.cols * case.r > 130_000]  # minutes under a sanitizer
 
 # ---------------------------------------------------------------------------------------------- what is expected
 
@@ -175,6 +187,7 @@ def products(case, given, rounded):
         "shrink": rounded(rounded(dropped @ factor.T, case.dtype), sums),
         "expand": rounded(rounded(delta, case.dtype) + given.bias, case.dtype),
         "expand sum": rounded(s, sums),
+        "expand without bias": rounded(delta, case.dtype),
         "expand accumulate": rounded(given.y + rounded(delta, case.dtype), case.dtype),
         "expand_backward ds": rounded(rounded(given.dy @ factor.T, case.dtype) * SCALE, sums),
         "expand_backward grad": rounded(scaled.T @ given.dy, case.dtype),
@@ -192,6 +205,7 @@ def results(kernels, case, given):
     factor = (encode(given.pool, case.pool_dtype), case.pool_dtype, given.index)
     out = {"shrink": kernels.sum(kernels.shrink(x, dtype, *factor, case.p, given.seed, **more))}
     out["expand"], out["expand sum"] = kernels.expand(s, dtype, *factor, SCALE, bias=bias, want_sum=True, **more)
+    out["expand without bias"] = kernels.expand(s, dtype, *factor, SCALE, **more)
     out["expand accumulate"] = kernels.expand(s, dtype, *factor, SCALE, y=y, **more)
     ds, grad = kernels.expand_backward(dy, dtype, s, *factor, SCALE, **more)
     out["expand_backward ds"], out["expand_backward grad"] = kernels.sum(ds), kernels.sum(grad)
@@ -293,6 +307,28 @@ def check_chains(kernels, seeds, resident_blocks=6):
     kernels.emulator.config(resident_blocks=2)
 
 
+def check_masks(kernels):
+    """Every decision of dropout at the edges of thresholds, in whole variants and in others: enough elements that each
+    of the 65536 values of their bits occurs a few times."""
+    rows, seed = 2600, 5**25
+    pool, index = np.ones((1, 16), np.float32), np.zeros((4, 8), np.int64)
+    keep_scale = {65536: 0.0, **{t: 65536 / (65536 - t) for t in (1, 2, 32767, 32768, 65535)}}
+    kernels.emulator.config(seed=1, schedule="sequential")
+    for dtype, (threshold, scale) in itertools.product(("bf16", "f32"), keep_scale.items()):
+        p = threshold / 65536
+        keep = keep_mask(rows, 128, p, seed)
+        x, s = encode(np.ones(keep.shape), dtype), np.full((1, rows, 4), 0.25, np.float32)
+        sums = kernels.sum(kernels.shrink(x, dtype, pool, "f32", index, p, seed))
+        assert np.array_equal(sums, np.repeat(np.float32(keep.sum(1, keepdims=True) * scale), 4, 1)), (dtype, threshold)
+        for dx in (None, np.full_like(x, encode(3, dtype))):
+            got, grad = kernels.shrink_backward(x, dtype, s, pool, "f32", index, p, seed, dx=dx)
+            base, kept = (0 if dx is None else 3), decode(encode(0.25 * scale, dtype), dtype)
+            expected = encode(np.where(keep, base + 4 * kept, base), dtype)
+            assert np.array_equal(got, expected), (dtype, threshold, dx is None)
+            exact = kept * keep.sum(0)
+            assert (np.abs(kernels.sum(grad) - exact) <= 1e-6 * exact).all(), (dtype, threshold)
+
+
 def check_gather(kernels, seeds):
     """Gather-concat and scatter-add: every copy width, tables longer than a warp, several modules and launches."""
     rng = np.random.default_rng(0)
@@ -329,12 +365,14 @@ def check_gather(kernels, seeds):
 if __name__ == "__main__":
     flavour, first, step, seeds = sys.argv[1], *map(int, sys.argv[2:])
     kernels = Kernels(emulator.build(flavour))
-    # Two cases are tall only to give expand's blocks two tiles of rows; sanitizers would take a minute for each.
-    chosen = [case for case in CASES if flavour == "plain" or case.rows < 10_000]
+    # Some cases are large only to give a block two tiles; sanitizers would take a minute for each.
+    chosen = [case for case in CASES if flavour == "plain" or case not in LONG]
     for case in chosen[first::step]:
-        check(kernels, case, range(seeds))
+        check(kernels, case, range(1 if case in LONG else seeds))
     if first == 0:
         check_gather(kernels, range(seeds))
+    if first == 0 and flavour == "plain":
+        check_masks(kernels)
     if first == 1:
         # ThreadSanitizer knows no more than 8128 threads.
         check_chains(kernels, range(seeds), 2 if flavour == "tsan" else 6)
