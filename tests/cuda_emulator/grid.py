@@ -36,6 +36,7 @@ class Case:
     shift: int = 0  # elements by which what kernels read is off the alignment of vectors
     gap: int = 0  # elements between two shards of the pool
     dx_pad: int = 0  # more of `pad` for dx than for x
+    s_shift: int = 0  # more of `shift` for planes that are read; half of it for the sum of them that expand writes
 
     @property
     def cols(self):
@@ -102,6 +103,9 @@ def cases():
         yield Case(dtype, "f32", 67, 16, 9, 12, p=0.5, pad=8, gap=8)
         yield Case(dtype, "f32", 131, 24, 13, 40, p=0.5)
     yield Case("bf16", "f32", 131, 24, 13, 64)
+    yield Case("bf16", "f32", 67, 16, 9, 12, p=0.5, pad=3)  # but for rows that are not aligned
+    yield Case("bf16", "f32", 67, 16, 9, 12, s_shift=1)  # but for planes
+    yield Case("bf16", "f32", 67, 16, 9, 12, s_shift=4)  # but for their sum
     yield Case("bf16", "f32", 5, 8, 130, 12, p=0.5)  # an index table that does not fit in shared memory
     yield Case("bf16", "f32", 67, 16, 9, 12, p=0.5, gap=2)  # shards that are not aligned
     # Two column tiles in a block of backward, of which the last has one.
@@ -189,6 +193,7 @@ def products(case, given, rounded):
         "expand sum": rounded(s, sums),
         "expand without bias": rounded(delta, case.dtype),
         "expand accumulate": rounded(given.y + rounded(delta, case.dtype), case.dtype),
+        "expand dropped": rounded(given.y + np.where(keep, rounded(delta, case.dtype) / (1 - case.p), 0.0), case.dtype),
         "expand_backward ds": rounded(rounded(given.dy @ factor.T, case.dtype) * SCALE, sums),
         "expand_backward grad": rounded(scaled.T @ given.dy, case.dtype),
         "shrink_backward dx": rounded(low, case.dtype),
@@ -207,6 +212,8 @@ def results(kernels, case, given):
     out["expand"], out["expand sum"] = kernels.expand(s, dtype, *factor, SCALE, bias=bias, want_sum=True, **more)
     out["expand without bias"] = kernels.expand(s, dtype, *factor, SCALE, **more)
     out["expand accumulate"] = kernels.expand(s, dtype, *factor, SCALE, y=y, **more)
+    if case.p:
+        out["expand dropped"] = kernels.expand(s, dtype, *factor, SCALE, y=y, p=case.p, seed=given.seed, **more)
     ds, grad = kernels.expand_backward(dy, dtype, s, *factor, SCALE, **more)
     out["expand_backward ds"], out["expand_backward grad"] = kernels.sum(ds), kernels.sum(grad)
     dx, grad = kernels.shrink_backward(x, dtype, s, *factor, case.p, given.seed, **more)
@@ -231,7 +238,7 @@ def check(kernels, case, seeds):
         first = None
         for seed in seeds:
             kernels.emulator.config(seed=seed, schedule=SCHEDULES[seed % 4])
-            kernels.shift, kernels.gap = case.shift, case.gap
+            kernels.shift, kernels.gap, kernels.s_shift = case.shift, case.gap, case.s_shift
             got = results(kernels, case, given)
             for name, stored in got.items():
                 where = f"{case} {name} seed {seed}"
@@ -259,7 +266,7 @@ def check_isolation(kernels, case):
     if not case.rows or not case.cols:
         return
     given = inputs(case, False, number=0)
-    given.x[0, 0] = given.dy[0, 0] = np.inf
+    given.x[0, 0] = given.dy[0, 0] = given.pool[given.index[0, 0], 0] = np.inf
     with np.errstate(invalid="ignore"):
         exact = products(case, given, lambda values, dtype: values)
     for name, stored in results(kernels, case, given).items():
@@ -283,6 +290,7 @@ CHAINS = [
 
 def check_chains(kernels, seeds, resident_blocks=6):
     """Whether launches that start as early as they may make what launches one after the other make."""
+    kernels.shift = kernels.gap = kernels.s_shift = 0
     for case, seed in itertools.product(CHAINS, seeds):
         kernels.emulator.config(seed=seed, schedule=SCHEDULES[seed % 4], resident_blocks=resident_blocks)
         given, more = inputs(case, False, number=seed), {"tf32": case.tf32, "pad": case.pad}
@@ -313,6 +321,7 @@ def check_masks(kernels):
     rows, seed = 2600, 5**25
     pool, index = np.ones((1, 16), np.float32), np.zeros((4, 8), np.int64)
     keep_scale = {65536: 0.0, **{t: 65536 / (65536 - t) for t in (1, 2, 32767, 32768, 65535)}}
+    kernels.shift = kernels.gap = kernels.s_shift = 0
     kernels.emulator.config(seed=1, schedule="sequential")
     for dtype, (threshold, scale) in itertools.product(("bf16", "f32"), keep_scale.items()):
         p = threshold / 65536
@@ -348,7 +357,7 @@ def check_gather(kernels, seeds):
             for grad, table in zip(grads, indices, strict=True):
                 np.add.at(expected, table.reshape(-1), decode(grad, dtype).reshape(-1, shard).astype(got.dtype))
             assert np.array_equal(got, expected), (dtype, shard, count, pad, seed)
-    kernels.shift, kernels.gap = 0, 0
+    kernels.shift = kernels.gap = kernels.s_shift = 0
     # More segments, and more shards, than a grid has blocks.
     index = rng.integers(0, 70000, (1, 70000))
     pool = encode(rng.integers(-2, 3, (70000, 1)), "f32")

@@ -63,6 +63,10 @@ CASES = [
     Case("bf16", "f32", 130, 136, 5, 33),
     Case("bf16", "bf16", 16, 96, 16, 64),  # the longest index table that fits in shared memory
     Case("bf16", "f32", 67, 16, 9, 12, p=0.5, pad=8, gap=8),  # whole variants
+    Case("bf16", "f32", 67, 16, 9, 12, p=0.5, pad=3),  # but for rows that are not aligned, planes, their sum, or dx
+    Case("bf16", "f32", 67, 16, 9, 12, s_shift=1),
+    Case("bf16", "f32", 67, 16, 9, 12, s_shift=4),
+    Case("bf16", "f32", 67, 16, 9, 12, p=0.5, gap=8, dx_pad=1),
     Case("f16", "f32", 131, 24, 13, 40, p=0.5),
     Case("bf16", "f32", 131, 24, 13, 64),
     Case("bf16", "f32", 5, 8, 130, 12, p=0.5),  # an index table that does not fit in shared memory
@@ -193,7 +197,8 @@ plant("expand.cu", "all ranks in one step", ("|| p.factor.rank <= kRanks", "|| p
 plant("expand.cu", "whole: any matrix", ("params.y.whole() && params.factor.whole()", "params.factor.whole()"))
 plant("expand.cu", "whole: any pool", ("params.y.whole() && params.factor.whole()", "params.y.whole()"))
 plant("expand.cu", "whole: any planes", ("params.factor.whole() && params.s.aligned", "params.factor.whole()"))
-plant("expand.cu", "whole: any rank", ("factor.rank <= kRanks && reinterpret", "reinterpret"))
+plant("expand.cu", "sums of planes start aligned", (" && reinterpret_cast<uintptr_t>(options.s_sum) % kVector == 0;", ";"))
+plant("expand.cu", "whole: any rank", (" && factor.rank <= kRanks;", ";"))
 
 # ---------------------------------------------------------------------------------------------- backward.cu
 
@@ -498,6 +503,7 @@ assert len({str(m) for m in MUTANTS}) == len(MUTANTS)
 
 # Mutants that change nothing that a test could observe, and why. They run in the first flavour only.
 EQUIVALENT = {
+    "shrink: factor: a ring of one stage less": "what a stage holds is converted before the barrier, so two would do",
     "expand: visits column tiles beyond y": "every access looks at its columns; saves time",
     "tiles: whole: any length of rows": "all kernels also ask for whole, aligned shards, of which rows are made",
     "tiles: whole factor: columns beyond the block": "loads what is not stored; saves loads",
