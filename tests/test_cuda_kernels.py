@@ -13,7 +13,7 @@ import emulator
 import grid
 import numpy as np
 import pytest
-from kernels import Kernels
+from kernels import Kernels, encode
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent / "csrc" / "cuda"
@@ -64,19 +64,20 @@ def test_grid_reaches_every_instance(kernels):
 
 @pytest.mark.parametrize("entry", [-1, 8])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned):
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])  # with aligned shards, bf16 is whole variants
+def test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned, dtype):
     """Tables are checked where they are made; one that slips through must not become a silent wrong result."""
     shard = 16 if aligned else 5
-    pool, index = np.zeros((8, shard), np.float32), np.array([[0, entry], [1, 2]])
-    x, s = np.zeros((3, 2 * shard), np.float32), np.zeros((1, 3, 2), np.float32)
+    pool, index = np.zeros((8, shard), np.float32), np.array([[0, entry], [1, 2], [3, 4], [5, 6]])
+    x, s = encode(np.zeros((4, 2 * shard)), dtype), np.zeros((1, 4, 4), np.float32)
     factor = (pool, "f32", index)
     calls = {
-        "shrink": lambda: kernels.shrink(x, "f32", *factor),
-        "expand": lambda: kernels.expand(s, "f32", *factor, 1.0),
-        "expand_backward": lambda: kernels.expand_backward(x, "f32", s, *factor, 1.0),
-        "shrink_backward": lambda: kernels.shrink_backward(x, "f32", s, *factor),
+        "shrink": lambda: kernels.shrink(x, dtype, *factor),
+        "expand": lambda: kernels.expand(s, dtype, *factor, 1.0),
+        "expand_backward": lambda: kernels.expand_backward(x, dtype, s, *factor, 1.0),
+        "shrink_backward": lambda: kernels.shrink_backward(x, dtype, s, *factor),
         "gather_concat": lambda: kernels.gather_concat(pool, "f32", index),
-        "scatter_add": lambda: kernels.scatter_add([x[:2]], "f32", [index], 8),
+        "scatter_add": lambda: kernels.scatter_add([x], dtype, [index], 8),
     }
     for name, call in calls.items():
         with pytest.raises(RuntimeError, match="trap"):

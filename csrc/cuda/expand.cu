@@ -124,7 +124,9 @@ cudaError_t expand_as(const ConstPlanes& s, const Factor& factor, double scale, 
   using S = typename M::S;
   const ExpandGeometry g = expand_geometry(y.rows, y.cols, factor.rank, sizeof(E));
   const bool drops = options.dropout.threshold != 0;
-  const ExpandParams<E, S> params{plane_params<S>(s),
+  PlaneParams<S> planes = plane_params<S>(s);
+  planes.aligned = planes.aligned && reinterpret_cast<uintptr_t>(options.s_sum) % kVector == 0;
+  const ExpandParams<E, S> params{planes,
                                   factor_params(factor),
                                   static_cast<S>(scale * keep_scale(options.dropout)),
                                   rows_of<E>(y),
@@ -137,8 +139,8 @@ cudaError_t expand_as(const ConstPlanes& s, const Factor& factor, double scale, 
                                   static_cast<int32_t>(ceil_div(y.rows, kTileRows)),
                                   static_cast<int32_t>(g.rows.tiles)};
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count));
-  const bool whole = M::kWholeVariant && params.y.whole() && params.factor.whole() && params.s.aligned &&
-                     factor.rank <= kRanks && reinterpret_cast<uintptr_t>(options.s_sum) % kVector == 0;
+  const bool whole =
+      M::kWholeVariant && params.y.whole() && params.factor.whole() && params.s.aligned && factor.rank <= kRanks;
   const SharedBytes shared{expand_shared(sizeof(E), kRanks, g.column_tiles),
                            expand_shared(sizeof(E), kRanks, max_expand_tiles(sizeof(E)))};
   const Variant wanted = variant_of(whole, drops, options.accumulate, options.bias != nullptr);

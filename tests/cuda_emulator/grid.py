@@ -36,6 +36,7 @@ class Case:
     shift: int = 0  # elements by which what kernels read is off the alignment of vectors
     gap: int = 0  # elements between two shards of the pool
     dx_pad: int = 0  # more of `pad` for dx than for x
+    s_shift: int = 0  # more of `shift` for planes that are read; half of it for the sum of them that expand writes
 
     @property
     def cols(self):
@@ -97,9 +98,24 @@ def cases():
             yield Case(dtype, pool_dtype, 67, 16, 9, 12, p=0.5, shift=1, gap=8)
             yield Case(dtype, pool_dtype, 67, 16, 9, 12, p=0.5, gap=8, dx_pad=1)
             yield Case(dtype, pool_dtype, 67, 16, 9, 12, p=0.5, gap=1)
+    # Whole variants (variants.h), each at its edges: rows, columns and ranks that do not fill a tile, rows at a distance.
+    for dtype in ("bf16", "f16"):
+        yield Case(dtype, "f32", 67, 16, 9, 12, p=0.5, pad=8, gap=8)
+        yield Case(dtype, "f32", 131, 24, 13, 40, p=0.5)
+    yield Case("bf16", "f32", 131, 24, 13, 64)
+    yield Case("bf16", "f32", 67, 16, 9, 12, p=0.5, pad=3)  # but for rows that are not aligned
+    yield Case("bf16", "f32", 67, 16, 9, 12, s_shift=1)  # but for planes
+    yield Case("bf16", "f32", 67, 16, 9, 12, s_shift=4)  # but for their sum
+    yield Case("bf16", "f32", 5, 8, 130, 12, p=0.5)  # an index table that does not fit in shared memory
+    yield Case("bf16", "f32", 67, 16, 9, 12, p=0.5, gap=2)  # shards that are not aligned
+    # Two column tiles in a block of backward, of which the last has one.
+    yield Case("bf16", "f32", 3, 1064, 32, 4, p=0.5)
+    yield Case("f16", "f32", 3, 1064, 32, 20)
+    yield Case("f32", "f32", 3, 8, 537, 100)
 
 
 CASES = list(cases())
+LONG = [case for case in CASES if case.rows > 10_000 or case.cols * case.r > 130_000]  # minutes under a sanitizer
 
 # ---------------------------------------------------------------------------------------------- what is expected
 
@@ -175,7 +191,9 @@ def products(case, given, rounded):
         "shrink": rounded(rounded(dropped @ factor.T, case.dtype), sums),
         "expand": rounded(rounded(delta, case.dtype) + given.bias, case.dtype),
         "expand sum": rounded(s, sums),
+        "expand without bias": rounded(delta, case.dtype),
         "expand accumulate": rounded(given.y + rounded(delta, case.dtype), case.dtype),
+        "expand dropped": rounded(given.y + np.where(keep, rounded(delta, case.dtype) / (1 - case.p), 0.0), case.dtype),
         "expand_backward ds": rounded(rounded(given.dy @ factor.T, case.dtype) * SCALE, sums),
         "expand_backward grad": rounded(scaled.T @ given.dy, case.dtype),
         "shrink_backward dx": rounded(low, case.dtype),
@@ -192,7 +210,10 @@ def results(kernels, case, given):
     factor = (encode(given.pool, case.pool_dtype), case.pool_dtype, given.index)
     out = {"shrink": kernels.sum(kernels.shrink(x, dtype, *factor, case.p, given.seed, **more))}
     out["expand"], out["expand sum"] = kernels.expand(s, dtype, *factor, SCALE, bias=bias, want_sum=True, **more)
+    out["expand without bias"] = kernels.expand(s, dtype, *factor, SCALE, **more)
     out["expand accumulate"] = kernels.expand(s, dtype, *factor, SCALE, y=y, **more)
+    if case.p:
+        out["expand dropped"] = kernels.expand(s, dtype, *factor, SCALE, y=y, p=case.p, seed=given.seed, **more)
     ds, grad = kernels.expand_backward(dy, dtype, s, *factor, SCALE, **more)
     out["expand_backward ds"], out["expand_backward grad"] = kernels.sum(ds), kernels.sum(grad)
     dx, grad = kernels.shrink_backward(x, dtype, s, *factor, case.p, given.seed, **more)
@@ -217,7 +238,7 @@ def check(kernels, case, seeds):
         first = None
         for seed in seeds:
             kernels.emulator.config(seed=seed, schedule=SCHEDULES[seed % 4])
-            kernels.shift, kernels.gap = case.shift, case.gap
+            kernels.shift, kernels.gap, kernels.s_shift = case.shift, case.gap, case.s_shift
             got = results(kernels, case, given)
             for name, stored in got.items():
                 where = f"{case} {name} seed {seed}"
@@ -245,7 +266,7 @@ def check_isolation(kernels, case):
     if not case.rows or not case.cols:
         return
     given = inputs(case, False, number=0)
-    given.x[0, 0] = given.dy[0, 0] = np.inf
+    given.x[0, 0] = given.dy[0, 0] = given.pool[given.index[0, 0], 0] = np.inf
     with np.errstate(invalid="ignore"):
         exact = products(case, given, lambda values, dtype: values)
     for name, stored in results(kernels, case, given).items():
@@ -269,6 +290,7 @@ CHAINS = [
 
 def check_chains(kernels, seeds, resident_blocks=6):
     """Whether launches that start as early as they may make what launches one after the other make."""
+    kernels.shift = kernels.gap = kernels.s_shift = 0
     for case, seed in itertools.product(CHAINS, seeds):
         kernels.emulator.config(seed=seed, schedule=SCHEDULES[seed % 4], resident_blocks=resident_blocks)
         given, more = inputs(case, False, number=seed), {"tf32": case.tf32, "pad": case.pad}
@@ -293,6 +315,29 @@ def check_chains(kernels, seeds, resident_blocks=6):
     kernels.emulator.config(resident_blocks=2)
 
 
+def check_masks(kernels):
+    """Every decision of dropout at the edges of thresholds, in whole variants and in others: enough elements that each
+    of the 65536 values of their bits occurs a few times."""
+    rows, seed = 2600, 5**25
+    pool, index = np.ones((1, 16), np.float32), np.zeros((4, 8), np.int64)
+    keep_scale = {65536: 0.0, **{t: 65536 / (65536 - t) for t in (1, 2, 32767, 32768, 65535)}}
+    kernels.shift = kernels.gap = kernels.s_shift = 0
+    kernels.emulator.config(seed=1, schedule="sequential")
+    for dtype, (threshold, scale) in itertools.product(("bf16", "f32"), keep_scale.items()):
+        p = threshold / 65536
+        keep = keep_mask(rows, 128, p, seed)
+        x, s = encode(np.ones(keep.shape), dtype), np.full((1, rows, 4), 0.25, np.float32)
+        sums = kernels.sum(kernels.shrink(x, dtype, pool, "f32", index, p, seed))
+        assert np.array_equal(sums, np.repeat(np.float32(keep.sum(1, keepdims=True) * scale), 4, 1)), (dtype, threshold)
+        for dx in (None, np.full_like(x, encode(3, dtype))):
+            got, grad = kernels.shrink_backward(x, dtype, s, pool, "f32", index, p, seed, dx=dx)
+            base, kept = (0 if dx is None else 3), decode(encode(0.25 * scale, dtype), dtype)
+            expected = encode(np.where(keep, base + 4 * kept, base), dtype)
+            assert np.array_equal(got, expected), (dtype, threshold, dx is None)
+            exact = kept * keep.sum(0)
+            assert (np.abs(kernels.sum(grad) - exact) <= 1e-6 * exact).all(), (dtype, threshold)
+
+
 def check_gather(kernels, seeds):
     """Gather-concat and scatter-add: every copy width, tables longer than a warp, several modules and launches."""
     rng = np.random.default_rng(0)
@@ -312,7 +357,7 @@ def check_gather(kernels, seeds):
             for grad, table in zip(grads, indices, strict=True):
                 np.add.at(expected, table.reshape(-1), decode(grad, dtype).reshape(-1, shard).astype(got.dtype))
             assert np.array_equal(got, expected), (dtype, shard, count, pad, seed)
-    kernels.shift, kernels.gap = 0, 0
+    kernels.shift = kernels.gap = kernels.s_shift = 0
     # More segments, and more shards, than a grid has blocks.
     index = rng.integers(0, 70000, (1, 70000))
     pool = encode(rng.integers(-2, 3, (70000, 1)), "f32")
@@ -329,12 +374,14 @@ def check_gather(kernels, seeds):
 if __name__ == "__main__":
     flavour, first, step, seeds = sys.argv[1], *map(int, sys.argv[2:])
     kernels = Kernels(emulator.build(flavour))
-    # Two cases are tall only to give expand's blocks two tiles of rows; sanitizers would take a minute for each.
-    chosen = [case for case in CASES if flavour == "plain" or case.rows < 10_000]
+    # Some cases are large only to give a block two tiles; sanitizers would take a minute for each.
+    chosen = [case for case in CASES if flavour == "plain" or case not in LONG]
     for case in chosen[first::step]:
-        check(kernels, case, range(seeds))
+        check(kernels, case, range(1 if case in LONG else seeds))
     if first == 0:
         check_gather(kernels, range(seeds))
+    if first == 0 and flavour == "plain":
+        check_masks(kernels)
     if first == 1:
         # ThreadSanitizer knows no more than 8128 threads.
         check_chains(kernels, range(seeds), 2 if flavour == "tsan" else 6)

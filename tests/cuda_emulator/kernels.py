@@ -72,7 +72,7 @@ class Kernels:
 
     def __init__(self, path):
         self.emulator = Emulator(path)
-        self.shift = self.gap = 0  # see grid.Case
+        self.shift = self.gap = self.s_shift = 0  # see grid.Case
         self.library = self.emulator.library
         self.library.mos_shrink_planes.restype = C.c_int64
         self.library.mos_last_kernel.restype = C.c_char_p
@@ -80,14 +80,13 @@ class Kernels:
         self.library.mos_struct_sizes(sizes)
         assert list(sizes) == [C.sizeof(s) for s in STRUCTS], "kernels.py does not mirror launch.h"
 
-    def _buffer(self, data=None, shape=None, dtype=None):
-        """A buffer that starts `shift` elements behind a multiple of 16 bytes."""
+    def _buffer(self, data=None, shape=None, dtype=None, more=0):
+        """A buffer that starts `shift` and `more` elements behind a multiple of 16 bytes."""
         if data is not None:
             shape, dtype = data.shape, data.dtype
         size = int(np.prod(shape))
-        array = (
-            self.emulator.buffer(shape=(size + self.shift,), dtype=dtype)[self.shift :] if size else np.empty(0, dtype)
-        )
+        off = self.shift + more
+        array = self.emulator.buffer(shape=(size + off,), dtype=dtype)[off:] if size else np.empty(0, dtype)
         array = array.reshape(shape)
         if data is not None:
             array[...] = data
@@ -122,7 +121,7 @@ class Kernels:
         return Planes(array.ctypes.data, count, rows, cols), array
 
     def _given_planes(self, s):
-        array = self._buffer(s)
+        array = self._buffer(s, more=self.s_shift)
         return Planes(array.ctypes.data, *s.shape)
 
     def _call(self, name, *arguments):
@@ -170,7 +169,7 @@ class Kernels:
         """y (T, C), and the sum of the planes s (count, T, r) where it is wanted; accumulates into ``y`` if given."""
         factor = self._factor(pool, pool_dtype, index)
         matrix, out = self._matrix(y, dtype, pad, fill=(s.shape[1], index.shape[1] * pool.shape[1]))
-        total = self.emulator.buffer(shape=s.shape[1:], dtype=s.dtype)
+        total = self._buffer(shape=s.shape[1:], dtype=s.dtype, more=self.s_shift // 2)
         options = ExpandOptions(
             None if bias is None else self.emulator.buffer(bias).ctypes.data,
             y is not None,
