@@ -26,8 +26,6 @@ constexpr int64_t kRowTile = 64, kColTile = 512;
 constexpr int64_t kPanelMultiple = 32;
 // Columns whose dropout decisions are drawn at once.
 constexpr int64_t kMaskColumns = 128;
-// Columns of the factor that are laid out at once: with 16 ranks of floats 10 KiB, which stay in L1.
-constexpr int64_t kPackColumns = 128;
 // Rows of a block. A block that sums over rows (factor_grad) keeps rank * cols floats of its own, so it takes many, and
 // there are at most kMaxRowBlocks of them however long T is.
 constexpr int64_t kBlockRows = 128, kBlockRowsSummed = 512, kMaxRowBlocks = 16;
@@ -101,8 +99,8 @@ using FirstLanes = typename CountLanes<n>::type;
 // 64-byte aligned memory, released at the end of the scope.
 class AlignedBuffer {
  public:
-  explicit AlignedBuffer(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {
-    if (!data_) throw std::bad_alloc();
+  explicit AlignedBuffer(size_t bytes) : data_(bytes ? std::aligned_alloc(64, (bytes + 127) / 64 * 64) : nullptr) {
+    if (bytes && !data_) throw std::bad_alloc();
   }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;

@@ -316,56 +316,43 @@ inline void transpose(V (&v)[n]) {
   }
 }
 
-// Columns of the factor from c0 on, at most kPackColumns, packed as `project` wants them, (columns / kGroup,
-// rank_padded) words, and as `expand` does, panels of two vectors of columns, (rank / kGroup, 2 * width) words each;
-// either may be null.
-template <class A>
-void pack_columns(const Factor& f, int64_t c0, int64_t cols, typename A::Element* rows, int64_t stride,
-                  typename A::Word* by_column, typename A::Word* by_rank) {
-  using W = typename A::Word;
-  using E = typename A::Element;
-  constexpr int n = Vec<W>::width;
-  constexpr int64_t panel = 2 * n;
-  const int64_t rank_padded = round_up(f.rank, n), groups = ceil_div(f.rank, A::kGroup);
-  dispatch_dtype(f.dtype, [&](auto tag) {
-    stage_factor<typename decltype(tag)::type, typename A::Sum>(f, c0, cols, rows, stride);
-  });
-  const E* beyond = rows + f.rank * stride;
-  // In squares: moved word by word, the factor took half the time of a pass over one row.
-  for (int64_t c = 0; by_column && c < cols; c += n * A::kGroup) {
-    for (int64_t j = 0; j < rank_padded; j += n) {
-      typename Vec<W>::type v[n];
-      MOS_UNROLL
-      for (int i = 0; i < n; ++i) v[i] = Vec<W>::load(j + i < f.rank ? rows + (j + i) * stride + c : beyond);
-      transpose<1>(v);
-      W* dst = by_column + c / A::kGroup * rank_padded + j;
-      MOS_UNROLL
-      for (int i = 0; i < n; ++i) Vec<W>::store(dst + i * rank_padded, v[i]);
-    }
-  }
-  for (int64_t c = 0; by_rank && c < cols; c += panel) {
-    for (int64_t j = 0; j < groups; ++j, by_rank += panel) {
-      const E* first = rows + j * A::kGroup * stride + c;
-      const E* second = j * A::kGroup + 1 < f.rank ? first + stride : beyond;
-      for (int64_t i = 0; i < panel; ++i) by_rank[i] = A::join(first[i], second[i]);
-    }
-  }
-}
-
+// kColTile columns of the factor from c0 on, packed as `project` wants them, (columns / kGroup, rank_padded) words, and
+// as `expand` does, panels of two vectors of columns, (rank / kGroup, 2 * width) words each; either may be null.
 template <class A>
 void pack_factor_as(const Factor& f, int64_t c0, int64_t cols, void* by_column, void* by_rank) {
   using W = typename A::Word;
   using E = typename A::Element;
-  constexpr int64_t stride = kPackColumns + 32;  // off the power of two: columns are read too
-  const int64_t rank_padded = round_up(f.rank, Vec<W>::width), groups = ceil_div(f.rank, A::kGroup);
+  constexpr int n = Vec<W>::width;
+  constexpr int64_t stride = kColTile + 32, panel = 2 * n;  // off the power of two: columns are read too
+  const int64_t rank_padded = round_up(f.rank, n), groups = ceil_div(f.rank, A::kGroup);
   AlignedBuffer memory(static_cast<size_t>((f.rank + 1) * stride) * sizeof(E));
   E* rows = memory.as<E>();
+  dispatch_dtype(f.dtype, [&](auto tag) {
+    stage_factor<typename decltype(tag)::type, typename A::Sum>(f, c0, cols, rows, stride);
+  });
   E* beyond = rows + f.rank * stride;
   for (int64_t c = 0; c < stride; ++c) beyond[c] = E{};
-  for (int64_t c = 0; c < cols; c += kPackColumns) {
-    pack_columns<A>(f, c0 + c, min64(kPackColumns, cols - c), rows, stride,
-                    by_column ? static_cast<W*>(by_column) + c / A::kGroup * rank_padded : nullptr,
-                    by_rank ? static_cast<W*>(by_rank) + c * groups : nullptr);
+  if (W* dst = static_cast<W*>(by_column)) {
+    // In squares: word by word, this took a third of a pass over one row of 1024 columns (7.9 us, and 5.5 so).
+    for (int64_t c = 0; c < cols; c += n * A::kGroup, dst += n * rank_padded) {
+      for (int64_t j = 0; j < rank_padded; j += n) {
+        typename Vec<W>::type square[n];
+        MOS_UNROLL
+        for (int i = 0; i < n; ++i) square[i] = Vec<W>::load(j + i < f.rank ? rows + (j + i) * stride + c : beyond);
+        transpose<1>(square);
+        MOS_UNROLL
+        for (int i = 0; i < n; ++i) Vec<W>::store(dst + i * rank_padded + j, square[i]);
+      }
+    }
+  }
+  if (W* dst = static_cast<W*>(by_rank)) {
+    for (int64_t c = 0; c < cols; c += panel) {
+      for (int64_t j = 0; j < groups; ++j, dst += panel) {
+        const E* first = rows + j * A::kGroup * stride + c;
+        const E* second = j * A::kGroup + 1 < f.rank ? first + stride : beyond + c;
+        for (int64_t i = 0; i < panel; ++i) dst[i] = A::join(first[i], second[i]);
+      }
+    }
   }
 }
 

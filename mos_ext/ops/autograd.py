@@ -277,16 +277,15 @@ def _gradients(needs, scale, p, dy, x, weight, s, pool_a, pool_b, index_a, index
         else:
             scattered = need_pool_a and need_pool_b
             dx, grad_a, grad_b = ops.linear_backward(dy, s, x, weight, *branch, scattered, tf32=tf32(x))
-        if need_pool_a:  # the factors one by one, so that not all four are there at once
-            grad_a = (grad_a if scattered else ops.scatter_add([grad_a], [index_a], pool_a.shape[0])).to(pool_a.dtype)
-        if need_pool_b:
-            grad_b = (grad_b if scattered else ops.scatter_add([grad_b], [index_b], pool_b.shape[0])).to(pool_b.dtype)
+        if not scattered:  # the factors one by one, so that not all four are there at once
+            grad_a = ops.scatter_add([grad_a], [index_a], pool_a.shape[0]) if need_pool_a else grad_a
+            grad_b = ops.scatter_add([grad_b], [index_b], pool_b.shape[0]) if need_pool_b else grad_b
         return (
             dx if need_x else None,
             dy.T @ x if need_weight else None,
             dy.sum(0) if need_bias else None,
-            grad_a if need_pool_a else None,
-            grad_b if need_pool_b else None,
+            grad_a.to(pool_a.dtype) if need_pool_a else None,
+            grad_b.to(pool_b.dtype) if need_pool_b else None,
             grad_a if need_handle_a else None,
             grad_b if need_handle_b else None,
         )
