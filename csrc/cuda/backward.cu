@@ -194,13 +194,13 @@ cudaError_t backward_as(const Matrix& in, const ConstPlanes& s, const Factor& fa
   using E = typename M::E;
   using S = typename M::S;
   const BackwardGeometry g = backward_geometry(in.rows, in.cols, factor.rank, sizeof(E));
-  const BackwardParams<E, S> params{rows_of<const E>(in), plane_params<S>(s), factor_params(factor),
-                                    // Of kept elements, in the x pass: both its products are of s.
-                                    static_cast<S>(kXPass ? keep_scale(dropout) : scale), static_cast<S>(scale),
-                                    projected ? static_cast<S*>(projected->data) : nullptr, static_cast<S*>(grad.data),
-                                    dx ? rows_of<E>(*dx) : Rows<E>{}, dx != nullptr, accumulate, dropout.seed,
-                                    dropout.threshold, g.column_tiles, static_cast<int32_t>(ceil_div(in.rows, kTileRows)),
-                                    static_cast<int32_t>(g.rows.tiles)};
+  const BackwardParams<E, S> params{
+      rows_of<const E>(in), plane_params<S>(s), factor_params(factor),
+      // Of kept elements, in the x pass: both its products are of s.
+      static_cast<S>(kXPass ? keep_scale(dropout) : scale), static_cast<S>(scale),
+      projected ? static_cast<S*>(projected->data) : nullptr, static_cast<S*>(grad.data),
+      dx ? rows_of<E>(*dx) : Rows<E>{}, dx != nullptr, accumulate, dropout.seed, dropout.threshold, g.column_tiles,
+      static_cast<int32_t>(ceil_div(in.rows, kTileRows)), static_cast<int32_t>(g.rows.tiles)};
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count),
                   static_cast<unsigned>(g.rank_blocks));
   constexpr size_t kBytes = BackwardShared<E, kRanks>::kBytes;

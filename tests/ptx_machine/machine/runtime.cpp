@@ -136,6 +136,14 @@ cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(ve
 cudaError_t cudaGetLastError() { return cudaSuccess; }  // errors of the host have been returned, others come later
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 
+// Of what a kernel is: what it was compiled for. The rest is 0.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  if (!entry_of(function)) return cudaErrorInvalidDeviceFunction;
+  *attributes = {};
+  attributes->ptxVersion = attributes->binaryVersion = architecture();
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   ptx::Entry* entry = entry_of(function);
   if (!entry) return cudaErrorInvalidDeviceFunction;
