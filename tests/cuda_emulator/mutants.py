@@ -7,8 +7,8 @@ check_gather, check_chains, check_masks and the test of tables out of range: pla
 nothing, asan; then tsan. One line per mutant: who found it, and what was said. The exit status is 1 where one survives
 that EQUIVALENT does not explain.
 
-After a change of a kernel or of the grid, run this by hand; it is not part of the test suite. It takes a quarter of an
-hour on two cores. A mutant whose text no longer occurs in the sources is an error: rewrite it.
+After a change of a kernel or of the grid, run this by hand; it is not part of the test suite. It takes half an hour
+on two cores. A mutant whose text no longer occurs in the sources is an error: rewrite it.
 """
 
 import argparse
