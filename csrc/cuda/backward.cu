@@ -203,7 +203,7 @@ cudaError_t backward_as(const Matrix& in, const ConstPlanes& s, const Factor& fa
       static_cast<int32_t>(ceil_div(in.rows, kTileRows)), static_cast<int32_t>(g.rows.tiles)};
   const dim3 grid(static_cast<unsigned>(g.column_blocks), static_cast<unsigned>(g.rows.count),
                   static_cast<unsigned>(g.rank_blocks));
-  constexpr size_t kBytes = BackwardShared<E, kRanks>::kBytes;
+  constexpr int kBytes = BackwardShared<E, kRanks>::kBytes;
   const bool whole = M::kWholeVariant && params.in.whole() && params.factor.whole() && params.s.aligned &&
                      (!kXPass || (dx && params.dx.whole()));
   return with_variant<M, kVariants>(variant_of(whole, dropout.threshold != 0, accumulate), [&](auto variant) {

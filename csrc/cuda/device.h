@@ -14,7 +14,7 @@ namespace mos::cuda {
 
 // Dynamic shared memory: of a launch, and the most that any launch of its kernel asks for.
 struct SharedBytes {
-  size_t bytes = 0, most = 0;
+  int bytes = 0, most = 0;
 };
 
 }  // namespace mos::cuda
@@ -145,7 +145,7 @@ struct KernelState {
 
 // Looks at a kernel on the current device, and allows it more than the 48 KiB of shared memory that all may have.
 template <class Kernel>
-cudaError_t look_at(KernelState& state, Kernel kernel, size_t most_shared_bytes, bool& early) {
+cudaError_t look_at(KernelState& state, Kernel kernel, int most_shared_bytes, bool& early) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
@@ -157,8 +157,8 @@ cudaError_t look_at(KernelState& state, Kernel kernel, size_t most_shared_bytes,
   if (const cudaError_t error = cudaFuncGetAttributes(&attributes, function)) return error;
   early = attributes.ptxVersion >= 90;
   if (most_shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(most_shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes);
     if (error != cudaSuccess) return error;
   }
   if (early) state.early.fetch_or(bit, std::memory_order_relaxed);
@@ -177,7 +177,7 @@ cudaError_t start_kernel(KernelState& state, void (*kernel)(P...), dim3 grid, di
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
-  config.dynamicSmemBytes = shared.bytes;
+  config.dynamicSmemBytes = static_cast<size_t>(shared.bytes);
   config.stream = stream;
   config.attrs = &programmatic;
   config.numAttrs = early && able ? 1 : 0;
@@ -238,7 +238,7 @@ template <auto kKernel, class... P>
 cudaError_t launch(const char* name, const char* arithmetic, dim3 grid, int threads, SharedBytes shared, bool early,
                    cudaStream_t stream, P... p) {
   static KernelState state;
-  last_launch() = {name, arithmetic, {grid.x, grid.y, grid.z}, threads, shared.bytes};
+  last_launch() = {name, arithmetic, {grid.x, grid.y, grid.z}, threads, static_cast<size_t>(shared.bytes)};
   return start_kernel(state, kKernel, grid, dim3(threads), shared, early, stream, p...);
 }
 

@@ -218,14 +218,10 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tenso
   b.check(y);
   STD_TORCH_CHECK(a.view.rank == b.view.rank, "index_a and index_b must have the same rank");
   STD_TORCH_CHECK(y.size(0) == x.size(0) && y.scalar_type() == x.scalar_type(), "y must have x's rows and dtype");
-  const Tensor x_c = rows_contiguous(x);
-  const PlanesTensor planes = shrink_into_planes(x_c, a.view, dropout_of(p, seed, to.device), float32_of(tf32), to);
-  const bool split = planes.view.count > 1;
-  Tensor s = planes.result();
   std::optional<Tensor> bias_c;
   ExpandOptions options;
   options.accumulate = accumulate;
-  options.early = true;  // shrink comes before, or the sum of its planes
+  options.early = true;  // what it reads first, its factor and the bias, is older than the shrink before it
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->numel() == y.size(1) && bias->scalar_type() == y.scalar_type(),
                     "bias must be (columns of y,) of y's dtype");
@@ -233,6 +229,10 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tenso
     bias_c = as_contiguous(*bias);
     options.bias = bias_c->const_data_ptr();
   }
+  const Tensor x_c = rows_contiguous(x);
+  const PlanesTensor planes = shrink_into_planes(x_c, a.view, dropout_of(p, seed, to.device), float32_of(tf32), to);
+  const bool split = planes.view.count > 1;
+  Tensor s = planes.result();
   const Matrix out = output_matrix_of(y);
   ConstPlanes sums = planes.read();
   if (split && sum_first(sums.count, expand_readers(out, a.view.rank), sums.rows * sums.cols)) {

@@ -5,15 +5,18 @@
 // the kernels are bound by instructions where they ask: an inner loop of expand had 518 instructions for a tile of
 // 8 KiB with all its questions, of which a plain write needs less than half.
 //
-// | kernel  | variants of 16-bit elements, each for 16 and for 64 ranks   | who runs them |
-// |---------|-------------------------------------------------------------|--------------------------------------------|
-// | shrink  | whole; whole dropout                                        | forward | | expand  | whole; whole bias;
-// whole accumulate                         | forward; with a bias; over an opaque base  | | dy pass | whole | backward
-// | | x pass  | whole; whole dropout; whole accumulate; both                | backward; both over an opaque base |
+// clang-format off
+// | kernel  | variants of 16-bit elements, each for 16 and for 64 ranks  | who runs them                             |
+// |---------|------------------------------------------------------------|-------------------------------------------|
+// | shrink  | whole; whole dropout                                       | forward                                   |
+// | expand  | whole; whole bias; whole accumulate                        | forward; with a bias; over an opaque base |
+// | dy pass | whole                                                      | backward                                  |
+// | x pass  | whole; whole dropout; whole accumulate; both               | backward; both over an opaque base        |
+// clang-format on
 //
-// "Whole" promises aligned groups of eight columns, float pools whose shards hold whole groups, ranks in quads of one
-// block, and strides and shards that 32 bits reach (Whole below says when a view is). All else, float32 and float64
-// included, takes the variant that asks. A kernel costs about 20 KB for each architecture.
+// "Whole" promises aligned groups of eight columns, float pools whose shards hold whole groups, ranks in quads and in
+// one block, and strides and shards that 32 bits reach. All else, float32 and float64 included, takes the variant that
+// asks. A kernel costs about 20 KB for each architecture.
 #pragma once
 
 #include <cstddef>

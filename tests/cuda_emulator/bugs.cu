@@ -305,7 +305,8 @@ std::string problem(const Case& test) {
   std::string text;
   const dim3 grid(test.blocks), block(kThreads);
   KernelState state;
-  const SharedBytes shared{test.shared_bytes, test.shared_bytes};
+  const int bytes = static_cast<int>(test.shared_bytes);
+  const SharedBytes shared{bytes, bytes};
   bool failed = false;
   for (int i = 0; i < launches; ++i) {
     const float* in = i ? outs[i - 1] : x;

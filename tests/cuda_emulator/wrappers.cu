@@ -74,7 +74,8 @@ void expect(bool condition, const char* what, int where) {
 template <class... P, class... A>
 void run(const char* what, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... arguments) {
   KernelState state;
-  const SharedBytes shared{shared_bytes, shared_bytes};
+  const int bytes = static_cast<int>(shared_bytes);
+  const SharedBytes shared{bytes, bytes};
   cudaError_t error = start_kernel(state, kernel, grid, block, shared, false, nullptr, static_cast<P>(arguments)...);
   if (error == cudaSuccess) error = finish();
   if (error == cudaSuccess) return;
