@@ -76,13 +76,13 @@ class Kernel(NamedTuple):
 
 KERNELS = (
     Kernel("K1", "shrink", 0, ("shrink",), 1, False, 1, 2500, 120, 250),
-    Kernel("K2", "expand", 1, ("expand",), 8, True, 1, 1200, 60, 0),
+    Kernel("K2", "expand", 1, ("expand",), 4, True, 1, 1200, 60, 0),
     Kernel("K3", "dy pass", 2, ("dy", "pass"), 4, True, 1, 1500, 250, 500),
     Kernel("K4", "x pass", 2, ("x", "pass"), 4, True, 2, 1500, 150, 500),
 )
 K1, K2, K3, K4 = KERNELS
 # Launches whose prologue runs beside the kernel before (programmatic dependent launch): of K1 to K4, and "sum".
-DEPENDENT: frozenset[str] = frozenset()
+DEPENDENT: frozenset[str] = frozenset({"K2", "K4", "sum"})
 SUM_BLOCK, SUM_PLANES = 1024, 8  # elements of a block of sum.cu, planes that it reads at a time
 GROUP = 8  # columns of a group (heuristics.h)
 

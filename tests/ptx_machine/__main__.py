@@ -16,7 +16,7 @@ from toolchain import ARCHITECTURES, HERE, JOBS, OUTPUT, build, nvcc
 
 # Of the products' checks, one in so many. compute_90 is what Hopper runs, with its programmatic launches; compute_80
 # differs from it in nothing else, and nvcc compiles for compute_100 with another front end.
-SHARES = {80: 20, 90: 1, 100: 5}
+SHARES = {80: 30, 90: 2, 100: 10}
 PARTS = 4  # processes of the largest share
 
 
@@ -52,7 +52,7 @@ def main():
     jobs = [(a, library, "probes", ["--probes", a]) for a, library in probes.items()]
     for architecture in sorted(libraries, key=SHARES.__getitem__):
         share = 1 if options.grid == "full" else SHARES[architecture]
-        parts = PARTS if share == 1 else 1
+        parts = PARTS if share == min(SHARES.values()) or options.grid == "full" else 1
         for part in range(parts):
             arguments = ["--part", part, "--parts", parts, "--share", share, *more]
             jobs.append((architecture, libraries[architecture], f"executed.{part}", arguments))

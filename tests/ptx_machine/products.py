@@ -93,8 +93,13 @@ class Product:
         dropped = np.where(self.mask, self.x, 0.0)
         # Planes are added in the sums' dtype, in order; products see the sum in the activations' dtype.
         s = in_order(store(self.s, sums), (self.case.rows, self.case.rank))
-        plain = round_to(load(s, sums), dtype)
-        scaled = round_to(load(store(load(s, sums) * self.scale, sums), sums), dtype)
+
+        # All scales of a product of s go onto s before it is rounded.
+        def times(scale):
+            scale = scale if sums == "f64" else float(np.float32(scale))
+            return round_to(load(store(load(s, sums) * scale, sums), sums), dtype)
+
+        scaled = times(self.scale)
 
         def product(a, b, scale=1.0):
             a, b = operand(a), operand(b)
@@ -117,13 +122,14 @@ class Product:
         if name == "expand plain":
             return {"y": product(scaled, self.factor)}
         if name == "expand dropout":
-            return {"y": masked(product(scaled, self.factor, self.keep_scale))}
+            return {"y": masked(product(times(self.scale * self.keep_scale), self.factor))}
         if name == "expand_backward":
             return {"ds": product(self.dy, self.factor.T, self.scale), "grad": product(scaled.T, self.dy)}
-        dx = masked(product(plain, self.factor, self.keep_scale))
+        kept = times(self.keep_scale)
+        dx = masked(product(kept, self.factor))
         if name == "shrink_backward accumulate":
             dx = plus(dx, self.y)
-        return {"dx": dx, "grad": product(plain.T, dropped, self.keep_scale)}
+        return {"dx": dx, "grad": product(kept.T, dropped)}
 
     def compare(self, key, stored, dtype, expected):
         """Integers: bit for bit. Reals: half a unit in the last place of the result, and the bound."""
