@@ -36,12 +36,23 @@ def integers(*shape):
 
 
 # rows, shard, r, l
-SHAPES = ((0, 3, 1, 1), (1, 1, 1, 1), (3, 5, 2, 3), (17, 257, 5, 1), (33, 24, 16, 4), (131, 65, 33, 8), (1030, 8, 3, 5))
+SHAPES = (
+    (0, 3, 1, 1),
+    (1, 32, 3, 3),
+    (70, 64, 5, 2),
+    (130, 544, 17, 2),
+    (1, 1, 1, 1),
+    (3, 5, 2, 3),
+    (17, 257, 5, 1),
+    (33, 24, 16, 4),
+    (131, 65, 33, 8),
+    (1030, 8, 3, 5),
+)
 # A sixteenth of the rows is a block, 2048 of a block are a chunk: less, one, one and a row, two and a row.
 CHUNKS = ((32752, 3, 2, 1), (32768, 1, 1, 1), (32769, 3, 2, 1), (65537, 2, 17, 1))
 CHUNKS_OF_TILES = ((32769, 513, 1, 1),)
 
-cases = 0
+cases = scattered = 0
 for dtype in ("f32", "f64", "bf16", "f16"):
     for pool_dtype in {"f32", dtype}:
         more = CHUNKS + CHUNKS_OF_TILES * (dtype == "bf16") if pool_dtype == dtype else ()
@@ -87,6 +98,21 @@ for dtype in ("f32", "f64", "bf16", "f16"):
                 want = np.zeros((n, shard))
                 np.add.at(want, index.ravel(), 2 * (2 * s.T @ x).reshape(r * l, shard))
                 assert (pool_grad == want).all()
+                pool_frame, pool_grad = frame(
+                    sums, n, shard
+                )  # the pass itself, where it may: once, and zeros elsewhere
+                if K.scatters(pool, index, rows):
+                    K.low_rank_pass(
+                        **common,
+                        input=to_bits(x, dtype),
+                        s=s.astype(sums),
+                        factor_grad=pool_grad,
+                        scatter=True,
+                        reversed=reversed_,
+                    )
+                    assert (2 * 2 * pool_grad == want).all()
+                    assert (pool_frame[[0, -1]] == 77).all()
+                    scattered += 1
                 cases += 1
             gathered = np.empty((r, d), common["pool"].dtype)
             K.gather_concat(common["pool"], pool_dtype, index, gathered)
@@ -135,4 +161,15 @@ for dtype in ("f16", "bf16"):
         assert (rounded[positive] == expected[positive]).all()
 assert K.first_bad_index(np.array([0, 3, 2], np.int32), 3) == 1
 assert K.first_bad_index(np.array([0, 1, 2], np.int32), 3) == -1
+# One block of rows, vectors that do not straddle shards, no shard twice.
+once, twice = np.array([[0, 1], [2, 3]], np.int32), np.array([[0, 1], [2, 1]], np.int32)
+assert [K.scatters(np.zeros((5, 64), np.float32), once, rows) for rows in (0, 1, 512, 513)] == [
+    False,
+    True,
+    True,
+    False,
+]
+assert not K.scatters(np.zeros((5, 64), np.float32), twice, 1)
+assert not K.scatters(np.zeros((5, 48), np.float32), once, 1)
+assert scattered == 2 * 3 * 7  # in both orders, of three shapes, with every pair of dtypes
 print(K.instruction_set(), cases)

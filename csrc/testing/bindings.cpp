@@ -83,7 +83,7 @@ PYBIND11_MODULE(mos_kernels, m) {
       [](const py::array& pool, const std::string& pool_dtype, const py::array_t<int32_t>& index,
          const std::string& dtype, std::optional<py::array> in, std::optional<py::array> s,
          std::optional<py::array> projected, std::optional<py::array> factor_grad, std::optional<py::array> out,
-         bool accumulate, double scale, double dropout, uint64_t seed, bool reversed) {
+         bool accumulate, double scale, double dropout, uint64_t seed, bool reversed, bool scatter) {
         cpu::LowRankPass pass{factor(pool, dtype_named(pool_dtype), index), {seed, dropout_threshold(dropout)}, scale};
         const Matrix in_view = matrix(in, dtype_named(dtype)), out_view = matrix(out, dtype_named(dtype));
         pass.in = in ? &in_view : nullptr;
@@ -92,10 +92,15 @@ PYBIND11_MODULE(mos_kernels, m) {
         pass.projected = projected ? projected->mutable_data() : nullptr;
         pass.factor_grad = factor_grad ? factor_grad->mutable_data() : nullptr;
         pass.accumulate = accumulate;
+        pass.scatter = scatter;
         cpu::low_rank_pass(pass, in_order(reversed));
       },
       py::kw_only(), py::arg("pool"), py::arg("pool_dtype"), py::arg("index"), py::arg("dtype"),
       py::arg("input") = py::none(), py::arg("s") = py::none(), py::arg("projected") = py::none(),
       py::arg("factor_grad") = py::none(), py::arg("out") = py::none(), py::arg("accumulate") = false,
-      py::arg("scale") = 1.0, py::arg("dropout") = 0.0, py::arg("seed") = 0, py::arg("reversed") = false);
+      py::arg("scale") = 1.0, py::arg("dropout") = 0.0, py::arg("seed") = 0, py::arg("reversed") = false,
+      py::arg("scatter") = false);
+  m.def("scatters", [](const py::array& pool, const py::array_t<int32_t>& index, int64_t rows) {
+    return cpu::scatters(factor(pool, DType::f32, index), rows);
+  });
 }
