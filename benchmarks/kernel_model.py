@@ -269,7 +269,11 @@ def _pass(resources: Resources, kernel: Kernel, layer: Layer, cols: int, flags: 
     memory = (kernel.moves + ("accumulate" in flags)) * matrix + written
     again = t.row_blocks * factor + (t.column_blocks * planes * sums if kernel is not K1 else 0)
     tiles, rows_of_tiles = t.row_tiles * t.column_tiles, t.row_tiles if kernel is not K1 else 0
-    batches = ceil_div(max(planes, 1), kernel.planes_at_once)
+    each, at_once = max(planes, 1), kernel.planes_at_once
+    shared = 4 * t.threads // (layer.rows * layer.rank)  # threads that share the planes of a sum: load_few_sums
+    if kernel is K2 and shared >= 2:
+        each, at_once = ceil_div(each, shared), 8
+    batches = ceil_div(each, at_once)
     groups = t.ranks * t.column_tiles * t.tile_cols // GROUP if kernel.keeps_factor else 0
     loads = ceil_div(ceil_div(groups, t.threads), m.factor_groups)
     instructions = tiles * per_tile + rows_of_tiles * batches * per_row + loads * m.factor_instructions + kernel.once
