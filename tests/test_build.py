@@ -15,8 +15,10 @@ import pytest
 
 import mos_ext
 from mos_ext.ops import loader
+from mos_ext.ops.schema import INTERFACE
 
 ROOT = Path(__file__).resolve().parent.parent
+CURRENT = b"mos_ext interface %d." % INTERFACE  # what the loader looks for in a library
 TREE = [
     "csrc",
     "mos_ext",
@@ -339,13 +341,13 @@ def copied_package(tmp_path, library):
     ("library", "reason"),
     [
         (None, "not built"),
-        (lambda good: b"mos_ext interface 2. but no library", "does not load: "),
+        (lambda good: CURRENT + b" but no library", "does not load: "),
         (
             lambda good: good[: len(good) // 8],
             "_C.so is damaged or was built for another version of mos_ext: build it again",
         ),
         (
-            lambda good: good.replace(b"mos_ext interface 2.", b"mos_ext interface 0."),
+            lambda good: good.replace(CURRENT, b"mos_ext interface 0."),
             "_C.so is damaged or was built for another version of mos_ext: build it again",
         ),
     ],
@@ -372,7 +374,7 @@ def stand_in_driver(folder, answer):
     return folder / "libcuda.so.1"
 
 
-BUILT_WITH_13_1 = b"mos_ext interface 2. CUDA 13010. but no library"
+BUILT_WITH_13_1 = CURRENT + b" CUDA 13010. but no library"
 
 
 def test_a_driver_older_than_the_runtime_that_is_linked_in(tmp_path):
@@ -410,7 +412,7 @@ def test_a_driver_older_than_the_runtime_that_is_linked_in(tmp_path):
         ),
         ("*version = 13000; return 0;", BUILT_WITH_13_1, None),
         ("*version = 14020; return 0;", BUILT_WITH_13_1, None),
-        ("*version = 12090; return 0;", b"mos_ext interface 2.", None),
+        ("*version = 12090; return 0;", CURRENT, None),
         ("return 100;", BUILT_WITH_13_1, None),
         (None, BUILT_WITH_13_1, None),
     ],

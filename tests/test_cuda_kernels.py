@@ -151,8 +151,10 @@ def test_parts_cover_every_tile_once(kernels):
         assert (column_blocks - 1) * column_tiles < -(-cols // 64) <= column_blocks * column_tiles, where
         assert (parts - 1) * per_part < row_tiles <= parts * per_part, where
         assert ranks % 16 == 0
-        ranks, column_blocks, parts, per_part, rank_blocks = kernels.geometry("backward", *where)
+        ranks, column_blocks, parts, per_part, rank_blocks, wide = kernels.geometry("backward", *where)
         assert (parts - 1) * per_part < row_tiles <= parts * per_part, where
+        tiles = -(-cols // (128 if size == 2 else 64))
+        assert (column_blocks - 1) * wide < tiles <= column_blocks * wide, where
         assert (rank_blocks - 1) * ranks < rank <= rank_blocks * ranks, where
 
 
@@ -161,14 +163,14 @@ def test_grids_are_large_enough_and_legal(kernels):
     for rows, cols, rank, size in SHAPES:
         where = (rows, cols, rank, size)
         ranks, tiles, parts, _, rank_blocks = kernels.geometry("shrink", *where)
-        assert parts <= 32
+        assert parts <= (128 if rows <= 4 else 32)
         assert tiles < 2**31
         assert rank_blocks <= 65535
         fills(parts, tiles * rank_blocks, min(32, -(-cols // width(size, ranks))), where)
         _, _, column_blocks, parts, _ = kernels.geometry("expand", *where)
         assert parts <= 65535
         fills(parts, column_blocks, -(-rows // 64), where)
-        _, column_blocks, parts, _, rank_blocks = kernels.geometry("backward", *where)
+        _, column_blocks, parts, _, rank_blocks, _ = kernels.geometry("backward", *where)
         assert parts <= 65535
         fills(parts, column_blocks * rank_blocks, max(1, -(-rows // 64) // 2), where)
 
