@@ -2,9 +2,10 @@
 
     python tests/cuda_gates.py LIBRARY [--write csrc/cuda/RESOURCES.md]
 
-Every GPU from compute capability 8.0 finds code that it can run. For every architecture: no kernel spills registers or keeps a stack, every block fits, 16-bit and TF32 products are done
-by tensor cores and the others are not, activations travel 16 bytes at a time. Prints registers, shared memory and
-blocks per multiprocessor of every kernel. Reads the library with cuobjdump, of the CUDA toolkit or from PyPI
+Every GPU from compute capability 8.0 finds code that it can run. For every architecture: no kernel spills registers or
+keeps a stack, every block fits, 16-bit and TF32 products are done by tensor cores and the others are not, activations
+travel 16 bytes at a time; for one of them, no inner loop exceeds its budget of instructions. Prints registers, shared
+memory and blocks per multiprocessor of every kernel, and the instructions of inner loops. Reads the library with cuobjdump, of the CUDA toolkit or from PyPI
 (nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
 """
 
