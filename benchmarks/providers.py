@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mos_ext import MoSConfig, MoSLinear, ShardPool, reference
-from mos_ext.functional import fused
+from mos_ext import MoSConfig, MoSLinear, ShardPool, functional, reference
+from mos_ext.ops.branch import Branch
 from mos_ext.testing import ERROR_RATIO, error_floor, relative_error
 
 from .harness import Sizes, Step, importable, normal, synchronize
@@ -211,14 +211,9 @@ def mos_layer(d: Data) -> Built:
     """One layer of many, without their pools' scatter_add, which runs once for all of them."""
     pool = d.pool(d.case.r)
     handles = pool.handle("a", 0), pool.handle("b", 0)
-    operands = {
-        "pool_a": pool.shards_a.detach(),
-        "pool_b": pool.shards_b.detach(),
-        "handle_a": handles[0],
-        "handle_b": handles[1],
-    }
-    operands = pool(0) | operands | {"dropout": 0.0 if d.case.kind == "decode" else d.case.dropout}
-    forward = functools.partial(fused, d.x, d.weight, None, **operands)
+    recipe = pool(0, training=d.case.kind != "decode").recipe
+    branch = Branch(pool.shards_a.detach(), pool.shards_b.detach(), *handles, recipe)
+    forward = functools.partial(functional.linear, d.x, d.weight, None, branch)
     return Built(forward, handles, lambda a, b: (a, b), state=_state(_mos_layer(d, pool)))
 
 
@@ -449,9 +444,9 @@ def errors(
     names: Sequence[str],
     operands: torch.dtype,
 ) -> dict[str, object]:
-    """Relative errors against float64, and whether they are allowed:
+    """Relative errors against float64, and whether they are allowed.
 
-    by the rule of ``mos_ext.testing`` where plain PyTorch's results are given, else below ``LOOSE_ERROR``.
+    They are by the rule of ``mos_ext.testing`` where plain PyTorch's results are given, else below ``LOOSE_ERROR``.
     """
     row: dict[str, object] = {"error": {}, "error_ok": True}
     for k, name in enumerate(names):

@@ -1,6 +1,6 @@
-"""``python -m mos_ext``:
+"""``python -m mos_ext`` says what was built and what was not, and tests it in two seconds.
 
-what was built and what was not, a self-test of about two seconds, and an exit code that says if it passed.
+The exit code says whether the test passed.
 """
 
 from __future__ import annotations

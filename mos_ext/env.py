@@ -52,10 +52,7 @@ def environment() -> dict[str, str]:
 
 
 def report() -> str:
-    """The text of ``python -m mos_ext`` without its self-test:
-
-    environment, libraries, and who computes each operator.
-    """
+    """The text of ``python -m mos_ext`` without its self-test: environment, libraries, who computes each operator."""
     lines = [f"{name:<14} {value}" for name, value in environment().items()]
     record = loader.build_record()
     build = (

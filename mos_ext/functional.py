@@ -1,7 +1,4 @@
-"""The operators for users:
-
-arguments are checked, shapes are free, autocast is honoured; then ``torch.ops.mos_ext`` computes.
-"""
+"""The operators for users: arguments are checked, autocast is honoured, shapes are free; ``ops/`` computes."""
 
 from __future__ import annotations
 
@@ -10,24 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops as _ops  # noqa: F401  (defines torch.ops.mos_ext)
-from .ops.autograd import MoSAccumulate as _MoSAccumulate
-from .ops.autograd import MoSLinear as _MoSLinear
-from .ops.autograd import MoSLinearTransformed, apply, autocast, mos_linear_forward, tf32, transforms_active, unseen
+from .ops import fused
+from .ops.branch import Branch, Recipe
 from .ops.checks import (
     check_activation,
-    check_branch,
+    check_added,
     check_float,
     check_index,
     check_number,
     check_shape,
     check_tensor,
 )
-
-ops = torch.ops.mos_ext
-
-# Of tensors that outlived a torch.func transform; their gradients would be lost.
-_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+from .ops.watch import autocast, unseen
 
 __all__ = ["gather_concat", "mos_linear"]  # the rest is for layers, which have checked their tables
 
@@ -55,7 +46,7 @@ def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
         raise ValueError(f"index must be on the device of the pool, {pool.device}, got {index.device}")
     check_index("index", index, pool.shape[0])
     check_shape("index", index, (None, None))
-    return ops.gather_concat(pool, index)
+    return torch.ops.mos_ext.gather_concat(pool, index)
 
 
 def mos_linear(
@@ -125,70 +116,45 @@ def mos_linear(
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+    recipe = Recipe(index_a, index_b, float(scale), dropout, seed)
+    return linear(x, weight, bias, Branch(pool_a, pool_b, None, None, recipe))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch, *others: Branch) -> Tensor:
+    """:func:`mos_linear` without what a layer has checked once; any number of branches, the first with the base."""
+    # Under autocast x is cast once: every branch keeps the same copy for its backward.
     x, weight, bias = autocast(x, weight, bias)
-    return fused(x, weight, bias, pool_a, pool_b, index_a, index_b, float(scale), dropout=dropout, seed=seed)
-
-
-def fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pool_a: Tensor,
-    pool_b: Tensor,
-    index_a: Tensor,
-    index_b: Tensor,
-    scale: float,
-    *,
-    handle_a: Tensor | None = None,
-    handle_b: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """:func:`mos_linear` after autocast, without what a layer checked once, with gradient handles."""
     if x.is_nested:
-        rest: dict[str, Any] = {"handle_a": handle_a, "handle_b": handle_b, "dropout": dropout, "seed": seed}
-        return _nested_like(x, fused(_rows(x), weight, bias, pool_a, pool_b, index_a, index_b, scale, **rest))
-    check_activation(x, weight, bias, pool_a, pool_b)
-    y = _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout, seed)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # reshape makes a view in any case
+        return _nested_like(x, linear(_rows(x), weight, bias, branch, *others))
+    check_activation(x, weight, bias, branch)
+    y = fused.linear(_matrix(x), weight, bias, branch)
+    if x.dim() != 2:
+        y = y.reshape(*x.shape[:-1], y.shape[-1])  # a view in any case
+    return add(y, x, *others, in_place=True) if others else y
 
 
-def accumulate(
-    y: Tensor,
-    x: Tensor,
-    pool_a: Tensor,
-    pool_b: Tensor,
-    index_a: Tensor,
-    index_b: Tensor,
-    scale: float,
-    *,
-    handle_a: Tensor | None = None,
-    handle_b: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    in_place: bool = False,
-) -> Tensor:
-    """``y + scale * (dropout(x) A^T) B^T``: the adapter of a base of any kind that has computed y (..., out) itself.
+def add(y: Tensor, x: Tensor, *branches: Branch, in_place: bool = False) -> Tensor:
+    """y plus ``scale * (dropout(x) A^T) B^T`` of every branch, for a base that has computed y (..., out) itself.
 
     Computed in x's dtype, after autocast, and added in y's. ``in_place`` permits to overwrite y: nobody else holds it,
     nor did its base save it for its backward. It is done where autograd allows it, for contiguous y that are no views.
     """
     check_tensor("the output of the base layer", y)
+    (x,) = autocast(x)
     if x.is_nested and y.is_nested:
-        rest: dict[str, Any] = {"handle_a": handle_a, "handle_b": handle_b, "dropout": dropout, "seed": seed}
-        return _nested_like(y, accumulate(_rows(y), _rows(x), pool_a, pool_b, index_a, index_b, scale, **rest))
-    check_branch(x, y, pool_a, pool_b, index_a, index_b)
-    factors = (pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout)
-    # (Tracers, transforms and dispatch modes must see no mutation.)
-    if in_place and unseen() and y.dtype == x.dtype and y.is_contiguous() and not y._is_view():
-        flat, seed = x.reshape(-1, x.shape[-1]), _seed(x, dropout, seed)
-        if torch.is_grad_enabled():
-            return _MoSAccumulate.apply(y, flat, *factors, seed)
-        matrix = y.view(-1, y.shape[-1])
-        ops.low_rank_(matrix, flat, pool_a, index_a, pool_b, index_b, scale, dropout, seed, tf32=tf32(x))
-        return y
-    delta = _product(x, None, None, *factors, seed)
-    return y + delta.reshape(y.shape).to(y.dtype)
+        return _nested_like(y, add(_rows(y), _rows(x), *branches, in_place=in_place))
+    for branch in branches:
+        check_added(x, y, branch)
+        # (Tracers, transforms and dispatch modes must see no mutation.)
+        if in_place and unseen() and y.dtype == x.dtype and y.is_contiguous() and not y._is_view():
+            y = fused.add_(y, _matrix(x), branch)
+        else:
+            y = y + fused.linear(_matrix(x), None, None, branch).reshape(y.shape).to(y.dtype)
+    return y
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -203,31 +169,3 @@ def _nested_like(x: Tensor, rows: Tensor) -> Tensor:
         lengths, dim = structure.lengths(), structure._ragged_idx
         return torch.nested.nested_tensor_from_jagged(rows, structure.offsets(), lengths, jagged_dim=dim)
     return torch.nested.as_nested_tensor(list(rows.split([len(part) for part in x.unbind()])))
-
-
-def _seed(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
-    if dropout > 0.0 and seed is None:
-        # A tensor, not a number: no synchronisation, and every replay of a captured CUDA graph draws anew.
-        return torch.randint(0, 2**62, (1,), device=x.device)
-    return seed
-
-
-def _product(x, weight, bias, pool_a, pool_b, handle_a, handle_b, index_a, index_b, scale, dropout, seed) -> Tensor:
-    """Base and branch, or without a weight the branch, as a matrix (T, out); differentiable where anything is."""
-    if dropout > 0.0:
-        seed = _seed(x, dropout, seed)
-    hidden = unseen()
-    if hidden:  # what `apply` asks for
-        x, pool_a, pool_b = _unwrap_if_dead(x), _unwrap_if_dead(pool_a), _unwrap_if_dead(pool_b)
-        weight = None if weight is None else _unwrap_if_dead(weight)
-        bias = None if bias is None else _unwrap_if_dead(bias)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    differentiable = (flat, weight, bias, pool_a, pool_b, handle_a, handle_b)
-    rest = (index_a, index_b, scale, dropout, seed)
-    if not hidden and transforms_active():
-        return MoSLinearTransformed.apply(*differentiable, *rest)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        if hidden:
-            return apply(_MoSLinear, *differentiable, *rest, True)
-        return _MoSLinear.apply(*differentiable, *rest, hidden)
-    return mos_linear_forward(flat, weight, bias, pool_a, pool_b, *rest, hidden)[0]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import functional
 from .config import MoSConfig
-from .functional import accumulate, fused
 from .merging import Lost, add, subtract, version
-from .ops.autograd import autocast, transforms_active, unseen
+from .ops.branch import Branch
 from .ops.checks import check_integer, has_values, why_not_native
+from .ops.watch import transforms_active, unseen
 from .planner import device_of, features_of, is_conv1d, is_sharded, why_opaque, why_opaque_weight
 from .pools import ShardPool
 
@@ -71,13 +72,7 @@ class AdaptedLayer:
 
         Base and first adapter are computed together.
         """
-        (operands, dropout), *others = self._operands(x, adapters, training, None)
-        # Under autocast x is cast once: every adapter keeps the same copy for its backward.
-        x, weight, bias = autocast(x, weight, bias)
-        y = fused(x, weight, bias, **operands, dropout=dropout)
-        for operands, dropout in others:
-            y = accumulate(y, x, **operands, dropout=dropout, in_place=True)
-        return y
+        return functional.linear(x, weight, bias, *self._branches(x, adapters, training, None))
 
     def add_to(
         self,
@@ -91,30 +86,24 @@ class AdaptedLayer:
     ) -> Tensor:
         """What ``base`` returns plus the low-rank products of ``adapters``. ``cause`` is why the base is called;
         ``fresh``, whether its result may be overwritten."""
-        todo = self._operands(x, adapters, training, cause)
-        y = base()
-        (x,) = autocast(x)
-        for operands, dropout in todo:
-            y = accumulate(y, x, **operands, dropout=dropout, in_place=fresh)
-        return y
+        branches = self._branches(x, adapters, training, cause)
+        return functional.add(base(), x, *branches, in_place=fresh)
 
-    def _operands(
+    def _branches(
         self, x: Tensor, adapters: Sequence[tuple[ShardPool, int]], training: bool, cause: str | None
-    ) -> list[tuple[dict[str, Any], float]]:
-        """What the operators need for each adapter, and its dropout. The call is counted."""
-        todo = []
-        for pool, layer in adapters:
-            operands = pool(layer)
-            if pool._forward_hooks and operands["pool_a"].untyped_storage().nbytes() == 0 < operands["pool_a"].numel():
+    ) -> list[Branch]:
+        """What each adapter adds to the base. The call is counted."""
+        branches = [pool(layer, training) for pool, layer in adapters]
+        for (pool, _), branch in zip(adapters, branches, strict=True):
+            if pool._forward_hooks and branch.pool_a.untyped_storage().nbytes() == 0 < branch.pool_a.numel():
                 raise RuntimeError(
                     "a pool must be whole until its layers are done, got one that was freed after it was called: "
                     "fully_shard(pool, reshard_after_forward=False), or leave the pools to the root"
                 )
-            todo.append((operands, pool.config.dropout if training else 0.0))
         if not torch.compiler.is_compiling():
-            slow = _why_slow(x, todo, adapters)
+            slow = _why_slow(x, branches, adapters)
             self.count(slow or cause or FUSED, level=logging.WARNING if slow else logging.INFO)
-        return todo
+        return branches
 
     def path(self) -> str:
         """The way that a call takes now, on the base's device, outside of tracing and transforms."""
@@ -237,9 +226,7 @@ def is_fresh(base: nn.Module) -> bool:
 _why_not_native = cache(why_not_native)  # what was built and which GPU there is does not change
 
 
-def _why_slow(
-    x: Tensor, todo: Sequence[tuple[dict[str, Any], float]], adapters: Sequence[tuple[ShardPool, int]]
-) -> str | None:
+def _why_slow(x: Tensor, branches: Sequence[Branch], adapters: Sequence[tuple[ShardPool, int]]) -> str | None:
     """What keeps a call from native kernels, from writing in place or from one gradient per pool and step; or None."""
     if (cause := _why_not_native("low_rank", x.device.type)) is not None:
         return cause
@@ -248,11 +235,11 @@ def _why_slow(
             return "torch.func transforms or forward-mode differentiation are active"
         return "a TorchDispatchMode is active (selective checkpointing, say): no result is written to twice"
     if torch.is_grad_enabled():
-        for (operands, _), (pool, _) in zip(todo, adapters, strict=True):
+        for branch, (pool, _) in zip(branches, adapters, strict=True):
             if pool.num_layers == 1:
                 continue
-            without = [side for side in "ab" if operands[f"handle_{side}"] is None]
-            if without and any(getattr(pool, f"shards_{side}").requires_grad for side in without):
+            dense = branch.handle_a is None and pool.shards_a.requires_grad
+            if dense or (branch.handle_b is None and pool.shards_b.requires_grad):
                 return "pools were replaced by other tensors (functional_call, FSDP1): a dense gradient per layer"
     return None
 

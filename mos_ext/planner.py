@@ -444,9 +444,9 @@ def plan(model: nn.Module, config: MoSConfig) -> tuple[MoSConfig, list[LinearTyp
 
 
 def type_keys(names: Sequence[str]) -> list[str]:
-    """One identifier per name of a linear type, for state_dict keys that every tool can handle:
+    """One identifier per name of a linear type, for state_dict keys that every tool can handle.
 
-    ``model_layers_self_attn_q_proj_4096_4096``.
+    ``model_layers_self_attn_q_proj_4096_4096``, say.
     """
     keys: list[str] = []
     for name in names:

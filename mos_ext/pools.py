@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from . import reference
 from .config import MoSConfig
 from .merging import version
-from .ops.autograd import without_autocast
+from .ops.branch import Branch, Recipe
 from .ops.checks import check_integer, check_number
 from .ops.handles import Stash, factor_handles, run_last
+from .ops.watch import without_autocast
 from .planner import LinearType, shape_of, whole
 from .routing import IndexTables, check_ranks, draw_tables, origin
 
@@ -45,8 +46,8 @@ class _Side(NamedTuple):
 class ShardPool(nn.Module):
     """The A-pool and the B-pool that the L layers of one linear type share, with the index tables of all of them.
 
-    A layer *calls* the pool, ``pool(layer)``, for what it needs of it: whatever sits on modules (offloading, casting,
-    sharding, profilers) works on a pool as on any other.
+    A layer *calls* the pool, ``pool(layer, training)``, for what it needs of it: whatever sits on modules (offloading,
+    casting, sharding, profilers) works on a pool as on any other.
 
     Args:
         config: ranks, sharding and pool dtype.
@@ -200,8 +201,8 @@ class ShardPool(nn.Module):
     def _table(self, tables: Tensor, layer: int) -> Tensor:
         return tables[layer, tables.shape[1] - self.ranks[layer] :]  # the last r rows: private ranks come last
 
-    def forward(self, layer: int) -> dict[str, Any]:
-        """What the fused operators need of this pool to compute a layer, gradient handles included."""
+    def forward(self, layer: int, training: bool) -> Branch:
+        """What a layer adds to its base, gradient handles included; in ``training`` with dropout."""
         inside = self._inside_backward()
         # The only layer of a pool gives it its gradient itself, once a pass with handles has shown that nothing else
         # does: that saves a node, 10 us of a 64 x 64 layer's 84 on one core of an EPYC.
@@ -209,15 +210,8 @@ class ShardPool(nn.Module):
         direct = direct and not torch.compiler.is_compiling()
         pool_a, handle_a, index_a = self._operand("a", self.shards_a, layer, inside, direct)
         pool_b, handle_b, index_b = self._operand("b", self.shards_b, layer, inside, direct)
-        return {
-            "pool_a": pool_a,
-            "pool_b": pool_b,
-            "index_a": index_a,
-            "index_b": index_b,
-            "scale": self.scales[layer],
-            "handle_a": handle_a,
-            "handle_b": handle_b,
-        }
+        recipe = Recipe(index_a, index_b, self.scales[layer], self.config.dropout if training else 0.0)
+        return Branch(pool_a, pool_b, handle_a, handle_b, recipe)
 
     def _operand(
         self, side: str, pool: Tensor, layer: int, inside: bool, direct: bool

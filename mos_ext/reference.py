@@ -44,9 +44,9 @@ def scatter_add(grads: Sequence[Tensor], indices: Sequence[Tensor], num_shards: 
 
 
 def philox(seed: Tensor, column_group: Tensor, row: Tensor) -> list[Tensor]:
-    """Philox4x32-7 (Salmon et al., SC 2011) with counter (column_group, row_lo, row_hi, 0):
+    """Four words of 32 bits, in int64: Philox4x32-7 (Salmon et al., SC 2011).
 
-    four words of 32 bits, in int64.
+    The counter is (column_group, row_lo, row_hi, 0).
     """
     low = 0xFFFFFFFF
     c = [
@@ -107,7 +107,7 @@ def expand(s: Tensor, pool: Tensor, index: Tensor, scale: float, dtype: torch.dt
 
 
 def expand_backward(dy: Tensor, s: Tensor, pool: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`expand`:
+    """Gradients of :func:`expand`.
 
     dS = scale * dy F^T (T, r) and dF = scale * S^T dy (r, d), both in the accumulation dtype.
     """
@@ -119,7 +119,7 @@ def expand_backward(dy: Tensor, s: Tensor, pool: Tensor, index: Tensor, scale: f
 def shrink_backward(
     ds: Tensor, x: Tensor, pool: Tensor, index: Tensor, p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`shrink`:
+    """Gradients of :func:`shrink`.
 
     dx = dropout'(dS F) (T, d) in x's dtype and dF = dS^T dropout(x) (r, d) in the accumulation dtype.
     """
@@ -143,10 +143,7 @@ def low_rank(
 
 
 def delta_weight(pool_a: Tensor, index_a: Tensor, pool_b: Tensor, index_b: Tensor, scale: float) -> Tensor:
-    """The dense (out, in) matrix that an adapter adds to a weight:
-
-    scale * B A, in the accumulation dtype of the pools.
-    """
+    """scale * B A, the dense (out, in) matrix that an adapter adds to a weight, in the pools' accumulation dtype."""
     dtype = accumulate_dtype(pool_a.dtype)
     b = gather_concat(pool_b, index_b).to(dtype)
     return scale * (b.T @ gather_concat(pool_a, index_a).to(dtype))

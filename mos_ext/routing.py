@@ -46,9 +46,9 @@ def check_ranks(
     module: str = "the layer",
     linear_type: str = "",
 ) -> None:
-    """The rules that need a shape and a number of layers:
+    """ValueError where a rule that needs a shape and a number of layers is broken.
 
-    ValueError names a module and the nearest values that would do. ``r`` is the module's, None the configuration's.
+    It names a module and the nearest values that would do. ``r`` is the module's, None the configuration's.
     """
     l, r = config.shards_per_vector, config.r if r is None else r
     for side, features in (("in_features", in_features), ("out_features", out_features)):
@@ -164,9 +164,9 @@ def table_digest(tables: Mapping[str, IndexTables]) -> str:
 
 
 def check_tables(config: MoSConfig, tables: IndexTables, ranks: Sequence[int]) -> None:
-    """ValueError unless the tables could have come from this configuration (of any generator):
+    """ValueError unless the tables could have come from this configuration, of any generator.
 
-    shapes, ranges, no repetition, private ranks, pairing.
+    Shapes, ranges, no repetition, private ranks, pairing.
     """
     r, num_layers, p, l = max(ranks), len(ranks), config.private_rank, config.shards_per_vector
     n_public = config.num_public_shards(num_layers)

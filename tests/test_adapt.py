@@ -793,7 +793,7 @@ def test_threads_find_old_handles_or_new_ones():
     def forward():
         try:
             for k in range(layers):
-                pool(k)
+                pool(k, training=True)
         except Exception as error:
             failures.append(error)
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from mos_ext import MoSConfig, MoSLinear, reference
 from mos_ext.functional import gather_concat, mos_linear
-from mos_ext.ops import autograd, checks
+from mos_ext.ops import checks, watch
 from mos_ext.testing import assert_error_ratio, check_case, random_case
 
 
@@ -31,10 +31,10 @@ def test_tf32_follows_the_switches_of_torch():
     try:
         for precision, expected in (("tf32", True), ("ieee", False)):
             matmul.fp32_precision = precision
-            assert autograd.tf32(on_cuda) is expected
-            assert autograd.tf32(on_cpu) is False
-            assert autograd.tf32(SimpleNamespace(dtype=torch.float64, device=torch.device("cuda"))) is False
-            compiled = torch.compile(lambda x: x + autograd._tf32_allowed(), fullgraph=True, backend="eager")
+            assert watch.tf32(on_cuda) is expected
+            assert watch.tf32(on_cpu) is False
+            assert watch.tf32(SimpleNamespace(dtype=torch.float64, device=torch.device("cuda"))) is False
+            compiled = torch.compile(lambda x: x + watch._tf32_allowed(), fullgraph=True, backend="eager")
             assert compiled(on_cpu).item() == expected
             torch.compiler.reset()
     finally:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mos_ext.functional import fused
+from mos_ext.functional import linear
 from mos_ext.ops import loader
+from mos_ext.ops.branch import Branch, Recipe
 from mos_ext.ops.checks import why_not_native
 from mos_ext.ops.schema import OPERATORS
 from mos_ext.testing import check_case, random_case
@@ -33,7 +34,8 @@ if "cuda" in devices:
         weight = torch.empty(96, 64, dtype=torch.bfloat16, device="cuda")
         pool_a, pool_b = (torch.empty(20, features // 4, device="cuda") for features in (64, 96))
         index_a, index_b = (torch.empty(8, 4, dtype=torch.int32, device="cuda") for _ in range(2))
-        y = fused(x, weight, weight[:, 0], pool_a, pool_b, index_a, index_b, 0.5, dropout=0.1)
+        recipe = Recipe(index_a, index_b, 0.5, dropout=0.1)
+        y = linear(x, weight, weight[:, 0], Branch(pool_a, pool_b, None, None, recipe))
         assert (y.shape, y.dtype, y.device.type) == ((7, 96), torch.bfloat16, "cuda")
         s = torch.empty(7, 8, device="cuda")
         seed = torch.empty(1, dtype=torch.int64, device="cuda")

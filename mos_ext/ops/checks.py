@@ -1,7 +1,4 @@
-"""What operators may be given, and who computes them:
-
-each rule once, as an error that names argument, rule and value.
-"""
+"""What operators may be given, and who computes them: each rule once, as an error that names argument, rule, value."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import loader
+from .branch import Branch
 from .schema import NAMESPACE
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +101,7 @@ def _is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, pool_a: Tensor, pool_b: Tensor) -> None:
+def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch) -> None:
     """x (..., in) of a float dtype; weight and bias of the same; pools float32 or of the same; all on one device."""
     check_float("x", x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -118,29 +116,29 @@ def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, pool_a: Ten
             raise ValueError(f"x must be on the device of the {name}, {base.device}, got {device}")
         if base.dtype != dtype:
             raise TypeError(f"x must have the dtype of the {name}, {base.dtype}, got {dtype}")
-    _check_pools(x, pool_a, pool_b)
+    _check_pools(x, branch)
 
 
-def _check_pools(x: Tensor, pool_a: Tensor, pool_b: Tensor) -> None:
+def _check_pools(x: Tensor, branch: Branch) -> None:
     device, dtypes = x.device, (torch.float32, x.dtype)
-    for pool in (pool_a, pool_b):
+    for pool in (branch.pool_a, branch.pool_b):
         if pool.device != device:
             raise ValueError(f"x must be on the device of the pool, {pool.device}, got {device}")
         if pool.dtype not in dtypes:
             raise TypeError(f"pool (pool_dtype) must be float32 or have the dtype of x, {x.dtype}, got {pool.dtype}")
 
 
-def check_branch(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, index_a: Tensor, index_b: Tensor) -> None:
+def check_added(x: Tensor, y: Tensor, branch: Branch) -> None:
     """x (..., in) and what a base made of it, y (..., out), fit each other and the pools."""
     check_float("the output of the base layer", y)
-    features = pool_a.shape[1] * index_a.shape[1], pool_b.shape[1] * index_b.shape[1]
-    if x.dim() == 0 or x.shape[-1] != features[0]:
-        raise ValueError(f"x must have {features[0]} features in its last dimension, got the shape {tuple(x.shape)}")
-    if y.shape != (*x.shape[:-1], features[1]):
+    columns_of_x, columns_of_y = branch.features
+    if x.dim() == 0 or x.shape[-1] != columns_of_x:
+        raise ValueError(f"x must have {columns_of_x} features in its last dimension, got the shape {tuple(x.shape)}")
+    if y.shape != (*x.shape[:-1], columns_of_y):
         raise ValueError(
-            f"the output of the base layer must have the shape {(*x.shape[:-1], features[1])}, got {tuple(y.shape)}"
+            f"the output of the base layer must have the shape {(*x.shape[:-1], columns_of_y)}, got {tuple(y.shape)}"
         )
-    _check_pools(x, pool_a, pool_b)
+    _check_pools(x, branch)
 
 
 CUDA_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for (setup.py)

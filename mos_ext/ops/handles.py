@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import reference
-from .autograd import below_autograd, first_order, ops, unseen
+from .gradients import first_order, ops
+from .watch import below_autograd, unseen
 
 
 class _FactorHandles(torch.autograd.Function):

@@ -1,6 +1,6 @@
-"""Loads the native libraries, and keeps the reason when one is missing, stale or broken:
+"""Loads the native libraries, and keeps the reason when one is missing, stale or broken.
 
-importing mos_ext never fails for them.
+Importing mos_ext never fails for them.
 """
 
 from __future__ import annotations
@@ -123,10 +123,7 @@ _warn_of_failures()
 
 
 def cpu_instruction_set() -> str | None:
-    """The instruction set the CPU kernels run with here:
-
-    "avx512", "avx2" or "baseline"; ``None`` without the library.
-    """
+    """The instruction set the CPU kernels run with here, "avx512" say; ``None`` without the library."""
     library = libraries["_C"]
     if not library.loaded:
         return None

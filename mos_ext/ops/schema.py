@@ -211,8 +211,10 @@ _product(
 def _linear_backward(
     dy, s, x, weight, pool_a, index_a, pool_b, index_b, scale, p, seed, of_pools
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and the gradients of both factors; with ``of_pools`` those of both pools, (n, d/l), which are sums as well:
-    what ``scatter_add`` would make of the factors'."""
+    """dx, and the gradients of both factors, or with ``of_pools`` those of both pools.
+
+    The latter, (n, d/l), are sums as well: what ``scatter_add`` would make of the factors'.
+    """
     branch = (pool_a, index_a, pool_b, index_b, scale, p, seed)
     if _low_rank_first(x):
         dx, grad_a, grad_b = _low_rank_backward(dy, s, x, *branch)

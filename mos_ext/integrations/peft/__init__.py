@@ -1,4 +1,6 @@
-"""MoS as a PEFT method. Importing this module registers it::
+"""MoS as a PEFT method, which importing this module registers.
+
+::
 
     import mos_ext.integrations.peft as mos_peft
     model = peft.get_peft_model(model, mos_peft.MoSConfig(r=16, equivalent_rank=8, target_modules="all-linear"))

@@ -15,9 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
-from ...functional import accumulate
+from ...functional import add
 from ...linear import BASE_ALONE, AdaptedLayer, is_fresh, mark
-from ...ops.autograd import autocast
 from ...ops.checks import check_number
 from ...planner import device_of, features_of, is_conv1d, why_opaque
 from ...pools import ShardPool
@@ -236,12 +235,11 @@ class MoSLinear(nn.Module, MoSLayer):
         if not torch.compiler.is_compiling():
             self.count(MIXED, level=logging.INFO)
         y = self.base_layer(x, *args, **kwargs).clone()
-        (x,) = autocast(x)
         for name in dict.fromkeys(adapter_names):
             if name in self.mos_layer:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
                 pool, layer = self.adapter(name)
-                y[rows] = accumulate(y[rows], x[rows], **pool(layer))
+                y[rows] = add(y[rows], x[rows], pool(layer, training=False))
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
