@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from .ops import fused
-from .ops.branch import Branch, Recipe
+from .ops.branch import Branch, Groups, Recipe
 from .ops.checks import (
     check_activation,
     check_added,
     check_float,
+    check_groups,
     check_index,
     check_number,
+    check_pools,
     check_shape,
     check_tensor,
 )
 from .ops.watch import autocast, unseen
 
-__all__ = ["gather_concat", "mos_linear"]  # the rest is for layers, which have checked their tables
+__all__ = ["gather_concat", "grouped_low_rank", "mos_linear"]  # the rest is for layers, which have checked their tables
 
 
 def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
@@ -85,39 +87,113 @@ def mos_linear(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    tensors = {"x": x, "weight": weight, "pool_a": pool_a, "index_a": index_a, "pool_b": pool_b, "index_b": index_b}
-    tensors |= {} if bias is None else {"bias": bias}
-    tensors |= {} if seed is None else {"seed": seed}
-    for name, tensor in tensors.items():
-        check_tensor(name, tensor)
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-    check_float("x", x)
+    tensors = {"weight": weight, "pool_a": pool_a, "index_a": index_a, "pool_b": pool_b, "index_b": index_b}
+    _check_tensors(x, tensors, {"bias": bias, "seed": seed})
     check_float("weight", weight)
     check_shape("weight", weight, (None, None))
     out_features, in_features = weight.shape
     if bias is not None:
         check_shape("bias", bias, (out_features,))
+    check_shape("index_a", index_a, (None, None))
+    _check_factors(pool_a, index_a, in_features, pool_b, index_b, out_features)
+    _check_numbers(scale, dropout, seed)
+    recipe = Recipe(index_a, index_b, float(scale), dropout, seed)
+    return linear(x, weight, bias, Branch(pool_a, pool_b, None, None, recipe))
+
+
+def grouped_low_rank(
+    x: Tensor,
+    pool_a: Tensor,
+    index_a: Tensor,
+    pool_b: Tensor,
+    index_b: Tensor,
+    scale: float,
+    ends: Tensor,
+    *,
+    rows: Tensor | None = None,
+    ranks: Tensor | None = None,
+    scales: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """``scale * (dropout(x) A^T) B^T`` where rows are sorted by group and every group has A and B of its own.
+
+    Groups are the experts of a layer, or the adapters that the sequences of a batch use. Nothing of ``ends``, ``rows``,
+    ``ranks`` and ``scales`` is read on the host, so a CUDA graph replays with others. With ``MOS_EXT_DEBUG=1`` in the
+    environment they are read and checked at every call; without it, ends that decrease or exceed the rows give wrong
+    numbers, and nothing out of bounds is touched.
+
+    Args:
+        x: (T, in), float64, float32, bfloat16 or float16.
+        pool_a: (n_a, in/l), pool_b: (n_b, out/l), as of :func:`mos_linear`.
+        index_a, index_b: (G, r, l) int32, the tables of all groups.
+        scale: alpha / r.
+        ends: (G,) int32, where the rows of each group end, as torch's ``grouped_mm`` has it: group g has the rows from
+            ``ends[g - 1]`` (0 for the first) up to ``ends[g]``. Rows from the last end on belong to nobody.
+        rows: (P,) int32, the row of x and of the result at each place of the sorted order, each at most once, where
+            x is not sorted itself; ``ends`` counts places then.
+        ranks: (G,) int32, how many of its r rows a group's tables have; the rest is not computed.
+        scales: (G,) float32, each group's own factor of the scale.
+        dropout, seed: as of :func:`mos_linear`; the mask belongs to places.
+        batch_invariant: the result of a row is the same, to the bit, whichever and however many rows come along.
+
+    Returns:
+        (T, out) in x's dtype (autocast's under autocast), zeros for rows that belong to nobody. Differentiable in x and
+        both pools; bitwise deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    tensors = {"pool_a": pool_a, "index_a": index_a, "pool_b": pool_b, "index_b": index_b, "ends": ends}
+    _check_tensors(x, tensors, {"rows": rows, "ranks": ranks, "scales": scales, "seed": seed})
+    check_shape("x", x, (None, None))
+    check_shape("index_a", index_a, (None, None, None))
+    groups = Groups(ends, rows, ranks, scales, batch_invariant)
+    check_groups(groups, x.shape[0], index_a.shape[0], index_a.shape[1])
+    _check_factors(pool_a, index_a, x.shape[1], pool_b, index_b, None)
+    _check_numbers(scale, dropout, seed)
+    (x,) = autocast(x)
+    recipe = Recipe(index_a, index_b, float(scale), dropout, seed, groups)
+    branch = Branch(pool_a, pool_b, None, None, recipe)
+    check_pools(x, branch)
+    return fused.linear(x, None, None, branch)
+
+
+def _check_tensors(x: Tensor, tensors: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
+    check_tensor("x", x)
+    check_float("x", x)
+    for name, tensor in (*tensors.items(), *((n, t) for n, t in optional.items() if t is not None)):
+        check_tensor(name, tensor)
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def _check_factors(
+    pool_a: Tensor, index_a: Tensor, in_features: int, pool_b: Tensor, index_b: Tensor, out_features: int | None
+) -> None:
+    """Pools and tables of both sides; ``index_a`` has its number of dimensions. None is any number of features."""
     for side, pool, index, features in (("a", pool_a, index_a, in_features), ("b", pool_b, index_b, out_features)):
         check_float(f"pool_{side}", pool)
         check_shape(f"pool_{side}", pool, (None, None))
         check_index(f"index_{side}", index, pool.shape[0])
-        check_shape(f"index_{side}", index, (index_a.shape[0], index_a.shape[1]))
-        if index.shape[1] * pool.shape[1] != features:
+        check_shape(f"index_{side}", index, tuple(index_a.shape))
+        if features is not None and index.shape[-1] * pool.shape[1] != features:
             raise ValueError(
-                f"pool_{side} must have shards of {features}/{index.shape[1]} elements, got the "
+                f"pool_{side} must have shards of {features}/{index.shape[-1]} elements, got the "
                 f"shape {tuple(pool.shape)}"
             )
-    if not 1 <= index_a.shape[0] <= 256:
-        raise ValueError(f"index_a must have 1 to 256 rows, the rank, got {index_a.shape[0]}")
+    if not 1 <= index_a.shape[-2] <= 256:
+        raise ValueError(f"index_a must have 1 to 256 rows, the rank, got {index_a.shape[-2]}")
+
+
+def _check_numbers(scale: float, dropout: float, seed: Tensor | None) -> None:
     for name, value in (("scale", scale), ("dropout", dropout)):
         check_number(name, value)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
-    recipe = Recipe(index_a, index_b, float(scale), dropout, seed)
-    return linear(x, weight, bias, Branch(pool_a, pool_b, None, None, recipe))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch, *others: Branch) -> Tensor:

@@ -10,7 +10,7 @@ Source: Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -140,6 +140,85 @@ def low_rank(
 ) -> Tensor:
     """delta = scale * (dropout(x) A^T) B^T: (T, in) -> (T, out)."""
     return expand(shrink(x, pool_a, index_a, p, seed), pool_b, index_b, scale, x.dtype)
+
+
+def grouped_low_rank(
+    x: Tensor,
+    pool_a: Tensor,
+    index_a: Tensor,
+    pool_b: Tensor,
+    index_b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    ends: Tensor,
+    rows: Tensor | None = None,
+    ranks: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """delta (T, out) and S (P, r) of rows that are sorted by group, each group with factors of its own.
+
+    index_a and index_b are (G, r, l) here. Group g has the places from ends[g - 1] to ends[g]; place t is row rows[t]
+    of x and of delta, or row t. It uses the first ranks[g] rows of its tables, and scale * scales[g]. Rows that belong
+    to nobody, and columns of S beyond the rank, are zero. With one group this is ``low_rank``.
+    """
+    places = dropout(x if rows is None else x[rows.long()], p, seed)
+    delta = x.new_zeros(x.shape[0], index_b.shape[-1] * pool_b.shape[1])
+    s = places.new_zeros(places.shape[0], index_a.shape[-2], dtype=accumulate_dtype(x.dtype))
+    for g, where, own, r, factor in _groups(places.shape[0], index_a.shape[-2], ends, rows, ranks, scales):
+        s[where, :r] = shrink(places[where], pool_a, index_a[g, :r])
+        delta[own] = expand(s[where, :r], pool_b, index_b[g, :r], scale * factor, x.dtype)
+    return delta, s
+
+
+def grouped_low_rank_backward(
+    dy: Tensor,
+    s: Tensor,
+    x: Tensor,
+    pool_a: Tensor,
+    index_a: Tensor,
+    pool_b: Tensor,
+    index_b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    ends: Tensor,
+    rows: Tensor | None = None,
+    ranks: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`grouped_low_rank`.
+
+    dx (T, in) in x's dtype, those of the factors (G, r, in) and (G, r, out) in the accumulation dtype.
+    """
+    places = dropout(x if rows is None else x[rows.long()], p, seed)
+    dx_places, dx = torch.zeros_like(places), torch.zeros_like(x)
+    grad_a = s.new_zeros(*index_a.shape[:-1], x.shape[1])
+    grad_b = s.new_zeros(*index_b.shape[:-1], dy.shape[1])
+    for g, where, own, r, factor in _groups(places.shape[0], index_a.shape[-2], ends, rows, ranks, scales):
+        ds, grad_b[g, :r] = expand_backward(dy[own], s[where, :r], pool_b, index_b[g, :r], scale * factor)
+        dx_places[where], grad_a[g, :r] = shrink_backward(ds, places[where], pool_a, index_a[g, :r])
+    dx[slice(None) if rows is None else rows.long()] = dropout(dx_places, p, seed)
+    return dx, grad_a, grad_b
+
+
+def _groups(
+    places: int, r: int, ends: Tensor, rows: Tensor | None, ranks: Tensor | None, scales: Tensor | None
+) -> Iterator[tuple[int, slice, slice | Tensor, int, float]]:
+    """Of every group that has rows: its number, places, rows of x, rank and factor of the scale.
+
+    Ends beyond the places are cut off, those below the one before make an empty group.
+    """
+    begin = 0
+    for g, end in enumerate(ends.tolist()):
+        where = slice(max(begin, 0), min(end, places))
+        begin = end
+        if where.start < where.stop:
+            own = where if rows is None else rows[where].long()
+            rank = r if ranks is None else min(max(int(ranks[g]), 0), r)
+            yield g, where, own, rank, 1.0 if scales is None else float(scales[g])
 
 
 def delta_weight(pool_a: Tensor, index_a: Tensor, pool_b: Tensor, index_b: Tensor, scale: float) -> Tensor:

@@ -170,6 +170,11 @@ def arguments_of(name, device, dtype=torch.float32):
     s = reference.shrink(x, pool, index)
     seed = torch.tensor([3], device=device)
     factor = torch.randn(3, 12, device=device, dtype=s.dtype)
+    tables = torch.stack((index, index.flip(0), index.flip(1)))
+    ends, ranks = (torch.tensor(t, dtype=torch.int32, device=device) for t in ((2, 2, 4), (3, 3, 2)))
+    rows = torch.tensor([3, 0, 4, 1, 2], dtype=torch.int32, device=device)
+    scales = torch.tensor([1.0, 2.0, 0.5], device=device)
+    groups = (pool, tables, pool, tables, 0.5, 0.2, seed, ends, rows, ranks, scales, True)
     return {
         "gather_concat": (pool, index),
         "scatter_add": ([factor, factor], [index, index], 12),
@@ -181,6 +186,10 @@ def arguments_of(name, device, dtype=torch.float32):
         "low_rank_": (x.clone(), x, pool, index, pool, index, 0.5, 0.2, seed),
         "low_rank_backward": (x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
         "low_rank_backward_": (x.clone(), x, s, x, pool, index, pool, index, 0.5, 0.2, seed),
+        "grouped_low_rank": (x, *groups),
+        "grouped_low_rank_": (x.clone(), x, *groups),
+        "grouped_low_rank_backward": (x, s, x, *groups),
+        "grouped_low_rank_backward_": (x.clone(), x, s, x, *groups),
         "linear": (x, case.weight, case.bias, pool, index, pool, index, 0.5, 0.2, seed),
         "linear_backward": (x, s, x, case.weight, pool, index, pool, index, 0.5, 0.2, seed, True),
     }[name]

@@ -3,7 +3,7 @@
 // first call. Bump it together with INTERFACE in mos_ext/ops/schema.py, whenever a schema changes.
 #pragma once
 
-#define MOS_EXT_INTERFACE "mos_ext interface 3."
+#define MOS_EXT_INTERFACE "mos_ext interface 4."
 
 // What a library implements: every operator of schema.py, each with a function of its namespace.
 #define MOS_EXT_IMPLEMENT_OPERATORS(m)                                    \

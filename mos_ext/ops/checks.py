@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import loader
-from .branch import Branch
+from .branch import Branch, Groups
 from .schema import NAMESPACE
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -116,10 +117,11 @@ def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Bra
             raise ValueError(f"x must be on the device of the {name}, {base.device}, got {device}")
         if base.dtype != dtype:
             raise TypeError(f"x must have the dtype of the {name}, {base.dtype}, got {dtype}")
-    _check_pools(x, branch)
+    check_pools(x, branch)
 
 
-def _check_pools(x: Tensor, branch: Branch) -> None:
+def check_pools(x: Tensor, branch: Branch) -> None:
+    """Pools are float32, or of x's dtype, and where x is."""
     device, dtypes = x.device, (torch.float32, x.dtype)
     for pool in (branch.pool_a, branch.pool_b):
         if pool.device != device:
@@ -138,7 +140,45 @@ def check_added(x: Tensor, y: Tensor, branch: Branch) -> None:
         raise ValueError(
             f"the output of the base layer must have the shape {(*x.shape[:-1], columns_of_y)}, got {tuple(y.shape)}"
         )
-    _check_pools(x, branch)
+    check_pools(x, branch)
+
+
+# Whether values of groups are read and checked at every call, which waits for the GPU; see `check_groups`.
+DEBUG = os.environ.get("MOS_EXT_DEBUG", "") not in ("", "0")
+
+
+def check_groups(groups: Groups, num_rows: int, num_groups: int, r: int) -> None:
+    """Shapes and dtypes of what says which row belongs to which group; values too with ``MOS_EXT_DEBUG=1``."""
+    ends, rows, ranks, scales, _ = groups
+    of_groups = (("ends", ends, torch.int32), ("ranks", ranks, torch.int32), ("scales", scales, torch.float32))
+    for name, tensor, dtype in of_groups:
+        if tensor is not None:
+            check_shape(name, tensor, (num_groups,))
+            _check_dtype(name, tensor, dtype)
+    if rows is not None:
+        check_shape("rows", rows, (None,))
+        _check_dtype("rows", rows, torch.int32)
+    if not DEBUG or torch.compiler.is_compiling() or not has_values(ends) or _is_capturing(ends.device):
+        return
+    places, previous = num_rows if rows is None else rows.shape[0], 0
+    for g, end in enumerate(ends.tolist()):
+        if not previous <= end <= places:
+            raise ValueError(f"ends[{g}] must be in [{previous}, {places}], got {end}")
+        previous = end
+    if rows is not None and rows.numel():
+        low, high, different = int(rows.min()), int(rows.max()), rows.unique().numel()
+        if low < 0 or high >= num_rows:
+            raise ValueError(f"rows must be in [0, {num_rows}), got {low if low < 0 else high}")
+        if different < rows.numel():
+            raise ValueError(f"rows must be different, got {rows.numel()} of {different} values")
+    for g, rank in enumerate([] if ranks is None else ranks.tolist()):
+        if not 0 <= rank <= r:
+            raise ValueError(f"ranks[{g}] must be in [0, {r}], got {rank}")
+
+
+def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
 
 
 CUDA_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for (setup.py)

@@ -37,24 +37,32 @@ def _shrink_backward(ds: Shape, x: Shape, pool: Shape, index: Shape, *_, **__) -
     return 2 * _product(x[0], pool, index)
 
 
-def _both(x: Shape, pool_a: Shape, index_a: Shape, pool_b: Shape, index_b: Shape, *_, **__) -> int:
-    return _product(x[0], pool_a, index_a) + _product(x[0], pool_b, index_b)
+def _both(x: Shape, pool_a: Shape, index_a: Shape, pool_b: Shape, index_b: Shape, *rest, **__) -> int:
+    # (Where rows are in groups, a counter sees no ends and no ranks: every place counts, at the full rank.)
+    rows = rest[4] if len(rest) > 4 else None
+    places = x[0] if rows is None else rows[0]
+    return _product(places, pool_a, index_a[-2:]) + _product(places, pool_b, index_b[-2:])
 
 
-register_flop_formula(ops.low_rank)(_both)
+@register_flop_formula(ops.low_rank)
+def _low_rank(x: Shape, *operands, **_) -> int:
+    return _both(x, *operands[:4])
 
 
-@register_flop_formula(ops.low_rank_)
+register_flop_formula(ops.grouped_low_rank)(_both)
+
+
+@register_flop_formula([ops.low_rank_, ops.grouped_low_rank_])
 def _low_rank_(y: Shape, *operands, **_) -> int:
     return _both(*operands)
 
 
-@register_flop_formula(ops.low_rank_backward)
+@register_flop_formula([ops.low_rank_backward, ops.grouped_low_rank_backward])
 def _low_rank_backward(dy: Shape, s: Shape, *operands, **_) -> int:
     return 2 * _both(*operands)
 
 
-@register_flop_formula(ops.low_rank_backward_)
+@register_flop_formula([ops.low_rank_backward_, ops.grouped_low_rank_backward_])
 def _low_rank_backward_(dx: Shape, dy: Shape, s: Shape, *operands, **_) -> int:
     return 2 * _both(*operands)
 

@@ -73,24 +73,26 @@ def _seeded(branch: Branch, x: Tensor) -> Branch:
 
 def _operands(pool_a: Tensor, pool_b: Tensor, recipe: Recipe) -> tuple:
     """What every operator of both factors is given last."""
-    index_a, index_b, scale, dropout, seed = recipe
-    return pool_a, index_a, pool_b, index_b, scale, dropout, seed
+    index_a, index_b, scale, dropout, seed, groups = recipe
+    return pool_a, index_a, pool_b, index_b, scale, dropout, seed, *(groups or ())
 
 
 def _forward(x, weight, bias, pool_a, pool_b, recipe: Recipe, hidden: bool) -> tuple[Tensor, Tensor]:
     """y (T, out) and what backward needs of the forward pass, S (T, r)."""
-    index_a, index_b, *rest = recipe
-    factors = (pool_a, index_a, pool_b, index_b)
+    operands = _operands(pool_a, pool_b, recipe)
     with below_autograd(hidden):
+        if recipe.groups is not None:
+            return ops.grouped_low_rank(x, *operands, tf32=tf32(x))
         if weight is None:
-            return ops.low_rank(x, *factors, None, *rest, tf32=tf32(x))
+            return ops.low_rank(x, *operands[:4], None, *operands[4:], tf32=tf32(x))
         product = _linear_apart if not hidden and watched() else ops.linear
-        return product(x, weight, bias, *factors, *rest, tf32=tf32(x))
+        return product(x, weight, bias, *operands, tf32=tf32(x))
 
 
 def _low_rank_(y: Tensor, x: Tensor, pool_a: Tensor, pool_b: Tensor, recipe: Recipe) -> Tensor:
     """S (T, r); y += the branch."""
-    return ops.low_rank_(y.view(-1, y.shape[-1]), x, *_operands(pool_a, pool_b, recipe), tf32=tf32(x))
+    product = ops.low_rank_ if recipe.groups is None else ops.grouped_low_rank_
+    return product(y.view(-1, y.shape[-1]), x, *_operands(pool_a, pool_b, recipe), tf32=tf32(x))
 
 
 def _linear_apart(x, weight, bias, *branch, tf32: bool) -> tuple[Tensor, Tensor]:
@@ -117,6 +119,11 @@ for _mode in create_selective_checkpoint_contexts([]):
 # ------------------------------------------------------------------------------------------------ backward
 
 
+def _of_pool(grad: Tensor, index: Tensor, pool: Tensor) -> Tensor:
+    """The gradient of a pool, of that of a factor or of those of groups, (G, r, d)."""
+    return ops.scatter_add([grad.reshape(-1, grad.shape[-1])], [index.reshape(-1, index.shape[-1])], pool.shape[0])
+
+
 def _gradients(needs, recipe: Recipe, dy, x, weight, s, pool_a, pool_b) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, bias, pool_a, pool_b, handle_a, handle_b), None for those that nobody needs."""
     if not torch.compiler.is_compiling() and autocast_dtype(dy) is not None:
@@ -124,20 +131,22 @@ def _gradients(needs, recipe: Recipe, dy, x, weight, s, pool_a, pool_b) -> tuple
         with without_autocast(dy):
             return _gradients(needs, recipe, dy, x, weight, s, pool_a, pool_b)
     need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
-    branch = _operands(pool_a, pool_b, recipe)
+    operands = _operands(pool_a, pool_b, recipe)
     hidden, scattered = unseen(), False
     with below_autograd(hidden):
-        if not need_x or weight is None:
-            dx, grad_a, grad_b = ops.low_rank_backward(dy, s, x, *branch, tf32=tf32(x))
+        if recipe.groups is not None:
+            dx, grad_a, grad_b = ops.grouped_low_rank_backward(dy, s, x, *operands, tf32=tf32(x))
+        elif not need_x or weight is None:
+            dx, grad_a, grad_b = ops.low_rank_backward(dy, s, x, *operands, tf32=tf32(x))
         elif not hidden and watched():
             dx = dy @ weight
-            grad_a, grad_b = ops.low_rank_backward_(dx, dy, s, x, *branch, tf32=tf32(x))
+            grad_a, grad_b = ops.low_rank_backward_(dx, dy, s, x, *operands, tf32=tf32(x))
         else:
             scattered = need_pool_a and need_pool_b
-            dx, grad_a, grad_b = ops.linear_backward(dy, s, x, weight, *branch, scattered, tf32=tf32(x))
+            dx, grad_a, grad_b = ops.linear_backward(dy, s, x, weight, *operands, scattered, tf32=tf32(x))
         if not scattered:  # the factors one by one, so that not all four are there at once
-            grad_a = ops.scatter_add([grad_a], [recipe.index_a], pool_a.shape[0]) if need_pool_a else grad_a
-            grad_b = ops.scatter_add([grad_b], [recipe.index_b], pool_b.shape[0]) if need_pool_b else grad_b
+            grad_a = _of_pool(grad_a, recipe.index_a, pool_a) if need_pool_a else grad_a
+            grad_b = _of_pool(grad_b, recipe.index_b, pool_b) if need_pool_b else grad_b
         return (
             dx if need_x else None,
             dy.T @ x if need_weight else None,

@@ -107,6 +107,8 @@ for _name, _setup, _backward in (
     ("expand_backward", _no_setup, no_derivative),
     ("low_rank", _no_setup, no_derivative),
     ("low_rank_backward", _no_setup, no_derivative),
+    ("grouped_low_rank", _no_setup, no_derivative),
+    ("grouped_low_rank_backward", _no_setup, no_derivative),
     ("linear", _no_setup, no_derivative),
     ("linear_backward", _no_setup, no_derivative),
 ):
@@ -127,5 +129,5 @@ def _in_place(name: str) -> None:
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-for _name in ("low_rank_", "low_rank_backward_"):
+for _name in ("low_rank_", "low_rank_backward_", "grouped_low_rank_", "grouped_low_rank_backward_"):
     _in_place(_name)

@@ -41,7 +41,7 @@ class _FactorHandles(torch.autograd.Function):
         handles = []
         for (_, width), tables, _, pool in each:
             origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
-            handles += [origin.expand(i.shape[0], i.shape[1] * width) for i in tables]
+            handles += [origin.expand(*i.shape[:-1], i.shape[-1] * width) for i in tables]
         return tuple(handles)
 
     @staticmethod
@@ -53,8 +53,8 @@ class _FactorHandles(torch.autograd.Function):
                 used, tables = [], []
                 for index in indices:
                     if (grad := next(of_layers)) is not None:
-                        used.append(grad)
-                        tables.append(index)
+                        used.append(grad.reshape(-1, grad.shape[-1]))
+                        tables.append(index.reshape(-1, index.shape[-1]))
                 pool_grad = None
                 if used:
                     pool_grad = ops.scatter_add(used, tables, num_shards)

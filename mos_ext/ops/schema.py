@@ -7,7 +7,8 @@ knows a module or a configuration.
 All activations are matrices: ``x``, ``dx`` (T, in); ``y``, ``dy`` (T, out); ``s``, ``ds`` (T, r) in the accumulation
 dtype. ``pool`` (n, d/l) is float32 or of the activations' dtype; ``index`` (r, l) is int32 and in range. ``seed`` is
 one int64 on the device of x. ``tf32`` lets CUDA kernels round float32 operands to TF32; the defaults go through ATen,
-which follows torch's own switch.
+which follows torch's own switch. Where rows are in groups (``branch.Groups``), tables are (G, r, l), gradients of
+factors (G, r, d), and ``s`` and ``ds`` have a row per place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .. import reference
 NAMESPACE = "mos_ext"
 # Bumped with every change of a schema; a library built for another number is refused (loader.py,
 # csrc/common/interface.h).
-INTERFACE = 3
+INTERFACE = 4
 
 library = torch.library.Library(NAMESPACE, "DEF")
 OPERATORS: list[str] = []  # the names of all of them
@@ -66,7 +67,7 @@ def _product(schema: str, default, fake) -> None:
 
 
 def _factor(s: Tensor, pool: Tensor, index: Tensor) -> Tensor:
-    return s.new_empty(index.shape[0], index.shape[1] * pool.shape[1])
+    return s.new_empty(*index.shape[:-1], index.shape[-1] * pool.shape[1])
 
 
 _product(
@@ -164,6 +165,83 @@ _product(
     " -> (Tensor, Tensor)",
     _low_rank_backward_,
     lambda dx, dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed: (
+        _factor(s, pool_a, index_a),
+        _factor(s, pool_b, index_b),
+    ),
+)
+
+# ------------------------------------------------------------------------------------------------ in groups of rows
+
+# The same where rows are sorted by group and every group has factors of its own. The four above are the case of one
+# group, and share every kernel with these.
+
+_GROUPS = "Tensor ends, Tensor? rows, Tensor? ranks, Tensor? scales, bool invariant"
+
+
+def _grouped_low_rank(x, *operands) -> tuple[Tensor, Tensor]:
+    """The branch (T, out), zeros for rows that belong to nobody, and S."""
+    *branch, ends, rows, ranks, scales, _ = operands  # (plain PyTorch computes group by group in any case)
+    return reference.grouped_low_rank(x, *branch, ends=ends, rows=rows, ranks=ranks, scales=scales)
+
+
+def _grouped_sums(x: Tensor, index: Tensor, rows: Tensor | None) -> Tensor:
+    return _sums(x, x.shape[0] if rows is None else rows.shape[0], index.shape[1])
+
+
+_product(
+    f"grouped_low_rank(Tensor x, {_FACTORS}, float scale, float p, Tensor? seed, {_GROUPS}) -> (Tensor, Tensor)",
+    _grouped_low_rank,
+    lambda x, pool_a, index_a, pool_b, index_b, scale, p, seed, ends, rows, *_: (
+        x.new_empty(x.shape[0], index_b.shape[2] * pool_b.shape[1]),
+        _grouped_sums(x, index_a, rows),
+    ),
+)
+
+
+def _grouped_low_rank_(y, *operands) -> Tensor:
+    """y += the branch; returns S."""
+    delta, s = _grouped_low_rank(*operands)
+    y += delta
+    return s
+
+
+_product(
+    f"grouped_low_rank_(Tensor(a!) y, Tensor x, {_FACTORS}, float scale, float p, Tensor? seed, {_GROUPS}) -> Tensor",
+    _grouped_low_rank_,
+    lambda y, x, pool_a, index_a, pool_b, index_b, scale, p, seed, ends, rows, *_: _grouped_sums(x, index_a, rows),
+)
+
+
+def _grouped_low_rank_backward(dy, s, x, *operands) -> tuple[Tensor, Tensor, Tensor]:
+    """dx of the branch, and the gradients of the factors of all groups."""
+    *branch, ends, rows, ranks, scales, _ = operands
+    return reference.grouped_low_rank_backward(dy, s, x, *branch, ends=ends, rows=rows, ranks=ranks, scales=scales)
+
+
+_product(
+    f"grouped_low_rank_backward(Tensor dy, Tensor s, Tensor x, {_FACTORS}, float scale, float p, Tensor? seed,"
+    f" {_GROUPS}) -> (Tensor, Tensor, Tensor)",
+    _grouped_low_rank_backward,
+    lambda dy, s, x, pool_a, index_a, pool_b, index_b, *_: (
+        x.new_empty(x.shape),
+        _factor(s, pool_a, index_a),
+        _factor(s, pool_b, index_b),
+    ),
+)
+
+
+def _grouped_low_rank_backward_(dx, *operands) -> tuple[Tensor, Tensor]:
+    """dx += that of the branch; returns the gradients of the factors of all groups."""
+    dx_low, factor_a, factor_b = _grouped_low_rank_backward(*operands)
+    dx += dx_low
+    return factor_a, factor_b
+
+
+_product(
+    f"grouped_low_rank_backward_(Tensor(a!) dx, Tensor dy, Tensor s, Tensor x, {_FACTORS}, float scale, float p,"
+    f" Tensor? seed, {_GROUPS}) -> (Tensor, Tensor)",
+    _grouped_low_rank_backward_,
+    lambda dx, dy, s, x, pool_a, index_a, pool_b, index_b, *_: (
         _factor(s, pool_a, index_a),
         _factor(s, pool_b, index_b),
     ),
