@@ -32,6 +32,21 @@ struct Factor {
   int64_t cols() const { return shards_per_vector * shard_size; }
 };
 
+// Rows that are sorted by group, each group with a factor of its own: group g has the places from ends[g - 1] (0 for
+// the first) to ends[g], cut off at 0 and at the number of places. Place t is row rows[t] of the activations, or row t.
+// The tables of all groups are (count, rank, shards_per_vector), one after the other: a Factor's `index` is the first's.
+struct Groups {
+  const int32_t* ends = nullptr;   // (count,); null where all rows share one factor
+  const int32_t* rows = nullptr;   // (places,) or null
+  const int32_t* ranks = nullptr;  // (count,), rows of its table that a group uses, or null: all
+  const float* scales = nullptr;   // (count,), what the scale is multiplied by, or null
+  int64_t count = 0;
+  int64_t places = 0;      // rows of S
+  bool invariant = false;  // sums of a row are cut by columns and rank alone
+
+  explicit operator bool() const { return ends != nullptr; }
+};
+
 // One module's share of a pool gradient: the gradient (rank, cols) of its factor, and the table it
 // was gathered with.
 struct FactorGradient {

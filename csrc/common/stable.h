@@ -92,17 +92,52 @@ inline Matrix output_matrix_of(const Tensor& t) {
   return view;
 }
 
-// The factor that index (rank, shards_per_vector) selects from pool; both must outlive it. Shapes
-// that could corrupt memory are refused here; everything a user can get wrong was refused in Python
-// before.
+// The factor that index (rank, shards_per_vector) selects from pool, or the first of those that (groups, rank,
+// shards_per_vector) do; both must outlive it. Shapes that could corrupt memory are refused here; everything a user can
+// get wrong was refused in Python before.
 inline Factor factor_of(const Tensor& pool, const Tensor& index) {
   STD_TORCH_CHECK(pool.dim() == 2 && pool.is_contiguous(), "pool must be a contiguous matrix");
-  STD_TORCH_CHECK(index.dim() == 2 && index.is_contiguous() && index.scalar_type() == ScalarType::Int,
-                  "index must be a contiguous int32 matrix");
+  const int64_t dim = index.dim();  // 3 where every group has a table
+  STD_TORCH_CHECK((dim == 2 || dim == 3) && index.is_contiguous() && index.scalar_type() == ScalarType::Int,
+                  "index must be a contiguous int32 matrix, or one for each group");
   return {pool.const_data_ptr(), dtype_of(pool), pool.size(0),
           pool.size(1),          pool.size(1),   static_cast<const int32_t*>(index.const_data_ptr()),
-          index.size(0),         index.size(1)};
+          index.size(dim - 2),   index.size(dim - 1)};
 }
+
+// The tensors behind a view of groups, contiguous, kept alive together with it. `rows_of_x` are the rows of activations.
+class GroupsArgument {
+ public:
+  GroupsArgument(int64_t rows_of_x, int64_t groups, const Tensor& ends, const std::optional<Tensor>& rows,
+                 const std::optional<Tensor>& ranks, const std::optional<Tensor>& scales, bool invariant)
+      : ends_(as_contiguous(ends)), rows_(contiguous(rows)), ranks_(contiguous(ranks)), scales_(contiguous(scales)) {
+    check("ends", ends_, ScalarType::Int, groups);
+    if (ranks_) check("ranks", *ranks_, ScalarType::Int, groups);
+    if (scales_) check("scales", *scales_, ScalarType::Float, groups);
+    if (rows_) check("rows", *rows_, ScalarType::Int, -1);
+    view.ends = static_cast<const int32_t*>(ends_.const_data_ptr());
+    view.rows = rows_ ? static_cast<const int32_t*>(rows_->const_data_ptr()) : nullptr;
+    view.ranks = ranks_ ? static_cast<const int32_t*>(ranks_->const_data_ptr()) : nullptr;
+    view.scales = scales_ ? static_cast<const float*>(scales_->const_data_ptr()) : nullptr;
+    view.count = groups;
+    view.places = rows_ ? rows_->size(0) : rows_of_x;
+    view.invariant = invariant;
+  }
+
+  Groups view;
+
+ private:
+  static std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+    return t.has_value() ? std::optional<Tensor>(as_contiguous(*t)) : std::nullopt;
+  }
+  static void check(const char* name, const Tensor& t, ScalarType type, int64_t size) {
+    STD_TORCH_CHECK(t.dim() == 1 && t.scalar_type() == type && (size < 0 || t.size(0) == size), name, " must be ",
+                    size < 0 ? "one for each place" : "one for each group", ", int32 (scales: float32)");
+  }
+
+  Tensor ends_;
+  std::optional<Tensor> rows_, ranks_, scales_;
+};
 
 // One module of a scatter_add; grad comes from rows_contiguous and both must outlive it.
 inline FactorGradient factor_gradient_of(const Tensor& grad, const Tensor& index, int64_t shard_size,
