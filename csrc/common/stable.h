@@ -92,14 +92,14 @@ inline Matrix output_matrix_of(const Tensor& t) {
   return view;
 }
 
-// The factor that index (rank, shards_per_vector) selects from pool, or the first of those that (groups, rank,
-// shards_per_vector) do; both must outlive it. Shapes that could corrupt memory are refused here; everything a user can
+// The factor that index (rank, shards_per_vector) selects from pool, or the first of those that a grouped one, (groups,
+// rank, shards_per_vector), does; both must outlive it. Shapes that could corrupt memory are refused here; everything a user can
 // get wrong was refused in Python before.
-inline Factor factor_of(const Tensor& pool, const Tensor& index) {
+inline Factor factor_of(const Tensor& pool, const Tensor& index, bool grouped = false) {
   STD_TORCH_CHECK(pool.dim() == 2 && pool.is_contiguous(), "pool must be a contiguous matrix");
-  const int64_t dim = index.dim();  // 3 where every group has a table
-  STD_TORCH_CHECK((dim == 2 || dim == 3) && index.is_contiguous() && index.scalar_type() == ScalarType::Int,
-                  "index must be a contiguous int32 matrix, or one for each group");
+  const int64_t dim = grouped ? 3 : 2;
+  STD_TORCH_CHECK(index.dim() == dim && index.is_contiguous() && index.scalar_type() == ScalarType::Int,
+                  "index must be a contiguous int32 matrix, one for each group where there are groups");
   return {pool.const_data_ptr(), dtype_of(pool), pool.size(0),
           pool.size(1),          pool.size(1),   static_cast<const int32_t*>(index.const_data_ptr()),
           index.size(dim - 2),   index.size(dim - 1)};
