@@ -20,8 +20,8 @@
   m.impl("linear", TORCH_BOX(&linear_op));                                \
   m.impl("linear_backward", TORCH_BOX(&linear_backward_op))
 
-#define MOS_EXT_IMPLEMENT_GROUPED_OPERATORS(m)                                            \
-  m.impl("grouped_low_rank", TORCH_BOX(&grouped_low_rank_op));                            \
-  m.impl("grouped_low_rank_", TORCH_BOX(&grouped_low_rank_inplace_op));                   \
-  m.impl("grouped_low_rank_backward", TORCH_BOX(&grouped_low_rank_backward_op));          \
+#define MOS_EXT_IMPLEMENT_GROUPED_OPERATORS(m)                                   \
+  m.impl("grouped_low_rank", TORCH_BOX(&grouped_low_rank_op));                   \
+  m.impl("grouped_low_rank_", TORCH_BOX(&grouped_low_rank_inplace_op));          \
+  m.impl("grouped_low_rank_backward", TORCH_BOX(&grouped_low_rank_backward_op)); \
   m.impl("grouped_low_rank_backward_", TORCH_BOX(&grouped_low_rank_backward_inplace_op))

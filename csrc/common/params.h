@@ -34,7 +34,8 @@ struct Factor {
 
 // Rows that are sorted by group, each group with a factor of its own: group g has the places from ends[g - 1] (0 for
 // the first) to ends[g], cut off at 0 and at the number of places. Place t is row rows[t] of the activations, or row t.
-// The tables of all groups are (count, rank, shards_per_vector), one after the other: a Factor's `index` is the first's.
+// The tables of all groups are (count, rank, shards_per_vector), one after the other: a Factor's `index` is the
+// first's.
 struct Groups {
   const int32_t* ends = nullptr;   // (count,); null where all rows share one factor
   const int32_t* rows = nullptr;   // (places,) or null

@@ -39,17 +39,28 @@ inline ScalarType accumulate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// An uninitialised matrix on the device of `like`. torch::stable::new_empty looks an operator up by name at every call,
+// An uninitialised tensor on the device of `like`. torch::stable::new_empty looks an operator up by name at every call,
 // which costs a small layer more than its products do.
-inline Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
-  const int64_t sizes[] = {rows, cols}, strides[] = {cols > 1 ? cols : 1, 1};
+inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                          ScalarType dtype) {
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   int32_t device_type;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, code, device_type, like.get_device_index(), &handle));
+      aoti_torch_empty_strided(dim, sizes, strides, code, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+inline Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {cols > 1 ? cols : 1, 1};
+  return new_strided(like, 2, sizes, strides, dtype);
+}
+
+// (groups, rows, cols).
+inline Tensor new_matrices(const Tensor& like, int64_t groups, int64_t rows, int64_t cols, ScalarType dtype) {
+  const int64_t sizes[] = {groups, rows, cols}, strides[] = {rows * cols, cols, 1};
+  return new_strided(like, 3, sizes, strides, dtype);
 }
 
 // Without a trip through the dispatcher where there is nothing to do.
@@ -93,19 +104,20 @@ inline Matrix output_matrix_of(const Tensor& t) {
 }
 
 // The factor that index (rank, shards_per_vector) selects from pool, or the first of those that a grouped one, (groups,
-// rank, shards_per_vector), does; both must outlive it. Shapes that could corrupt memory are refused here; everything a user can
-// get wrong was refused in Python before.
+// rank, shards_per_vector), does; both must outlive it. Shapes that could corrupt memory are refused here; everything a
+// user can get wrong was refused in Python before.
 inline Factor factor_of(const Tensor& pool, const Tensor& index, bool grouped = false) {
   STD_TORCH_CHECK(pool.dim() == 2 && pool.is_contiguous(), "pool must be a contiguous matrix");
   const int64_t dim = grouped ? 3 : 2;
   STD_TORCH_CHECK(index.dim() == dim && index.is_contiguous() && index.scalar_type() == ScalarType::Int,
                   "index must be a contiguous int32 matrix, one for each group where there are groups");
-  return {pool.const_data_ptr(), dtype_of(pool), pool.size(0),
-          pool.size(1),          pool.size(1),   static_cast<const int32_t*>(index.const_data_ptr()),
+  return {pool.const_data_ptr(), dtype_of(pool),     pool.size(0),
+          pool.size(1),          pool.size(1),       static_cast<const int32_t*>(index.const_data_ptr()),
           index.size(dim - 2),   index.size(dim - 1)};
 }
 
-// The tensors behind a view of groups, contiguous, kept alive together with it. `rows_of_x` are the rows of activations.
+// The tensors behind a view of groups, contiguous, kept alive together with it. `rows_of_x` are the rows of
+// activations.
 class GroupsArgument {
  public:
   GroupsArgument(int64_t rows_of_x, int64_t groups, const Tensor& ends, const std::optional<Tensor>& rows,

@@ -31,6 +31,10 @@ void scatter_add(const std::vector<FactorGradient>& modules, const Matrix& pool_
 // asked of it. T is in->rows (or out->rows), C is factor.cols(). s, projected and factor_grad are
 // contiguous and of the accumulation type of in/out (float, or double for double); in and out share
 // a dtype.
+//
+// Where rows are in groups, s and projected have a row per place, factor_grad is (groups, r, C), `factor` is that of
+// the first group, and what belongs to no group, or lies beyond a group's rank, becomes zero, or stays as it is in an
+// `out` that is accumulated into. groups.rows must be in range and different, ends may be anything.
 struct LowRankPass {
   Factor factor;
   Dropout dropout{0, 0};
@@ -42,9 +46,11 @@ struct LowRankPass {
   bool scatter = false;         // factor_grad is the pool's, (num_shards, shard_size): see `scatters`
   const Matrix* out = nullptr;  // null: not wanted
   bool accumulate = false;      // out += rather than out =
+  Groups groups{};
 
   // An empty matrix has no address, so presence is a pointer to the view and not the view's data.
   const Matrix& activations() const { return in ? *in : *out; }
+  int64_t places() const { return groups ? groups.places : activations().rows; }
 };
 
 void low_rank_pass(const LowRankPass& pass, const ParallelFor& parallel);

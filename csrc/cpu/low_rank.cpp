@@ -43,7 +43,8 @@ constexpr int64_t kSmallPass = 1 << 20, kPackRows = 16;
 
 struct Block {
   int64_t t0, t1, c0, c1;
-  bool accumulate;  // the block's factor gradient goes onto that of rows before t0
+  int64_t sum_stride;  // elements between rows of s
+  bool accumulate;     // the block's factor gradient goes onto that of rows before t0
 };
 
 // A factor gathered, converted and laid out for the inner loops: all its columns, once per pass.
@@ -256,106 +257,254 @@ std::vector<int32_t> uses_of_shards(const Factor& factor) {
   return uses;
 }
 
+// Rows that share a factor, one group's or all there are, and the blocks they are cut into. The grid depends on shapes
+// alone (and on ends), so the sums do too: bitwise equal runs, whatever the number of threads.
+template <class T>
+struct Share {
+  LowRankPass pass;  // with the factor, the scale and the gradient of the group
+  int64_t t0, t1;
+  int64_t block_rows, row_blocks;
+  int64_t rank_padded, words;  // of a column of the packed factor, of a row
+  char* packed = nullptr;      // by all blocks together; null where the one block of rows packs its own columns
+  T* grads = nullptr;          // of all row blocks, of `grad_size` elements each
+  bool own_grads = false;      // to be added up, or the result itself
+  int64_t grad_stride = 0, grad_size = 0;
+
+  Share(const LowRankPass& p, int64_t first, int64_t end, const Kernels& kernels)
+      : pass(p),
+        t0(first),
+        t1(end),
+        block_rows(p.factor_grad ? max64(kBlockRowsSummed, ceil_div(end - first, kMaxRowBlocks)) : kBlockRows),
+        row_blocks(ceil_div(end - first, block_rows)),
+        rank_padded(round_up(p.factor.rank, kernels.width)),
+        words(ceil_div(p.factor.rank, kernels.group)) {}
+};
+
+template <class T>
+T* gradient_of(const LowRankPass& p, int64_t group) {
+  return p.factor_grad ? static_cast<T*>(p.factor_grad) + group * p.factor.rank * p.factor.cols() : nullptr;
+}
+
+template <class T>
+std::vector<Share<T>> shares_of(const LowRankPass& p, const Kernels& kernels) {
+  std::vector<Share<T>> shares;
+  const Groups& groups = p.groups;
+  if (!groups) {
+    shares.emplace_back(p, 0, p.places(), kernels);
+    return shares;
+  }
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const int64_t begin = g ? max64(0, groups.ends[g - 1]) : 0, end = min64(groups.places, groups.ends[g]);
+    LowRankPass own = p;
+    own.factor.index += g * p.factor.rank * p.factor.shards_per_vector;
+    if (groups.ranks) own.factor.rank = max64(0, min64(p.factor.rank, groups.ranks[g]));
+    if (groups.scales) own.scale *= static_cast<double>(groups.scales[g]);
+    own.factor_grad = gradient_of<T>(p, g);
+    if (begin < end && own.factor.rank > 0) shares.emplace_back(own, begin, end, kernels);
+  }
+  return shares;
+}
+
+// Zeros wherever no share writes: sums of rows that belong to nobody or beyond a rank, gradients of groups without rows
+// or beyond a rank, rows of `out` that belong to nobody.
+template <class T>
+void clear_around(const LowRankPass& p, const std::vector<Share<T>>& shares, const ParallelFor& parallel) {
+  const int64_t rank = p.factor.rank, cols = p.factor.cols();
+  if (p.projected) std::memset(p.projected, 0, static_cast<size_t>(p.places() * rank) * sizeof(T));
+  if (p.factor_grad) {
+    std::vector<int64_t> ranks(static_cast<size_t>(p.groups.count));
+    for (const Share<T>& share : shares) {
+      const T* grad = static_cast<const T*>(share.pass.factor_grad);
+      ranks[static_cast<size_t>((grad - gradient_of<T>(p, 0)) / max64(1, rank * cols))] = share.pass.factor.rank;
+    }
+    parallel(p.groups.count, [&](int64_t g) {
+      const int64_t used = ranks[static_cast<size_t>(g)];
+      std::memset(gradient_of<T>(p, g) + used * cols, 0, static_cast<size_t>((rank - used) * cols) * sizeof(T));
+    });
+  }
+  if (!p.out || p.accumulate) return;
+  const size_t item = p.out->dtype == DType::f64 ? 8 : p.out->dtype == DType::f32 ? 4 : 2;
+  const auto clear = [&](int64_t begin, int64_t end) {
+    parallel(ceil_div(max64(0, end - begin), kBlockRows), [&](int64_t i) {
+      for (int64_t t = begin + i * kBlockRows; t < min64(end, begin + (i + 1) * kBlockRows); ++t) {
+        std::memset(static_cast<char*>(p.out->data) + t * p.out->row_stride * item, 0, cols * item);
+      }
+    });
+  };
+  if (p.groups.rows) return clear(0, p.out->rows);
+  int64_t next = 0;
+  for (const Share<T>& share : shares) {
+    clear(next, share.t0);
+    next = max64(next, share.t1);
+  }
+  clear(next, p.out->rows);
+}
+
 template <class T>
 void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const ParallelFor& threads) {
-  const int64_t total_rows = p.activations().rows, total_cols = p.factor.cols();
-  const int64_t rank = p.factor.rank, rank_padded = round_up(rank, kernels.width);
-  const int64_t groups = ceil_div(rank, kernels.group), tiles = ceil_div(total_cols, kColTile);
+  const int64_t total_rows = p.places(), total_cols = p.factor.cols(), sum_stride = p.factor.rank;
+  const int64_t tiles = ceil_div(total_cols, kColTile), cols_padded = round_up(total_cols, kPanelMultiple);
+  std::vector<Share<T>> shares = shares_of<T>(p, kernels);
 
-  const int64_t products = !!p.projected + !!p.factor_grad + !!p.out;
+  const int64_t products = !!p.projected + !!p.factor_grad + !!p.out, factors = static_cast<int64_t>(shares.size());
   const ParallelFor serial = [](int64_t count, const std::function<void(int64_t)>& task) {
     for (int64_t i = 0; i < count; ++i) task(i);
   };
   const ParallelFor& parallel =
-      products * rank * total_cols * (kPackRows + total_rows) <= kSmallPass ? serial : threads;
+      products * p.factor.rank * total_cols * (kPackRows * factors + total_rows) <= kSmallPass ? serial : threads;
+  if (p.groups) clear_around(p, shares, parallel);
 
-  // The grid depends on the shape alone, so the sums do too: bitwise equal runs, whatever the
-  // number of threads.
-  const int64_t block_rows = p.factor_grad ? max64(kBlockRowsSummed, ceil_div(total_rows, kMaxRowBlocks)) : kBlockRows;
-  const int64_t row_blocks = ceil_div(total_rows, block_rows);
-  int64_t splits = ceil_div(kWantedBlocks, max64(1, row_blocks));
+  int64_t row_blocks = 0;
+  for (const Share<T>& share : shares) row_blocks += share.row_blocks;
+  int64_t splits = p.groups.invariant ? kWantedBlocks : ceil_div(kWantedBlocks, max64(1, row_blocks));
   if (p.projected) splits = min64(splits, kMaxSplits);
   splits = max64(1, min64(splits, tiles));
   const int64_t block_cols = ceil_div(tiles, splits) * kColTile;
   splits = total_cols ? ceil_div(total_cols, block_cols) : 0;
 
-  const int64_t cols_padded = round_up(total_cols, kPanelMultiple);
-  const size_t by_column = p.projected ? static_cast<size_t>(cols_padded / kernels.group * rank_padded) : 0;
-  const size_t by_rank = p.out ? static_cast<size_t>(cols_padded * groups) : 0;
-  AlignedBuffer words((by_column + by_rank) * kernels.word_bytes);
-  char* const packed = words.as<char>();
-  const PackedFactor factor{packed, packed + by_column * kernels.word_bytes};
-  const auto pack = [&](int64_t i) {
-    const size_t c0 = static_cast<size_t>(i * kColTile), bytes = kernels.word_bytes;
-    char* columns = static_cast<char*>(factor.by_column) + c0 / kernels.group * rank_padded * bytes;
-    char* ranks = static_cast<char*>(factor.by_rank) + c0 * groups * bytes;
-    kernels.pack_factor(p.factor, i * kColTile, min64(kColTile, total_cols - i * kColTile),
-                        by_column ? columns : nullptr, by_rank ? ranks : nullptr);
+  // The packed factors and the gradients' planes of all shares, one after the other.
+  const auto by_column = [&](const Share<T>& share) {
+    return p.projected ? static_cast<size_t>(cols_padded / kernels.group * share.rank_padded) : 0;
   };
-  if (row_blocks > 1) parallel(tiles, pack);  // else each block packs its own columns, one meeting of threads less
+  const auto by_rank = [&](const Share<T>& share) {
+    return p.out ? static_cast<size_t>(cols_padded * share.words) : 0;
+  };
+  size_t packed_words = 0, grad_elements = 0;
+  bool sum_grads = false;
+  for (Share<T>& share : shares) {
+    if (factors == 1 || share.row_blocks > 1) packed_words += by_column(share) + by_rank(share);
+    if (!p.factor_grad) continue;
+    // The one block of few rows sums in the result itself, where its vectors fit the columns.
+    share.own_grads = !p.scatter && (share.row_blocks != 1 || total_cols != cols_padded);
+    share.grad_stride = share.own_grads ? cols_padded : total_cols;
+    share.grad_size = share.pass.factor.rank * share.grad_stride;
+    if (share.own_grads) grad_elements += static_cast<size_t>(share.row_blocks * share.grad_size);
+    sum_grads = sum_grads || share.own_grads;  // of no rows at all, too
+  }
+  AlignedBuffer words(packed_words * kernels.word_bytes), grad_planes(grad_elements * sizeof(T));
+  char* next_packed = words.as<char>();
+  T* next_grads = grad_planes.as<T>();
+  for (Share<T>& share : shares) {
+    if (factors == 1 || share.row_blocks > 1) {
+      share.packed = next_packed;
+      next_packed += (by_column(share) + by_rank(share)) * kernels.word_bytes;
+    }
+    share.grads = share.own_grads ? next_grads : static_cast<T*>(share.pass.factor_grad);
+    if (share.own_grads) next_grads += share.row_blocks * share.grad_size;
+  }
+  const auto factor_at = [&](const Share<T>& share, char* packed) {
+    return PackedFactor{packed, packed + by_column(share) * kernels.word_bytes};
+  };
+  const auto pack = [&](const Share<T>& share, const PackedFactor& to, int64_t tile) {
+    const size_t c0 = static_cast<size_t>(tile * kColTile), bytes = kernels.word_bytes;
+    char* columns = static_cast<char*>(to.by_column) + c0 / kernels.group * share.rank_padded * bytes;
+    char* ranks = static_cast<char*>(to.by_rank) + c0 * share.words * bytes;
+    kernels.pack_factor(share.pass.factor, tile * kColTile, min64(kColTile, total_cols - tile * kColTile),
+                        p.projected ? columns : nullptr, p.out ? ranks : nullptr);
+  };
+
+  struct Task {
+    const Share<T>* share;
+    int64_t row_block;
+  };
+  std::vector<Task> tasks;
+  std::vector<const Share<T>*> packed_ahead;  // where one block of rows packs its own columns, one meeting less
+  for (const Share<T>& share : shares) {
+    if (share.row_blocks > 1) packed_ahead.push_back(&share);
+    for (int64_t i = 0; i < share.row_blocks; ++i) tasks.push_back({&share, i});
+  }
+  if (!packed_ahead.empty()) {
+    parallel(static_cast<int64_t>(packed_ahead.size()) * tiles, [&](int64_t i) {
+      const Share<T>& share = *packed_ahead[static_cast<size_t>(i / tiles)];
+      pack(share, factor_at(share, share.packed), i % tiles);
+    });
+  }
 
   // Own sums of each block, added up in a fixed order. Where columns are split, of less than kWantedBlocks * block_rows
-  // rows, they are planes that are added up below; else a block holds those of a chunk of its rows at a time.
-  const int64_t plane_size = total_rows * rank_padded;
+  // rows (or for batch invariance), they are planes that are added up below; else a block holds those of a chunk of its
+  // rows at a time.
+  const int64_t plane_stride = round_up(p.factor.rank, kernels.width), plane_size = total_rows * plane_stride;
   AlignedBuffer planes(p.projected && splits > 1 ? static_cast<size_t>(splits * plane_size) * sizeof(T) : 0);
-  const int64_t chunk_rows = p.projected ? min64(kChunkRows, block_rows) : block_rows;
-  const auto write_projected = [&](int64_t t0, int64_t t1, const T* sums) {
+  const auto chunk_rows = [&](const Share<T>& share) {
+    return p.projected ? min64(kChunkRows, share.block_rows) : share.block_rows;
+  };
+  const auto write_projected = [&](const Share<T>& share, int64_t t0, int64_t t1, const T* sums) {
     T* result = static_cast<T*>(p.projected);
-    const T scale = static_cast<T>(p.scale * p.dropout.keep_scale());
-    for (int64_t t = t0; t < t1; ++t, sums += rank_padded) {
-      for (int64_t j = 0; j < rank; ++j) {
+    const T scale = static_cast<T>(share.pass.scale * p.dropout.keep_scale());
+    for (int64_t t = t0; t < t1; ++t, sums += share.rank_padded) {
+      for (int64_t j = 0; j < share.pass.factor.rank; ++j) {
         T sum = T(0);
         for (int64_t split = 0; split < splits; ++split) sum += sums[split * plane_size + j];
-        result[t * rank + j] = scale * sum;
+        result[t * sum_stride + j] = scale * sum;
       }
     }
   };
-  // The one block of few rows sums in the result itself, where its vectors fit the columns.
-  T* factor_grad = static_cast<T*>(p.factor_grad);
-  const bool own_grads = factor_grad && !p.scatter && (row_blocks != 1 || total_cols != cols_padded);
-  const int64_t grad_stride = own_grads ? cols_padded : total_cols, grad_size = rank * grad_stride;
-  AlignedBuffer grad_planes(own_grads ? static_cast<size_t>(row_blocks * grad_size) * sizeof(T) : 0);
-  T* const grads = own_grads ? grad_planes.as<T>() : factor_grad;
+  // f(t0, t1) of each chunk of a row block.
+  const auto over_chunks = [&](const Task& task, const auto& f) {
+    const Share<T>& share = *task.share;
+    const int64_t begin = share.t0 + task.row_block * share.block_rows, end = min64(share.t1, begin + share.block_rows);
+    for (int64_t t0 = begin, t1; t0 < end; t0 = t1) {
+      t1 = min64(end, t0 + chunk_rows(share));
+      f(t0, t1);
+    }
+  };
 
-  parallel(row_blocks * splits, [&](int64_t i) {
-    const int64_t row_block = i / splits, split = i % splits;
-    const int64_t end = min64(total_rows, (row_block + 1) * block_rows);
-    const int64_t c_begin = split * block_cols, c_end = min64(total_cols, (split + 1) * block_cols);
-    for (int64_t c0 = c_begin; row_blocks == 1 && c0 < c_end; c0 += kColTile) pack(c0 / kColTile);
-    T* grad = p.factor_grad ? grads + row_block * grad_size : nullptr;
+  parallel(static_cast<int64_t>(tasks.size()) * splits, [&](int64_t i) {
+    const Task& task = tasks[static_cast<size_t>(i / splits)];
+    const Share<T>& share = *task.share;
+    const int64_t split = i % splits, c_begin = split * block_cols, c_end = min64(total_cols, c_begin + block_cols);
+    std::optional<AlignedBuffer> own_words;  // of the columns of the block, where its rows are all that there are
+    char* packed = share.packed;
+    if (!packed) {
+      own_words.emplace((by_column(share) + by_rank(share)) * kernels.word_bytes);
+      packed = own_words->as<char>();
+    }
+    const PackedFactor factor = factor_at(share, packed);
+    for (int64_t c0 = c_begin; share.row_blocks == 1 && c0 < c_end; c0 += kColTile) pack(share, factor, c0 / kColTile);
+    T* grad = share.grads ? share.grads + task.row_block * share.grad_size : nullptr;
     std::optional<AlignedBuffer> chunk;  // asked for only where needed: 0.1 us, eight times in a pass over one row
-    if (p.projected && splits == 1) chunk.emplace(static_cast<size_t>(chunk_rows * rank_padded) * sizeof(T));
-    for (int64_t t0 = row_block * block_rows, t1; t0 < end; t0 = t1) {
-      t1 = min64(end, t0 + chunk_rows);
+    if (p.projected && splits == 1) {
+      chunk.emplace(static_cast<size_t>(chunk_rows(share) * share.rank_padded) * sizeof(T));
+    }
+    bool first = true;
+    over_chunks(task, [&](int64_t t0, int64_t t1) {
       T* projected = nullptr;
       if (p.projected) {
-        projected = chunk ? chunk->as<T>() : planes.as<T>() + split * plane_size + t0 * rank_padded;
-        std::memset(projected, 0, static_cast<size_t>((t1 - t0) * rank_padded) * sizeof(T));
+        projected = chunk ? chunk->as<T>() : planes.as<T>() + split * plane_size + t0 * plane_stride;
+        std::memset(projected, 0, static_cast<size_t>((t1 - t0) * share.rank_padded) * sizeof(T));
       }
-      kernels.run_block(p, {t0, t1, c_begin, c_end, t0 > row_block * block_rows}, factor, projected, grad, grad_stride);
-      if (chunk) write_projected(t0, t1, projected);
-    }
+      kernels.run_block(share.pass, {t0, t1, c_begin, c_end, sum_stride, !first}, factor, projected, grad,
+                        share.grad_stride);
+      if (chunk) write_projected(share, t0, t1, projected);
+      first = false;
+    });
   });
 
   if (p.projected && splits != 1) {
-    parallel(row_blocks, [&](int64_t row_block) {
-      const int64_t t0 = row_block * block_rows;
-      write_projected(t0, min64(total_rows, t0 + block_rows), planes.as<T>() + t0 * rank_padded);
+    parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+      const Task& task = tasks[static_cast<size_t>(i)];
+      over_chunks(task, [&](int64_t t0, int64_t t1) {
+        write_projected(*task.share, t0, t1, planes.as<T>() + t0 * plane_stride);
+      });
     });
   }
   if (p.scatter) {
     const std::vector<int32_t> uses = uses_of_shards(p.factor);
     const int64_t size = p.factor.shard_size;
     for (int64_t m = 0; m < p.factor.num_shards; ++m) {
-      if (!uses[static_cast<size_t>(m)]) std::memset(factor_grad + m * size, 0, static_cast<size_t>(size) * sizeof(T));
+      if (uses[static_cast<size_t>(m)]) continue;
+      std::memset(static_cast<T*>(p.factor_grad) + m * size, 0, static_cast<size_t>(size) * sizeof(T));
     }
   }
-  if (own_grads) {
-    parallel(rank, [&](int64_t j) {
-      T* row = factor_grad + j * total_cols;
+  if (sum_grads) {
+    parallel(factors * p.factor.rank, [&](int64_t i) {
+      const Share<T>& share = shares[static_cast<size_t>(i / p.factor.rank)];
+      const int64_t j = i % p.factor.rank;
+      if (!share.own_grads || j >= share.pass.factor.rank) return;
+      T* row = static_cast<T*>(share.pass.factor_grad) + j * total_cols;
       std::memset(row, 0, static_cast<size_t>(total_cols) * sizeof(T));
-      for (int64_t row_block = 0; row_block < row_blocks; ++row_block) {
-        const T* part = grads + row_block * grad_size + j * grad_stride;
+      for (int64_t row_block = 0; row_block < share.row_blocks; ++row_block) {
+        const T* part = share.grads + row_block * share.grad_size + j * share.grad_stride;
         for (int64_t c = 0; c < total_cols; ++c) row[c] += part[c];
       }
     });

@@ -387,11 +387,23 @@ inline void stage_mask(const Dropout& d, int64_t t0, int64_t rows, int64_t c0, i
   }
 }
 
+// Where a tile's rows lie in a matrix: one after the other, or as groups have them.
+struct RowsOf {
+  const int32_t* order;  // of the tile, or null
+  int64_t first, stride;
+
+  RowsOf(const Groups& groups, const Matrix& matrix, int64_t t0)
+      : order(groups.rows ? groups.rows + t0 : nullptr), first(t0), stride(matrix.row_stride) {}
+  int64_t operator[](int64_t t) const { return (order ? order[t] : first + t) * stride; }
+};
+
 // dst (rows, stride) = elements converted, dropped ones zero (by bits: inf * 0 would be NaN), zero beyond cols.
+// `column` is row 0 at the tile's first column.
 template <class E, class X>
-void stage_rows(const X* src, int64_t src_stride, int64_t rows, int64_t cols, const uint16_t* mask, E* dst,
+void stage_rows(const X* column, const RowsOf& lies, int64_t rows, int64_t cols, const uint16_t* mask, E* dst,
                 int64_t stride) {
-  for (int64_t t = 0; t < rows; ++t, src += src_stride, dst += stride) {
+  for (int64_t t = 0; t < rows; ++t, dst += stride) {
+    const X* src = column + lies[t];
     if constexpr (sizeof(E) == 2) {
       __builtin_memcpy(dst, src, static_cast<size_t>(cols) * sizeof(E));
     } else {
@@ -415,7 +427,8 @@ void stage_rows(const X* src, int64_t src_stride, int64_t rows, int64_t cols, co
 
 // Rows [t0, t1), columns [c0, c1) of a pass over activations of type X. `projected` (t1 - t0, rank_padded), zeroed by
 // the caller, and `grad` (rank, grad_stride), pointing at column 0, are this block's own sums; either may be null.
-// Where the pass scatters, grad is (num_shards, shard_size). c0 is a multiple of kColTile.
+// Where the pass scatters, grad is (num_shards, shard_size). c0 is a multiple of kColTile. The pass' factor, scale and
+// rank are those of the block's group; `sum_stride` columns stand in a row of its s.
 template <class A, class X>
 void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& packed, void* projected_sums,
                     void* grad_sums, int64_t grad_stride) {
@@ -452,11 +465,12 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
       const E* in = nullptr;
       int64_t in_stride = 0;
       if (p.in) {
-        const X* src = static_cast<const X*>(p.in->data) + t0 * p.in->row_stride + c0;
-        if (same_type && whole && !dropout) {
-          in = reinterpret_cast<const E*>(src), in_stride = p.in->row_stride;
+        const X* column = static_cast<const X*>(p.in->data) + c0;
+        const RowsOf lies(p.groups, *p.in, t0);
+        if (same_type && whole && !dropout && !lies.order) {
+          in = reinterpret_cast<const E*>(column + lies[0]), in_stride = p.in->row_stride;
         } else {
-          stage_rows(src, p.in->row_stride, rows, cols, dropout ? mask : nullptr, staged_in, stride);
+          stage_rows(column, lies, rows, cols, dropout ? mask : nullptr, staged_in, stride);
           in = staged_in, in_stride = stride;
         }
       }
@@ -469,13 +483,13 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
           });
         }
       }
-      const T* s = p.s ? static_cast<const T*>(p.s) + t0 * rank : nullptr;
+      const T* s = p.s ? static_cast<const T*>(p.s) + t0 * b.sum_stride : nullptr;
       if (grad) {
         for (int64_t t = 0; t < rows; t += A::kGroup) {
-          const T* row = s + t * rank;
+          const T* row = s + t * b.sum_stride;
           W* dst = s_by_pair + t / A::kGroup * rank_padded;
           if (t + 1 < rows) {
-            for (int64_t j = 0; j < rank; ++j) dst[j] = A::word(scale * row[j], scale * row[j + rank]);
+            for (int64_t j = 0; j < rank; ++j) dst[j] = A::word(scale * row[j], scale * row[j + b.sum_stride]);
           } else {
             for (int64_t j = 0; j < rank; ++j) dst[j] = A::word(scale * row[j], T(0));
           }
@@ -501,16 +515,18 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
       if (p.out) {
         for (int64_t t = 0; t < rows; ++t) {
           for (int64_t j = 0; j < groups; ++j) {
-            const int64_t i = t * rank + j * A::kGroup;
+            const int64_t i = t * b.sum_stride + j * A::kGroup;
             s_by_row[t * groups + j] = A::word(scale * s[i], j * A::kGroup + 1 < rank ? scale * s[i + 1] : T(0));
           }
         }
-        X* target = static_cast<X*>(p.out->data) + t0 * p.out->row_stride + c0;
-        X* out = whole ? target : staged_out;
-        const int64_t out_stride = whole ? p.out->row_stride : stride;
-        if (!whole && p.accumulate) {
+        X* column = static_cast<X*>(p.out->data) + c0;
+        const RowsOf lies(p.groups, *p.out, t0);
+        const bool direct = whole && !lies.order;
+        X* out = direct ? column + lies[0] : staged_out;
+        const int64_t out_stride = direct ? p.out->row_stride : stride;
+        if (!direct && p.accumulate) {
           for (int64_t t = 0; t < rows; ++t) {
-            __builtin_memcpy(out + t * stride, target + t * p.out->row_stride, static_cast<size_t>(cols) * sizeof(X));
+            __builtin_memcpy(out + t * stride, column + lies[t], static_cast<size_t>(cols) * sizeof(X));
           }
         }
         in_pieces(rows, [&](auto count, int64_t t) {
@@ -520,9 +536,9 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
                                               dropout ? mask + t * stride + c : nullptr, stride, p.accumulate);
           }
         });
-        if (!whole) {
+        if (!direct) {
           for (int64_t t = 0; t < rows; ++t) {
-            __builtin_memcpy(target + t * p.out->row_stride, out + t * stride, static_cast<size_t>(cols) * sizeof(X));
+            __builtin_memcpy(column + lies[t], out + t * stride, static_cast<size_t>(cols) * sizeof(X));
           }
         }
       }

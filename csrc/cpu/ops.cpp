@@ -2,6 +2,8 @@
 // this file only adds implementations to them, through torch's stable ABI.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <atomic>
+
 #include "../common/interface.h"
 #include "../common/stable.h"
 #include "kernels.h"
@@ -16,14 +18,22 @@ void torch_parallel(int64_t count, const std::function<void(int64_t)>& task) {
   });
 }
 
+// The same for tasks of unlike size: each thread takes the next one when it is done.
+void torch_parallel_in_turn(int64_t count, const std::function<void(int64_t)>& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) task(i);
+  });
+}
+
 // A pool and an index as kernels want them, kept alive together with the view of both.
 struct FactorArgument {
   Tensor pool, index;
   Factor view;
 
-  FactorArgument(const Tensor& pool_in, const Tensor& index_in)
-      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index)) {
-    const int64_t bad = first_bad_index(view.index, view.rank * view.shards_per_vector, view.num_shards);
+  FactorArgument(const Tensor& pool_in, const Tensor& index_in, bool grouped = false)
+      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index, grouped)) {
+    const int64_t bad = first_bad_index(view.index, index.numel(), view.num_shards);
     STD_TORCH_CHECK(bad < 0, "index must be in [0, ", view.num_shards, "), got ", view.index[bad], " at entry ", bad);
   }
 };
@@ -255,9 +265,154 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& dy, const Te
   return {dx, grad_a, grad_b};
 }
 
+// In groups of rows: the same passes, with many factors.
+
+// What every grouped operator is given, and the passes made of it.
+struct Grouped {
+  FactorArgument a, b;
+  Dropout dropout;
+  double scale;
+  GroupsArgument groups;
+
+  Grouped(const Tensor& x, const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b, const Tensor& index_b,
+          double scale, double p, const std::optional<Tensor>& seed, const Tensor& ends,
+          const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks, const std::optional<Tensor>& scales,
+          bool invariant)
+      : a(pool_a, index_a, true),
+        b(pool_b, index_b, true),
+        dropout(dropout_of(p, seed)),
+        scale(scale),
+        groups(x.size(0), index_a.size(0), ends, rows, ranks, scales, invariant) {
+    STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+    STD_TORCH_CHECK(index_b.size(0) == index_a.size(0) && a.view.rank == b.view.rank,
+                    "index_a and index_b must have the same groups and rank");
+    check_cols(x, a.view);
+    const int64_t bad = groups.view.rows ? first_bad_index(groups.view.rows, groups.view.places, x.size(0)) : -1;
+    STD_TORCH_CHECK(bad < 0, "rows must be in [0, ", x.size(0), "), got ", groups.view.rows[bad], " at place ", bad);
+  }
+
+  // S, or dS: one row per place.
+  Tensor new_sums(const Tensor& x) const { return new_matrix(x, groups.view.places, a.view.rank, accumulate_type(x)); }
+
+  // The gradients of the factors of one side, (groups, rank, columns).
+  static Tensor new_gradients(const Tensor& like, const FactorArgument& factor) {
+    return new_matrices(like, factor.index.size(0), factor.view.rank, factor.view.cols(), like.scalar_type());
+  }
+
+  LowRankPass pass(const FactorArgument& factor) const {
+    LowRankPass pass{factor.view};
+    pass.groups = groups.view;
+    return pass;
+  }
+};
+
+template <class... Operands>
+Tensor grouped_low_rank_into(const Tensor& y, bool accumulate, const Tensor& x, const Operands&... operands) {
+  const Grouped g(x, operands...);
+  check_cols(y, g.b.view);
+  STD_TORCH_CHECK(y.size(0) == x.size(0) && y.scalar_type() == x.scalar_type(), "y must have x's rows and dtype");
+  const Tensor x_c = rows_contiguous(x);
+  Tensor s = g.new_sums(x);
+  const Matrix in = matrix_of(x_c), out = output_matrix_of(y);
+  LowRankPass shrink = g.pass(g.a), expand = g.pass(g.b);
+  shrink.dropout = g.dropout;
+  shrink.in = &in;
+  shrink.groups.scales = nullptr;  // S has no scale
+  shrink.projected = s.mutable_data_ptr();
+  low_rank_pass(shrink, torch_parallel_in_turn);
+  expand.scale = g.scale;
+  expand.s = s.const_data_ptr();
+  expand.out = &out;
+  expand.accumulate = accumulate;
+  low_rank_pass(expand, torch_parallel_in_turn);
+  return s;
+}
+
+template <class... Operands>
+std::tuple<Tensor, Tensor> grouped_low_rank_backward_into(const Tensor& dx, bool accumulate, const Tensor& dy,
+                                                          const Tensor& s, const Tensor& x,
+                                                          const Operands&... operands) {
+  const Grouped g(x, operands...);
+  check_cols(dy, g.b.view);
+  STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.scalar_type() == x.scalar_type(), "dy must have x's rows and dtype");
+  STD_TORCH_CHECK(dx.size(0) == x.size(0) && dx.size(1) == x.size(1) && dx.scalar_type() == x.scalar_type(),
+                  "dx must have the shape and dtype of x");
+  STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == g.groups.view.places && s.size(1) == g.a.view.rank &&
+                      s.scalar_type() == accumulate_type(x),
+                  "s must be (places, rank) in the accumulation type of x");
+  const Tensor x_c = rows_contiguous(x), dy_c = rows_contiguous(dy), s_c = as_contiguous(s);
+  Tensor ds = g.new_sums(x), grad_a = Grouped::new_gradients(s, g.a), grad_b = Grouped::new_gradients(s, g.b);
+  const Matrix in_x = matrix_of(x_c), in_dy = matrix_of(dy_c), out = output_matrix_of(dx);
+  LowRankPass expand = g.pass(g.b), shrink = g.pass(g.a);
+  expand.scale = g.scale;
+  expand.in = &in_dy;
+  expand.s = s_c.const_data_ptr();
+  expand.projected = ds.mutable_data_ptr();
+  expand.factor_grad = grad_b.mutable_data_ptr();
+  low_rank_pass(expand, torch_parallel_in_turn);
+  shrink.dropout = g.dropout;
+  shrink.groups.scales = nullptr;  // dS has it already
+  shrink.in = &in_x;
+  shrink.s = ds.const_data_ptr();
+  shrink.factor_grad = grad_a.mutable_data_ptr();
+  shrink.out = &out;
+  shrink.accumulate = accumulate;
+  low_rank_pass(shrink, torch_parallel_in_turn);
+  return {grad_a, grad_b};
+}
+
+std::tuple<Tensor, Tensor> grouped_low_rank_op(const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+                                               const Tensor& pool_b, const Tensor& index_b, double scale, double p,
+                                               const std::optional<Tensor>& seed, const Tensor& ends,
+                                               const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+                                               const std::optional<Tensor>& scales, bool invariant, bool) {
+  Tensor y = new_matrix(x, x.size(0), index_b.size(2) * pool_b.size(1), x.scalar_type());
+  Tensor s = grouped_low_rank_into(y, /*accumulate=*/false, x, pool_a, index_a, pool_b, index_b, scale, p, seed, ends,
+                                   rows, ranks, scales, invariant);
+  return {y, s};
+}
+
+Tensor grouped_low_rank_inplace_op(Tensor y, const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+                                   const Tensor& pool_b, const Tensor& index_b, double scale, double p,
+                                   const std::optional<Tensor>& seed, const Tensor& ends,
+                                   const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+                                   const std::optional<Tensor>& scales, bool invariant, bool) {
+  const Tensor y_c = rows_contiguous(y);
+  Tensor s = grouped_low_rank_into(y_c, /*accumulate=*/true, x, pool_a, index_a, pool_b, index_b, scale, p, seed, ends,
+                                   rows, ranks, scales, invariant);
+  if (y_c.get() != y.get()) torch::stable::copy_(y, y_c);
+  return s;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_low_rank_backward_op(
+    const Tensor& dy, const Tensor& s, const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+    const Tensor& pool_b, const Tensor& index_b, double scale, double p, const std::optional<Tensor>& seed,
+    const Tensor& ends, const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+    const std::optional<Tensor>& scales, bool invariant, bool) {
+  Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
+  auto [grad_a, grad_b] = grouped_low_rank_backward_into(dx, /*accumulate=*/false, dy, s, x, pool_a, index_a, pool_b,
+                                                         index_b, scale, p, seed, ends, rows, ranks, scales, invariant);
+  return {dx, grad_a, grad_b};
+}
+
+std::tuple<Tensor, Tensor> grouped_low_rank_backward_inplace_op(
+    Tensor dx, const Tensor& dy, const Tensor& s, const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+    const Tensor& pool_b, const Tensor& index_b, double scale, double p, const std::optional<Tensor>& seed,
+    const Tensor& ends, const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+    const std::optional<Tensor>& scales, bool invariant, bool) {
+  const Tensor dx_c = rows_contiguous(dx);
+  auto grads = grouped_low_rank_backward_into(dx_c, /*accumulate=*/true, dy, s, x, pool_a, index_a, pool_b, index_b,
+                                              scale, p, seed, ends, rows, ranks, scales, invariant);
+  if (dx_c.get() != dx.get()) torch::stable::copy_(dx, dx_c);
+  return grads;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mos_ext, CPU, m) { MOS_EXT_IMPLEMENT_OPERATORS(m); }
+STABLE_TORCH_LIBRARY_IMPL(mos_ext, CPU, m) {
+  MOS_EXT_IMPLEMENT_OPERATORS(m);
+  MOS_EXT_IMPLEMENT_GROUPED_OPERATORS(m);
+}
 
 }  // namespace mos::cpu
 
