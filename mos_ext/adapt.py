@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .config import MoSConfig
+from .experts import MoSExperts, adapted_experts
 from .linear import AdaptedLayer, MoSLinear, MoSModule
 from .planner import LinearType, by_role, device_of, keep_calling, left_out, plan, stop_calling, type_keys, unwrap
 from .pools import ShardPool
@@ -18,6 +19,7 @@ from .ranks import same_on_every_rank
 from .routing import IndexTables
 
 POOLS = "mos_pools"  # the attribute of an adapted model that owns its pools
+Layer = MoSModule | MoSExperts
 after_install: list[Callable[[nn.Module], None]] = []  # what layers above do to every model that was adapted
 
 
@@ -72,7 +74,7 @@ class _Installed:
     """
 
     def __init__(self) -> None:
-        self.places: list[tuple[nn.Module, str, MoSModule]] = []
+        self.places: list[tuple[nn.Module, str, Layer]] = []
         self.before: list[tuple[nn.Module, str, Any]] = []
         self.added: set[str] = set()
 
@@ -140,10 +142,10 @@ def _adapter_of(model: nn.Module) -> Adapter:
     return adapter
 
 
-def mos_layers(model: nn.Module) -> Iterator[tuple[str, MoSModule]]:
+def mos_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     """The adapted layers of a model, by name."""
     for name, module in unwrap(model).named_modules():
-        if isinstance(module, MoSModule):
+        if isinstance(module, Layer):
             yield name, module
 
 
@@ -196,9 +198,7 @@ def check_unadapted(model: nn.Module) -> None:
         # PEFT's layers, of any method, have a list of merged adapters.
         if isinstance(module, AdaptedLayer) or hasattr(module, "merged_adapters"):
             got = f"one where {name} is a {type(module).__name__}"
-            remedy = (
-                "call mos_ext.unload(model)" if isinstance(module, MoSModule) else "call unload() of the PEFT model"
-            )
+            remedy = "call mos_ext.unload(model)" if isinstance(module, Layer) else "call unload() of the PEFT model"
             raise ValueError(f"model must not be adapted yet, got {got}: start from the base model, or {remedy} first")
     if hasattr(model, POOLS):
         raise ValueError(f"model must have no attribute {POOLS}, which holds the adapter, got one of its own")
@@ -207,12 +207,22 @@ def check_unadapted(model: nn.Module) -> None:
 def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearType]) -> nn.Module:
     """Builds the pools and layers of a plan. Everything that can fail happens before the model is touched."""
     modules = dict(model.named_modules())
-    pools, layers = [], {}
+    pools: list[ShardPool] = []
+    layers: dict[nn.Module, Layer] = {}
+    stacks: dict[nn.Module, dict[str, tuple[ShardPool, int]]] = {}
     for linear_type in linear_types:
-        pool = ShardPool.of(linear_type, config, device_of(modules[linear_type.modules[0]]))
+        places = [(name, "") for name in linear_type.modules]
+        if linear_type.kind.experts:
+            places = [(parent, own) for parent, _, own in (name.rpartition(".") for name in linear_type.modules)]
+        pool = ShardPool.of(linear_type, config, device_of(modules[places[0][0]]))
         pools.append(pool)
-        for k, name in enumerate(linear_type.modules):
-            layers[modules[name]] = MoSLinear.from_linear(modules[name], pool=pool, layer=k, register_pool=False)
+        for k, (name, parameter) in enumerate(places):
+            module = modules[name]
+            if parameter:
+                stacks.setdefault(module, {})[parameter] = pool, k
+            else:
+                layers[module] = MoSLinear.from_linear(module, pool=pool, layer=k, register_pool=False)
+    layers.update({module: adapted_experts(module, adapters) for module, adapters in stacks.items()})
     adapter = Adapter(config, linear_types, pools, left_out(model, config))
 
     model.requires_grad_(False)
@@ -270,21 +280,21 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if not layer.enabled:
             raise ValueError(f"model must not be merged inside disabled(), got {name} switched off")
-    check_sole_owners(unwrap(model), [layer for layer in layers.values() if layer.opaque is None])
+    check_sole_owners(unwrap(model), [(layer, weight) for layer in layers.values() for weight in layer.merged_into()])
     todo = {name: layer for name, layer in layers.items() if not layer.merged}
-    _for_each(todo, MoSModule.merged_weight)  # only to check
-    _for_each(todo, MoSModule.merge)
+    _for_each(todo, lambda layer: layer.check_mergeable())
+    _for_each(todo, lambda layer: layer.merge())
     return model
 
 
-def check_sole_owners(model: nn.Module, linears: Sequence[nn.Module]) -> None:
-    """ValueError unless each linear's weight is its own: merging into a tied weight would change another module too."""
+def check_sole_owners(model: nn.Module, weights: Sequence[tuple[nn.Module, Any]]) -> None:
+    """ValueError unless each module's weight is its own: merging into a tied weight would change another module too."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for linear in linears:
-        names = owners.get(id(linear.weight), [])
-        if {model.get_submodule(name.rpartition(".")[0]) for name in names} - {linear}:
+    for module, weight in weights:
+        names = owners.get(id(weight), [])
+        if {model.get_submodule(name.rpartition(".")[0]) for name in names} - {module}:
             raise ValueError(f"a merged weight must belong to one module alone, got one that is {', '.join(names)}")
 
 
@@ -297,8 +307,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     """
     adapter_of(model)
     merged = {name: layer for name, layer in mos_layers(model) if layer.merged}
-    _for_each(merged, lambda layer: layer.check_unmergeable(layer.weight))
-    _for_each(merged, MoSModule.unmerge)
+    _for_each(merged, lambda layer: layer.check_unmergeable())
+    _for_each(merged, lambda layer: layer.unmerge())
     return model
 
 
@@ -319,7 +329,7 @@ def unload(model: nn.Module) -> nn.Module:
     _adapter_of(model)
     base = unwrap(model)
     layers = dict(mos_layers(model))
-    _for_each(layers, MoSModule.check_releasable)
+    _for_each(layers, lambda layer: layer.check_releasable())
     released = {layer: layer.release() for layer in layers.values()}
     for parent in list(base.modules()):
         for key, child in list(parent._modules.items()):
@@ -337,7 +347,7 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def _for_each(layers: dict[str, MoSModule], do: Callable[[MoSModule], object]) -> None:
+def _for_each(layers: dict[str, Layer], do: Callable[[Layer], object]) -> None:
     for name, layer in layers.items():
         try:
             do(layer)
@@ -400,7 +410,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     adapter = adapter_of(model)
     types = tuple(
         TypeReport(
-            t.name, len(t.modules), pool.shards_a.shape[0], pool.shards_a.numel() + pool.shards_b.numel(), t.ranks
+            t.name, t.num_matrices, pool.shards_a.shape[0], pool.shards_a.numel() + pool.shards_b.numel(), t.ranks
         )
         for t, pool in zip(adapter.linear_types, adapter.pools, strict=True)
     )
@@ -410,7 +420,10 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         total=sum(p.numel() for p in model.parameters()),
         equivalent_rank=config.equivalent_rank,
         r=config.r,
-        lora_parameters=sum(sum(t.ranks) * (t.in_features + t.out_features) for t in adapter.linear_types),
+        lora_parameters=sum(
+            sum(t.ranks) * max(1, t.kind.experts) * (t.kind.in_features + t.kind.out_features)
+            for t in adapter.linear_types
+        ),
         types=types,
         left_out=adapter.left_out,
     )

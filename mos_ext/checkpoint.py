@@ -29,18 +29,18 @@ from .files import CONFIG, FORMAT_VERSION, WEIGHTS
 from .linear import AdaptedLayer
 from .ops.checks import check_integer
 from .planner import (
+    Kind,
     LinearType,
     device_of,
-    group_modules,
     is_sharded,
-    select_modules,
+    kinds_of,
+    linear_type,
     type_keys,
-    type_name,
     unwrap,
     whole,
 )
 from .pools import ShardPool
-from .routing import IndexTables, check_ranks, check_tables, draw_tables, streams, table_digest
+from .routing import IndexTables, check_tables, streams, table_digest
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 POOLS, TABLES = ("shards_a", "shards_b"), ("index_a", "index_b")  # what a file holds of a ShardPool; tables rarely
@@ -358,7 +358,7 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} must hold a valid MoS configuration, got {error}") from None
     types = _types_here(model, config, folder)
-    keys = type_keys([type_name(*key) for key in types])
+    keys = type_keys([kind.name for kind in types])
     digest = take_digest(tensors)
     beside = {name: tensors.pop(name) for name in [name for name in tensors if name.startswith(_BESIDE)]}
     check_names(
@@ -423,9 +423,6 @@ def _check_beside(
     return [(here[name], value) for name, value in stored.items()], modules
 
 
-_Types = dict[tuple[str, int, int], tuple[str, ...]]  # (role, in_features, out_features) -> modules
-
-
 def _read_config(file: Path) -> dict:
     try:
         stored = json.loads(files.read(file))
@@ -451,7 +448,8 @@ def _method_config(stored: dict) -> MoSConfig:
             f"import mos_ext.integrations.peft), which can train biases of the base"
         )
     values = {name: stored[name] for name in MoSConfig().to_dict() if name in stored}
-    values["exclude_modules"] = values.get("exclude_modules") or ()
+    for name in ("exclude_modules", "target_modules", "target_parameters"):
+        values[name] = values.get(name) or ()
     if values.get("pool_dtype", ...) is None:  # PEFT's rule: float32, unless told otherwise at every load
         values["pool_dtype"] = "float32"
     unknown = {k: v for k, v in stored.items() if v and k not in values and k not in _PEFT_FIELDS}
@@ -460,15 +458,16 @@ def _method_config(stored: dict) -> MoSConfig:
     return MoSConfig.from_dict(values)
 
 
-def _types_here(model: nn.Module, config: MoSConfig, folder: Path) -> _Types:
+def _types_here(model: nn.Module, config: MoSConfig, folder: Path) -> dict[Kind, tuple[str, ...]]:
     """The linear types that the configuration selects in this model."""
     try:
-        here = group_modules(select_modules(model, config), dict(model.named_modules()))
+        here = kinds_of(model, config)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder} must be an adapter for this model, a {type(model).__name__}, got: {error}"
         ) from None
-    places = {device_of(model.get_submodule(modules[0])) for modules in here.values()}
+    first = [(kind, modules[0]) for kind, modules in here.items()]
+    places = {device_of(model.get_submodule(n.rpartition(".")[0] if kind.experts else n)) for kind, n in first}
     if any(place is not None and place.type == "meta" for place in places):
         raise ValueError("base_model must have its values in memory, got parameters on the meta device")
     return here
@@ -505,7 +504,7 @@ def _prefixes(expected: set[str], there: set[str]) -> tuple[str, str] | None:
 
 def _stored_type(
     type_key: str,
-    key: tuple[str, int, int],
+    kind: Kind,
     stream: str,
     modules: tuple[str, ...],
     config: MoSConfig,
@@ -513,17 +512,15 @@ def _stored_type(
     folder: Path,
 ) -> LinearType:
     """A linear type with the tables of the file, which must fit the configuration, or else the configuration's."""
-    name = type_name(*key)
-    ranks = tuple(config.rank_of(module) for module in modules)
-    for module, r in zip(modules, ranks, strict=True):
-        check_ranks(config, key[1], key[2], len(modules), r=r, module=module, linear_type=name)
-    scales = tuple(config.scale_of(module) for module in modules)
     stored = {side: tensors.get(_tensor_name(type_key, side)) for side in TABLES}
-    try:
-        tables = read_tables(stored, config, ranks) or draw_tables(config, stream, ranks)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / WEIGHTS}, {name}: {error}") from None
-    return LinearType(*key, stream, modules, ranks, scales, tables)
+
+    def tables_of(budget: MoSConfig, ranks: tuple[int, ...]) -> IndexTables | None:
+        try:
+            return read_tables(stored, budget, ranks)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / WEIGHTS}, {kind.name}: {error}") from None
+
+    return linear_type(kind, stream, modules, config, tables_of)
 
 
 def read_tables(stored: Mapping[str, Tensor | None], config: MoSConfig, ranks: Sequence[int]) -> IndexTables | None:
@@ -570,14 +567,15 @@ def _check_pools(
             f"{folder / WEIGHTS} must hold the tensors of its configuration, got also {sorted(set(tensors) - allowed)}"
         )
     for key, t in zip(keys, linear_types, strict=True):
-        n, l = config.num_shards(len(t.modules)), config.shards_per_vector
-        for side, features in zip(POOLS, (t.in_features, t.out_features), strict=True):
+        budget, l = t.kind.budget(config), config.shards_per_vector
+        n = budget.num_shards(t.num_matrices)
+        for side, features in zip(POOLS, (t.kind.in_features, t.kind.out_features), strict=True):
             name = _tensor_name(key, side)
             pool = tensors[name]
-            per_module = config.equivalent_rank * l
+            per_module = budget.equivalent_rank * l * max(1, t.kind.experts)
             if pool.dim() == 2 and pool.shape[1] == features // l and len(pool) % per_module == 0 and len(pool) != n:
                 raise ValueError(
-                    f"{folder} must be an adapter for this model, got one with {t.name} of {len(pool) // per_module} "
+                    f"{folder} must be an adapter for this model, got one with {t.name} of {len(pool) / per_module:g} "
                     f"modules where this model has {len(t.modules)}"
                 )
             if pool.shape != (n, features // l) or pool.dtype not in POOL_DTYPES.values():

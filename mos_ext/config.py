@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,6 +136,13 @@ class MoSConfig:
             ``shards_per_vector`` does not divide, or whose weights their parents read instead of calling them, are
             left out, and modules too few for r get the largest rank they can have, written into ``rank_pattern`` (so
             they are scaled by alpha / that rank).
+        target_parameters: names or name endings of parameters that stack the experts of a mixture-of-experts model of
+            transformers 5, one matrix each: ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``; matched as PEFT
+            does. Beside ``target_modules``, or alone with ``target_modules=[]``. All experts of all layers with one
+            role and one shape share one pool. ``"all-linear"`` does not include them, and the log says which there are.
+        expert_equivalent_rank: ``equivalent_rank`` of the experts, which may be a fraction (1/8, say) as long as their
+            pool has a whole number of shards, and at least r * l public ones; None is ``equivalent_rank``. Experts have
+            ``private_rank`` private ranks where that is less than their equivalent rank, else none.
         exclude_modules: names or a regular expression to leave out, read like ``target_modules``.
         layers_to_transform: the number of the block, or numbers of the blocks, to adapt; None adapts all. Only with a
             list of ``target_modules``.
@@ -170,6 +178,8 @@ class MoSConfig:
     alpha: float = 16
     dropout: float = 0.0
     target_modules: str | Sequence[str] = "all-linear"
+    target_parameters: str | Sequence[str] = ()
+    expert_equivalent_rank: float | None = None
     exclude_modules: str | Sequence[str] = ()
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
@@ -210,8 +220,15 @@ class MoSConfig:
         object.__setattr__(self, "pool_dtype", name)
         object.__setattr__(self, "target_modules", _patterns("target_modules", self.target_modules))
         object.__setattr__(self, "exclude_modules", _patterns("exclude_modules", self.exclude_modules))
-        if not self.target_modules:
+        object.__setattr__(self, "target_parameters", _patterns("target_parameters", self.target_parameters))
+        if not self.target_modules and not self.target_parameters:
             raise ValueError(f"target_modules must name at least one module, got {self.target_modules!r}")
+        if (e := self.expert_equivalent_rank) is not None:
+            check_number("expert_equivalent_rank", e)
+            if not 0 < e <= MAX_RANK:
+                raise ValueError(f"expert_equivalent_rank must be above 0 and at most {MAX_RANK}, got {e}")
+            if not self.target_parameters:
+                raise ValueError(f"expert_equivalent_rank must come with target_parameters, got {e} without")
         self._check_layers()
 
     def check_rank(self, name: str, r: object) -> None:
@@ -285,13 +302,21 @@ class MoSConfig:
         """``pool_dtype`` as a torch.dtype."""
         return POOL_DTYPES[str(self.pool_dtype)]
 
+    def for_experts(self) -> MoSConfig:
+        """The same with the equivalent rank of experts, and with the private ranks that leaves them."""
+        e = self.equivalent_rank if self.expert_equivalent_rank is None else self.expert_equivalent_rank
+        of_experts = copy.copy(self)  # as it is: only here may e be a fraction
+        object.__setattr__(of_experts, "equivalent_rank", e)
+        object.__setattr__(of_experts, "private_rank", self.private_rank if self.private_rank < e else 0)
+        return of_experts
+
     def num_shards(self, num_layers: int) -> int:
         """Shards of one pool, n = e * L * l."""
-        return self.equivalent_rank * num_layers * self.shards_per_vector
+        return round(self.equivalent_rank * num_layers * self.shards_per_vector)
 
     def num_public_shards(self, num_layers: int) -> int:
         """Shards of one pool that any layer may use, (e - p) * L * l."""
-        return (self.equivalent_rank - self.private_rank) * num_layers * self.shards_per_vector
+        return self.num_shards(num_layers) - self.private_rank * num_layers * self.shards_per_vector
 
     def to_dict(self) -> dict:
         """Plain JSON values; :meth:`from_dict` reverses it."""

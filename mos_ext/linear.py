@@ -27,6 +27,7 @@ _logged: set[str] = set()
 
 # Ways through a layer, as keys of `paths`; whatever else is there is the cause of a way that is slower than it must be.
 FUSED, BASE_ALONE = "fused with the base layer", "the base layer alone"
+GROUPED = "grouped with the experts"
 
 
 @dataclass
@@ -90,9 +91,14 @@ class AdaptedLayer:
         return functional.add(base(), x, *branches, in_place=fresh)
 
     def _branches(
-        self, x: Tensor, adapters: Sequence[tuple[ShardPool, int]], training: bool, cause: str | None
+        self,
+        x: Tensor,
+        adapters: Sequence[tuple[ShardPool, int]],
+        training: bool,
+        cause: str | None,
+        operator: str = "low_rank",
     ) -> list[Branch]:
-        """What each adapter adds to the base. The call is counted."""
+        """What each adapter adds to the base, by ``operator``. The call is counted."""
         branches = [pool(layer, training) for pool, layer in adapters]
         for (pool, _), branch in zip(adapters, branches, strict=True):
             if pool._forward_hooks and branch.pool_a.untyped_storage().nbytes() == 0 < branch.pool_a.numel():
@@ -101,7 +107,7 @@ class AdaptedLayer:
                     "fully_shard(pool, reshard_after_forward=False), or leave the pools to the root"
                 )
         if not torch.compiler.is_compiling():
-            slow = _why_slow(x, branches, adapters)
+            slow = _why_slow(x, branches, adapters, operator)
             self.count(slow or cause or FUSED, level=logging.WARNING if slow else logging.INFO)
         return branches
 
@@ -160,7 +166,7 @@ class AdaptedLayer:
         pools: dict[Any, tuple[Any, ...] | None] = {name: self.adapter(name)[0].marks() for name in names}
         self._merges.append(Merge(list(names), pools, undo, mark(weight)))
 
-    def check_unmergeable(self, weight: Tensor) -> None:
+    def check_unchanged(self, weight: Tensor) -> None:
         """ValueError when a merge cannot be undone: pools, tables or the weight are not what they were."""
         for merge in self._merges:
             for name, marks in merge.pools.items():
@@ -199,7 +205,7 @@ class AdaptedLayer:
     def count(self, path: str, level: int) -> None:
         """Counts a call, and logs a cause that was not met before."""
         self.paths[path] += 1
-        if path != FUSED and path not in _logged:
+        if path not in (FUSED, GROUPED) and path not in _logged:
             _logged.add(path)
             logger.log(level, "a layer takes a slower way: %s (mos_ext.explain(model) tells more)", path)
 
@@ -226,9 +232,11 @@ def is_fresh(base: nn.Module) -> bool:
 _why_not_native = cache(why_not_native)  # what was built and which GPU there is does not change
 
 
-def _why_slow(x: Tensor, branches: Sequence[Branch], adapters: Sequence[tuple[ShardPool, int]]) -> str | None:
+def _why_slow(
+    x: Tensor, branches: Sequence[Branch], adapters: Sequence[tuple[ShardPool, int]], operator: str
+) -> str | None:
     """What keeps a call from native kernels, from writing in place or from one gradient per pool and step; or None."""
-    if (cause := _why_not_native("low_rank", x.device.type)) is not None:
+    if (cause := _why_not_native(operator, x.device.type)) is not None:
         return cause
     if not unseen():
         if transforms_active():
@@ -364,6 +372,18 @@ class MoSModule(nn.Module, AdaptedLayer):
     def base_name(self) -> str:
         return self._base_class.__name__
 
+    def merged_into(self) -> list[Tensor]:
+        """The parameters that :meth:`merge` writes to; none where it refuses."""
+        return [] if self.opaque is not None else [self.weight]
+
+    def check_mergeable(self) -> None:
+        """ValueError where :meth:`merge` would be one. Nothing is written."""
+        self.merged_weight()
+
+    def check_unmergeable(self) -> None:
+        """ValueError where :meth:`unmerge` would be one. Nothing is written."""
+        self.check_unchanged(self.weight)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), assembled, in the pools' dtype: the layer's LoRA matrices without the scale."""
         return self.pool.factors(self.layer)
@@ -393,7 +413,7 @@ class MoSModule(nn.Module, AdaptedLayer):
                 more. (Writing to their ``.data`` cannot be seen.)
         """
         if self.merged:
-            self.check_unmergeable(self.weight)
+            self.check_unmergeable()
             self._set_weight(self.difference(self.weight, self._merges[0]))
             self._merges.clear()
 

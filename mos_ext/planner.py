@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,22 +103,44 @@ def _called(module: nn.Module, args: Any) -> None:
     """A hook, see :func:`keep_calling`; not a lambda, which could not be pickled."""
 
 
-@dataclass(frozen=True)
-class LinearType:
-    """The modules that share one A-pool and one B-pool: one role, one shape.
+class Kind(NamedTuple):
+    """What the modules of a linear type have in common: their role and their shape.
 
     Attributes:
         role: the modules' name with every number replaced by ``*``: ``model.layers.*.self_attn.q_proj``.
-        in_features, out_features: the shape they have in common.
-        stream: names the random stream of the tables.
-        modules: their names, in the model's order; position k is layer k of the tables.
-        ranks, scales: of each module.
-        tables: the index tables, (L, r, l) each.
+        in_features, out_features: of each matrix. experts: how many matrices a parameter stacks; 0 for a linear module.
     """
 
     role: str
     in_features: int
     out_features: int
+    experts: int = 0
+
+    @property
+    def name(self) -> str:
+        """Role and shape, unique within a plan: ``model.layers.*.self_attn.q_proj[4096->4096]``."""
+        count = f"{self.experts} x " if self.experts else ""
+        return f"{self.role}[{count}{self.in_features}->{self.out_features}]"
+
+    def budget(self, config: MoSConfig) -> MoSConfig:
+        """The configuration of this type's pools: experts have an equivalent rank of their own."""
+        return config.for_experts() if self.experts else config
+
+
+@dataclass(frozen=True)
+class LinearType:
+    """The modules that share one A-pool and one B-pool: one role, one shape.
+
+    Attributes:
+        kind: role and shape.
+        stream: names the random stream of the tables.
+        modules: their names, in the model's order; position k is layer k of the tables. Of experts, the names of the
+            parameters that stack them; expert e of position k is matrix k * experts + e.
+        ranks, scales: of each module.
+        tables: the index tables, (L, r, l) each, L the number of matrices.
+    """
+
+    kind: Kind
     stream: str
     modules: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -127,12 +149,92 @@ class LinearType:
 
     @property
     def name(self) -> str:
-        """Role and shape, unique within a plan: ``model.layers.*.self_attn.q_proj[4096->4096]``."""
-        return type_name(self.role, self.in_features, self.out_features)
+        """That of :class:`Kind`."""
+        return self.kind.name
+
+    @property
+    def num_matrices(self) -> int:
+        """How many matrices share the pools."""
+        return len(self.modules) * max(1, self.kind.experts)
 
 
-def type_name(role: str, in_features: int, out_features: int) -> str:
-    return f"{role}[{in_features}->{out_features}]"
+# ------------------------------------------------------------------------------------------------ experts
+
+EXPERT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is one of transformers 5 whose parameters stack experts (``use_experts_implementation``)."""
+    flags = all(isinstance(getattr(module, name, None), bool) for name in EXPERT_FLAGS)
+    return (
+        flags and type(getattr(module, "num_experts", None)) is int and callable(getattr(module, "_apply_gate", None))
+    )
+
+
+def stack_of(module: nn.Module, parameter: str) -> tuple[int, int, int] | None:
+    """(experts, in_features, out_features) of a parameter of a module that stacks experts; None of any other."""
+    if not is_experts(module) or parameter not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        return None
+    weight = module._parameters.get(parameter)
+    shape = () if weight is None else shape_of(weight)
+    if len(shape) != 3 or shape[0] != module.num_experts:
+        return None
+    return shape if module.is_transposed else (shape[0], shape[2], shape[1])  # type: ignore[return-value]
+
+
+def expert_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every parameter of a model that stacks experts, by its name: the module, and its name there."""
+    return {
+        f"{name}.{parameter}".lstrip("."): (module, parameter)
+        for name, module in model.named_modules()
+        for parameter in (module._parameters if is_experts(module) else ())
+        if stack_of(module, parameter) is not None
+    }
+
+
+def select_stacks(model: nn.Module, config: MoSConfig) -> dict[str, tuple[nn.Module, str]]:
+    """The stacks of experts that ``target_parameters`` selects, as of :func:`expert_stacks`.
+
+    Raises:
+        ValueError: nothing matches. TypeError: a parameter that matches is no stack of experts.
+    """
+    if not config.target_parameters:
+        return {}
+    stacks, names = expert_stacks(model), [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    selected = [
+        name
+        for name in names
+        if _matches(config.target_parameters, name)
+        and in_layers(config, name)
+        and not (_matches(config.exclude_modules, name) or _matches(config.exclude_modules, name.rpartition(".")[0]))
+    ]
+    for name in selected:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name not in stacks:
+            raise TypeError(
+                f"target_parameters must select parameters that stack experts, of a module with the experts interface "
+                f"of transformers 5, got {name} {shape_of(model.get_parameter(name))} of a {type(module).__name__}"
+            )
+        weight = module._parameters[name.rpartition(".")[2]]
+        if why := why_opaque_weight(cast(Tensor, weight)) or _why_not_plain(cast(Tensor, weight), module):
+            raise TypeError(f"target_parameters must select plain floating-point weights, got {name}: {why}")
+    if not selected:
+        existing = sorted({role_of(name) for name in stacks})
+        raise ValueError(
+            f"target_parameters must match at least one parameter that stacks experts, got "
+            f"{config.target_parameters!r}; the model has: {', '.join(existing) or 'none'}"
+        )
+    return {name: stacks[name] for name in selected}
+
+
+def _why_not_plain(weight: Tensor, module: nn.Module) -> str | None:
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its dtype is {weight.dtype}"
+    if type(weight.data).__name__ == "DTensor":
+        return "it is a DTensor: adapt the model before fully_shard; tensor-parallel experts cannot be adapted"
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are spread over ranks (expert parallelism), where they cannot be adapted"
+    return None
 
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
@@ -288,6 +390,8 @@ def left_out(model: nn.Module, config: MoSConfig) -> dict[str, str]:
 def _select(model: nn.Module, config: MoSConfig) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
     modules = dict(model.named_modules())
     all_linear = config.target_modules == "all-linear"
+    if not config.target_modules:
+        return [], {}
     if all_linear:
         names = set(every_linear(modules.items(), output_head(model)))
     else:
@@ -299,7 +403,17 @@ def _select(model: nn.Module, config: MoSConfig) -> tuple[list[tuple[str, nn.Mod
             f"target_modules must match at least one linear module, got {config.target_modules!r} with "
             f"exclude_modules={config.exclude_modules!r}; the model has: {', '.join(existing) or 'no linear module'}"
         )
-    return adaptable(config, named, modules) if all_linear else (named, {})
+    if not all_linear:
+        return named, {}
+    named, others = adaptable(config, named, modules)
+    chosen = select_stacks(model, config)
+    return named, {**others, **{name: why_no_stack(name) for name in expert_stacks(model) if name not in chosen}}
+
+
+def why_no_stack(name: str) -> str:
+    """Why ``"all-linear"`` leaves a stack of experts out."""
+    ending = role_of(name).rpartition("*.")[2]
+    return f"it stacks experts, which target_parameters=[{ending!r}] includes"
 
 
 def adaptable(
@@ -357,7 +471,7 @@ def tell_of_fitting(
     for name, module in named:
         if (r := after.rank_of(name)) != before.rank_of(name):
             fan_in, fan_out = cast(tuple[int, int], features_of(module))
-            lowered[type_name(role_of(name), fan_in, fan_out)] = f"r={r} instead of {before.r}"
+            lowered[Kind(role_of(name), fan_in, fan_out).name] = f"r={r} instead of {before.r}"
     parts = [f"left out {', '.join(by_role(others))}"] if others else []
     if lowered:
         parts.append(f"too few modules for the rank: {', '.join(f'{name} ({r})' for name, r in lowered.items())}")
@@ -366,14 +480,16 @@ def tell_of_fitting(
 
 
 def group_modules(
-    named: Iterable[tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
-) -> dict[tuple[str, int, int], tuple[str, ...]]:
-    """The selected modules by (role, in_features, out_features), in the model's order. ``modules`` are all of it.
+    named: Iterable[tuple[str, nn.Module]],
+    modules: Mapping[str, nn.Module],
+    stacks: Mapping[str, tuple[nn.Module, str]] | None = None,
+) -> dict[Kind, tuple[str, ...]]:
+    """The selected modules, and stacks of experts, by kind, in the model's order. ``modules`` are all of it.
 
     Raises:
         TypeError: a selected module cannot be adapted. ValueError: those of one group are on several devices.
     """
-    groups: dict[tuple[str, int, int], dict[str, torch.device | None]] = {}
+    groups: dict[Kind, dict[str, torch.device | None]] = {}
     for name, module in named:
         features = features_of(module)
         if features is None:
@@ -392,8 +508,11 @@ def group_modules(
                 f"target_modules must select modules with whole weights, got {name}, whose weight is a DTensor: adapt "
                 f"the model before fully_shard; tensor-parallel layers cannot be adapted"
             )
-        groups.setdefault((role_of(name), *features), {})[name] = device_of(module)
-    for key, members in groups.items():
+        groups.setdefault(Kind(role_of(name), *features), {})[name] = device_of(module)
+    for name, (module, parameter) in (stacks or {}).items():
+        experts, fan_in, fan_out = cast(tuple[int, int, int], stack_of(module, parameter))
+        groups.setdefault(Kind(role_of(name), fan_in, fan_out, experts), {})[name] = device_of(module)
+    for kind, members in groups.items():
         places: dict[torch.device, str] = {}
         for name, device in members.items():
             if device is not None:
@@ -401,14 +520,23 @@ def group_modules(
         if len(places) > 1:
             got = ", ".join(f"{name} on {device}" for device, name in places.items())
             raise ValueError(
-                f"the modules of a linear type, {type_name(*key)}, must be on one device, since they share a pool, got "
+                f"the modules of a linear type, {kind.name}, must be on one device, since they share a pool, got "
                 f"{got}: load the model on one device (device_map={{'': 0}}), or exclude the modules on the others"
             )
-    return {key: tuple(members) for key, members in groups.items()}
+    return {kind: tuple(members) for kind, members in groups.items()}
+
+
+def kinds_of(model: nn.Module, config: MoSConfig) -> dict[Kind, tuple[str, ...]]:
+    """What ``config`` selects in a model, by kind. Errors as of :func:`group_modules` and of what selects."""
+    modules = dict(model.named_modules())
+    return group_modules(select_modules(model, config), modules, select_stacks(model, config))
 
 
 def plan_modules(
-    config: MoSConfig, named: Iterable[tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
+    config: MoSConfig,
+    named: Iterable[tuple[str, nn.Module]],
+    modules: Mapping[str, nn.Module],
+    stacks: Mapping[str, tuple[nn.Module, str]] | None = None,
 ) -> list[LinearType]:
     """Groups selected modules by role and shape and draws each group's tables. Reads the modules, changes nothing.
 
@@ -416,28 +544,46 @@ def plan_modules(
         ValueError, TypeError: l does not divide a module's features, a group is too small for the ranks, or a module
             cannot be adapted.
     """
-    types, groups = [], group_modules(named, modules)
-    for stream, ((role, fan_in, fan_out), members) in zip(streams(list(groups)), groups.items(), strict=True):
-        name, ranks = type_name(role, fan_in, fan_out), tuple(config.rank_of(module) for module in members)
-        for module, r in zip(members, ranks, strict=True):
-            check_ranks(config, fan_in, fan_out, len(members), r=r, module=module, linear_type=name)
-        scales = tuple(config.scale_of(module) for module in members)
-        tables = draw_tables(config, stream, ranks)
-        types.append(LinearType(role, fan_in, fan_out, stream, members, ranks, scales, tables))
-    return types
+    groups = group_modules(named, modules, stacks)
+    return [
+        linear_type(kind, stream, members, config, lambda budget, ranks: None)
+        for stream, (kind, members) in zip(streams(list(groups)), groups.items(), strict=True)
+    ]
+
+
+def linear_type(
+    kind: Kind,
+    stream: str,
+    members: tuple[str, ...],
+    config: MoSConfig,
+    tables_of: Callable[[MoSConfig, tuple[int, ...]], IndexTables | None],
+) -> LinearType:
+    """A linear type with the tables that ``tables_of`` gives for its budget and the ranks of its matrices, or drawn.
+
+    Raises:
+        ValueError: the ranks do not fit.
+    """
+    budget, count = kind.budget(config), max(1, kind.experts)
+    ranks = tuple(config.rank_of(module) for module in members)
+    for module, r in zip(members, ranks, strict=True):
+        fan_in, fan_out = kind.in_features, kind.out_features
+        check_ranks(budget, fan_in, fan_out, count * len(members), r=r, module=module, linear_type=kind.name)
+    of_matrices = tuple(r for r in ranks for _ in range(count))
+    tables = tables_of(budget, of_matrices) or draw_tables(budget, stream, of_matrices)
+    return LinearType(kind, stream, members, ranks, tuple(config.scale_of(module) for module in members), tables)
 
 
 def plan(model: nn.Module, config: MoSConfig) -> tuple[MoSConfig, list[LinearType]]:
     """The linear types of the modules that ``config`` selects, and the configuration with the ranks that they have."""
     modules = dict(model.named_modules())
     named, others = _select(model, config)
-    fitted = config
+    fitted, stacks = config, select_stacks(model, config)
     if config.target_modules == "all-linear":
         fitted = fit_ranks(config, named, modules)
-    types = plan_modules(fitted, named, modules)
+    types = plan_modules(fitted, named, modules, stacks)
     tell_of_fitting(config, fitted, named, others)
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        used = {pattern for name, _ in named for pattern in matching_patterns(patterns, name)}
+        used = {p for name in (*(n for n, _ in named), *stacks) for p in matching_patterns(patterns, name)}
         if unused := [pattern for pattern in patterns if pattern not in used]:  # PEFT warns itself
             warnings.warn(f"{field} should match adapted modules, got {unused}, which match none", stacklevel=3)
     return fitted, types

@@ -53,6 +53,8 @@ class ShardPool(nn.Module):
         config: ranks, sharding and pool dtype.
         in_features, out_features: of every layer that reads from this pool; divisible by ``config.shards_per_vector``.
         num_layers: L, the number of layers that share it.
+        experts: how many matrices each layer stacks, which are as many layers to the pool; 0 for a linear layer. What
+            is said of a layer below is said of a stack then: tables (E, r, l), factors (E, r, in) and (E, out, r).
         stream: names the random stream of the tables.
         ranks, scales: of each layer, where they differ from the configuration's r and scale.
         tables: ready-made tables instead of a draw, (L, max(ranks), l) int32 each.
@@ -86,6 +88,7 @@ class ShardPool(nn.Module):
         out_features: int,
         num_layers: int = 1,
         *,
+        experts: int = 0,
         stream: str = "linear",
         ranks: Sequence[int] | None = None,
         scales: Sequence[float] | None = None,
@@ -99,8 +102,10 @@ class ShardPool(nn.Module):
             check_integer(name, value, 1)
             if value >= 2**31:
                 raise ValueError(f"{name} must be below 2^31, got {value}")
+        check_integer("experts", experts, 0)
+        self.experts, matrices = experts, num_layers * max(1, experts)
         if ranks is None:  # before there are as many of them as layers
-            check_ranks(config, in_features, out_features, num_layers)
+            check_ranks(config, in_features, out_features, matrices)
         self.ranks = (config.r,) * num_layers if ranks is None else tuple(ranks)
         self.scales = (config.scale,) * num_layers if scales is None else tuple(scales)
         for name, values in (("ranks", self.ranks), ("scales", self.scales)):
@@ -109,7 +114,7 @@ class ShardPool(nn.Module):
         for r, scale in zip(self.ranks, self.scales, strict=True):
             config.check_rank("ranks", r)
             check_number("scales", scale)
-            check_ranks(config, in_features, out_features, num_layers, r=r)
+            check_ranks(config, in_features, out_features, matrices, r=r)
         self.scales = tuple(float(scale) for scale in self.scales)  # operators take no integer beyond 64 bits
         self._initial_scales, self._strengths = self.scales, [1.0] * num_layers
         self.config, self.in_features, self.out_features, self.num_layers = (
@@ -118,19 +123,25 @@ class ShardPool(nn.Module):
             out_features,
             num_layers,
         )
-        l, n = config.shards_per_vector, config.num_shards(num_layers)
+        l, n = config.shards_per_vector, config.num_shards(matrices)
         self._check_tables(tables)
         self.stream = stream
-        self.tables = draw_tables(config, stream, self.ranks) if tables is None else tables
+        self.tables = draw_tables(config, stream, self.matrix_ranks) if tables is None else tables
         self.shards_a = nn.Parameter(torch.empty(n, in_features // l, dtype=config.torch_pool_dtype, device=device))
         self.shards_b = nn.Parameter(torch.empty(n, out_features // l, dtype=config.torch_pool_dtype, device=device))
         self.reset_parameters()
         self._sides: dict[str, _Side] = {}
         self._renew()
 
+    @property
+    def matrix_ranks(self) -> tuple[int, ...]:
+        """The rank of every matrix, experts one by one."""
+        return tuple(r for r in self.ranks for _ in range(max(1, self.experts)))
+
     def _check_tables(self, tables: IndexTables | None) -> None:
-        shape = (self.num_layers, max(self.ranks), self.config.shards_per_vector)
-        n = self.config.num_shards(self.num_layers)
+        matrices = self.num_layers * max(1, self.experts)
+        shape = (matrices, max(self.ranks), self.config.shards_per_vector)
+        n = self.config.num_shards(matrices)
         for side, table in () if tables is None else (("index_a", tables.a), ("index_b", tables.b)):
             if table.shape != shape:
                 raise ValueError(f"{side} must have the shape {shape}, got {table.shape}")
@@ -142,11 +153,11 @@ class ShardPool(nn.Module):
 
     def drawn_tables(self) -> IndexTables:
         """The index tables that follow from the configuration; those in use, mostly."""
-        return self.tables if self.tables_are_drawn() else draw_tables(self.config, self.stream, self.ranks)
+        return self.tables if self.tables_are_drawn() else draw_tables(self.config, self.stream, self.matrix_ranks)
 
     def tables_are_drawn(self) -> bool:
         """Whether the index tables in use follow from the configuration, so that no file needs them."""
-        return self.tables.drawn == origin(self.config, self.stream, self.ranks)
+        return self.tables.drawn == origin(self.config, self.stream, self.matrix_ranks)
 
     def set_tables(self, tables: IndexTables) -> None:
         """Replaces the index tables of all layers, (L, r, l) int32 each.
@@ -172,11 +183,13 @@ class ShardPool(nn.Module):
     @classmethod
     def of(cls, linear_type: LinearType, config: MoSConfig, device: torch.device | str | None) -> ShardPool:
         """The pool of a planned linear type."""
+        kind = linear_type.kind
         return cls(
-            config,
-            linear_type.in_features,
-            linear_type.out_features,
+            kind.budget(config),
+            kind.in_features,
+            kind.out_features,
             len(linear_type.modules),
+            experts=kind.experts,
             stream=linear_type.stream,
             ranks=linear_type.ranks,
             scales=linear_type.scales,
@@ -199,7 +212,10 @@ class ShardPool(nn.Module):
         return self._table(self.index_a if side == "a" else self.index_b, layer)
 
     def _table(self, tables: Tensor, layer: int) -> Tensor:
-        return tables[layer, tables.shape[1] - self.ranks[layer] :]  # the last r rows: private ranks come last
+        first = tables.shape[1] - self.ranks[layer]  # the last r rows: private ranks come last
+        if self.experts:
+            return tables[layer * self.experts : (layer + 1) * self.experts, first:].contiguous()
+        return tables[layer, first:]
 
     def forward(self, layer: int, training: bool) -> Branch:
         """What a layer adds to its base, gradient handles included; in ``training`` with dropout."""
@@ -247,15 +263,19 @@ class ShardPool(nn.Module):
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a layer, assembled, in the pools' dtype: its LoRA matrices without the scale."""
-        a = reference.gather_concat(self.values("a"), self.table("a", layer))
-        return a, reference.gather_concat(self.values("b"), self.table("b", layer)).T
+        a, b = (
+            reference.gather_concat(self.values(side), table.flatten(0, -2)).unflatten(0, table.shape[:-1])
+            for side in "ab"
+            for table in (self.table(side, layer),)
+        )
+        return a, b.mT
 
     @torch.no_grad()
-    def delta_weight(self, layer: int) -> Tensor:
-        """scale * B A (out, in) of a layer, in the accumulation dtype of the pools."""
-        tables = (self.table("a", layer), self.values("b"), self.table("b", layer))
+    def delta_weight(self, layer: int, expert: int | None = None) -> Tensor:
+        """scale * B A (out, in) of a layer, or of one expert of it, in the accumulation dtype of the pools."""
+        a, b = (table if expert is None else table[expert] for table in (self.table(side, layer) for side in "ab"))
         with without_autocast(self.shards_a):  # what is merged inside of it must be what is taken out outside
-            return reference.delta_weight(self.values("a"), *tables, self.scales[layer])
+            return reference.delta_weight(self.values("a"), a, self.values("b"), b, self.scales[layer])
 
     def marks(self) -> tuple[tuple[Any, int], ...]:
         """Tells later whether pools and tables are still these, unchanged in place: compare with :meth:`unchanged`."""
@@ -369,9 +389,9 @@ class ShardPool(nn.Module):
         self._renew()
 
     def extra_repr(self) -> str:
-        c = self.config
+        c, experts = self.config, f"experts={self.experts}, " if self.experts else ""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, num_layers={self.num_layers}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, num_layers={self.num_layers}, {experts}"
             f"num_shards={self.shards_a.shape[0]}, r={max(self.ranks)}, equivalent_rank={c.equivalent_rank}, "
             f"shards_per_vector={c.shards_per_vector}"
         )

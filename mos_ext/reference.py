@@ -204,6 +204,19 @@ def grouped_low_rank_backward(
     return dx, grad_a, grad_b
 
 
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """(T, n): the rows of group g of x (T, k) times weight[g], of (G, k, n); zeros for rows that belong to nobody.
+
+    Of ends that are in order: what experts compute without an adapter.
+    """
+    y, begin = x.new_zeros(x.shape[0], weight.shape[2]), 0
+    for g, end in enumerate(ends.tolist()):
+        if begin < end:
+            y[begin:end] = x[begin:end] @ weight[g]
+        begin = end
+    return y
+
+
 def _groups(
     places: int, r: int, ends: Tensor, rows: Tensor | None, ranks: Tensor | None, scales: Tensor | None
 ) -> Iterator[tuple[int, slice, slice | Tensor, int, float]]:

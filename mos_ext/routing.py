@@ -18,6 +18,7 @@ from .config import MoSConfig
 
 # Of the draw. It changes when one seed and configuration would give other tables than before; files name it.
 GENERATOR = 1
+_OF_EXPERTS = "expert_equivalent_rank"
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -33,7 +34,7 @@ def _keys(name: str, count: int) -> np.ndarray:
 
 def largest_rank(config: MoSConfig, num_layers: int) -> int:
     """The largest r of a layer whose pool num_layers layers share: no public shard occurs twice in a layer."""
-    return config.private_rank + (config.equivalent_rank - config.private_rank) * num_layers
+    return config.private_rank + config.num_public_shards(num_layers) // config.shards_per_vector
 
 
 def check_ranks(
@@ -66,18 +67,27 @@ def check_ranks(
                 f"shards_per_vector must divide {side}={features} of {module}, got {l}; "
                 f"nearest valid: {' or '.join(map(str, sorted(near)))}, or exclude the module"
             )
-    if config.num_shards(num_layers) >= 2**31:
+    n, named = config.num_shards(num_layers), "equivalent_rank" if type(config.equivalent_rank) is int else _OF_EXPERTS
+    if n >= 2**31:
         raise ValueError(
-            f"equivalent_rank * layers * shards_per_vector must be below 2^31, since shards are numbered in int32, got "
+            f"{named} * layers * shards_per_vector must be below 2^31, since shards are numbered in int32, got "
             f"{config.equivalent_rank} * {num_layers} * {l}"
         )
+    wanted = config.equivalent_rank * num_layers * l
+    if abs(n - wanted) > 1e-9 * wanted:
+        raise ValueError(
+            f"{named} * experts * layers * shards_per_vector must be a whole number of shards for {module}, got "
+            f"{config.equivalent_rank} * {num_layers} * {l} = {wanted:g}; nearest valid: {named}={n}/{num_layers * l}"
+        )
     if r > (largest := largest_rank(config, num_layers)):
-        needed = config.private_rank - (-(r - config.private_rank) // num_layers)
+        needed: float = config.private_rank - (-(r - config.private_rank) // num_layers)
+        if named == _OF_EXPERTS:
+            needed = config.private_rank + (r - config.private_rank) / num_layers
         of_type = f", whose linear type {linear_type}" if linear_type else ", whose pool"
         raise ValueError(
             f"r must be at most {largest} for {module}{of_type} has {num_layers} adapted "
             f"module{'s' if num_layers > 1 else ''}, "
-            f"got {r}; nearest valid: r={largest}, or equivalent_rank={needed}, or exclude the module"
+            f"got {r}; nearest valid: r={largest}, or {named}={needed:g}, or exclude the module"
         )
 
 
@@ -138,15 +148,15 @@ def origin(config: MoSConfig, stream: str, ranks: Sequence[int]) -> tuple:
     return stream, config.seed, config.routing, config.pair_dissociation, shape
 
 
-def streams(types: Sequence[tuple[str, int, int]]) -> list[str]:
-    """The random stream of each linear type (role, in_features, out_features) of a plan.
+def streams(types: Sequence[tuple]) -> list[str]:
+    """The random stream of each linear type (role, in_features, out_features, ...) of a plan.
 
     It is named after the part of the role inside the numbered block, ``self_attn.q_proj[64->64]``: what the blocks hang
     on may be called otherwise where an adapter is loaded. A name that occurs again, as a decoder's after an encoder's,
     gets its number.
     """
     names: list[str] = []
-    for role, fan_in, fan_out in types:
+    for role, fan_in, fan_out, *_ in types:
         name = f"{role.partition('*.')[2] or role}[{fan_in}->{fan_out}]"
         count = sum(other.partition("#")[0] == name for other in names)
         names.append(f"{name}#{count}" if count else name)

@@ -35,6 +35,7 @@ LEVEL = {
     "planner": 7,
     "pools": 8,
     "linear": 9,
+    "experts": 9.5,
     "adapt": 10,
     "integrations.peft.registration": 0,
     "integrations.peft.config": 6,

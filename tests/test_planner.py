@@ -28,7 +28,7 @@ SMALL = MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, private_rank=1)
 
 
 def roles(model, config=SMALL):
-    return {t.role: (t.in_features, t.out_features, len(t.modules)) for t in plan(model, config)[1]}
+    return {t.kind.role: (t.kind.in_features, t.kind.out_features, len(t.modules)) for t in plan(model, config)[1]}
 
 
 def test_llama():

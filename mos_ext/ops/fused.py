@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, branch: Branch
     Without a weight, the branch alone.
     """
     if branch.recipe.dropout > 0.0:
-        branch = _seeded(branch, x)
+        branch = seeded(branch, x)
     hidden = unseen()
     if hidden:  # what the shorter way to apply asks for
         pool_a, pool_b, handle_a, handle_b, recipe = branch
@@ -52,14 +52,14 @@ def add_(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     x (T, in) is a matrix; y (..., out) must be contiguous, and nothing that the base saved for its own backward. Not
     while anybody is watching.
     """
-    branch = _seeded(branch, x)
+    branch = seeded(branch, x)
     if torch.is_grad_enabled():
         return _AddedBranch.apply(y, x, *branch)
-    _low_rank_(y, x, branch.pool_a, branch.pool_b, branch.recipe)
+    low_rank_(y, x, branch.pool_a, branch.pool_b, branch.recipe)
     return y
 
 
-def _seeded(branch: Branch, x: Tensor) -> Branch:
+def seeded(branch: Branch, x: Tensor) -> Branch:
     """The branch with a seed, where it needs one."""
     recipe = branch.recipe
     if recipe.dropout == 0.0 or recipe.seed is not None:
@@ -89,8 +89,8 @@ def _forward(x, weight, bias, pool_a, pool_b, recipe: Recipe, hidden: bool) -> t
         return product(x, weight, bias, *operands, tf32=tf32(x))
 
 
-def _low_rank_(y: Tensor, x: Tensor, pool_a: Tensor, pool_b: Tensor, recipe: Recipe) -> Tensor:
-    """S (T, r); y += the branch."""
+def low_rank_(y: Tensor, x: Tensor, pool_a: Tensor, pool_b: Tensor, recipe: Recipe) -> Tensor:
+    """S (T, r); y += the branch. For code that is a node of autograd, or needs none."""
     product = ops.low_rank_ if recipe.groups is None else ops.grouped_low_rank_
     return product(y.view(-1, y.shape[-1]), x, *_operands(pool_a, pool_b, recipe), tf32=tf32(x))
 
@@ -130,7 +130,7 @@ def _gradients(needs, recipe: Recipe, dy, x, weight, s, pool_a, pool_b) -> tuple
         # Backward was called inside of it: it is not meant for these products.
         with without_autocast(dy):
             return _gradients(needs, recipe, dy, x, weight, s, pool_a, pool_b)
-    need_x, need_weight, need_bias, need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
+    need_x, need_weight, need_bias, need_pool_a, need_pool_b, *_ = needs
     operands = _operands(pool_a, pool_b, recipe)
     hidden, scattered = unseen(), False
     with below_autograd(hidden):
@@ -144,18 +144,34 @@ def _gradients(needs, recipe: Recipe, dy, x, weight, s, pool_a, pool_b) -> tuple
         else:
             scattered = need_pool_a and need_pool_b
             dx, grad_a, grad_b = ops.linear_backward(dy, s, x, weight, *operands, scattered, tf32=tf32(x))
-        if not scattered:  # the factors one by one, so that not all four are there at once
-            grad_a = _of_pool(grad_a, recipe.index_a, pool_a) if need_pool_a else grad_a
-            grad_b = _of_pool(grad_b, recipe.index_b, pool_b) if need_pool_b else grad_b
         return (
             dx if need_x else None,
             dy.T @ x if need_weight else None,
             dy.sum(0) if need_bias else None,
-            grad_a.to(pool_a.dtype) if need_pool_a else None,
-            grad_b.to(pool_b.dtype) if need_pool_b else None,
-            grad_a if need_handle_a else None,
-            grad_b if need_handle_b else None,
+            *_of_pools_and_handles(needs[3:], recipe, pool_a, pool_b, grad_a, grad_b, scattered),
         )
+
+
+def _of_pools_and_handles(
+    needs, recipe: Recipe, pool_a: Tensor, pool_b: Tensor, grad_a: Tensor, grad_b: Tensor, scattered: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (pool_a, pool_b, handle_a, handle_b), of those of the factors; or of the pools, where scattered."""
+    need_pool_a, need_pool_b, need_handle_a, need_handle_b = needs
+    if not scattered:  # the factors one by one, so that not all four are there at once
+        grad_a = _of_pool(grad_a, recipe.index_a, pool_a) if need_pool_a else grad_a
+        grad_b = _of_pool(grad_b, recipe.index_b, pool_b) if need_pool_b else grad_b
+    return (
+        grad_a.to(pool_a.dtype) if need_pool_a else None,
+        grad_b.to(pool_b.dtype) if need_pool_b else None,
+        grad_a if need_handle_a else None,
+        grad_b if need_handle_b else None,
+    )
+
+
+def branch_gradients(needs, recipe: Recipe, dx: Tensor, dy, s, x, pool_a, pool_b) -> tuple[Tensor | None, ...]:
+    """Gradients of (pool_a, pool_b, handle_a, handle_b) of rows in groups; that of x is added to dx."""
+    grad_a, grad_b = ops.grouped_low_rank_backward_(dx, dy, s, x, *_operands(pool_a, pool_b, recipe), tf32=tf32(x))
+    return _of_pools_and_handles(needs, recipe, pool_a, pool_b, grad_a, grad_b)
 
 
 # ------------------------------------------------------------------------------------------------ nodes
@@ -197,7 +213,7 @@ class _AddedBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, pool_a, pool_b, handle_a, handle_b, recipe):
         with below_autograd(unseen()):
-            s = _low_rank_(y, x, pool_a, pool_b, recipe)
+            s = low_rank_(y, x, pool_a, pool_b, recipe)
             torch.autograd.graph.increment_version(y)  # what a base saved after all must not pass for unchanged
         ctx.mark_dirty(y)
         _keep(ctx, recipe, x, None, s, pool_a, pool_b)

@@ -63,6 +63,26 @@ def _scatter_add_backward(ctx, grad):
     return [ops.gather_concat(grad, index).to(ctx.dtype) for index in indices], [None] * len(indices), None
 
 
+def _grouped_mm_setup(ctx, inputs, output):
+    x, weight, ends = inputs
+    of_x, of_weight, _ = ctx.needs_input_grad
+    ctx.save_for_backward(x if of_weight else None, weight if of_x else None, ends)
+
+
+def _grouped_mm_backward(ctx, dy):
+    x, weight, ends = ctx.saved_tensors
+    dx = None if weight is None else ops.grouped_mm(dy, weight.mT, ends)
+    return dx, None if x is None else _outer_products(x, dy, ends), None
+
+
+def _outer_products(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
+    """(G, k, n): x^T dy of every group. Only for experts that are trained themselves."""
+    begins = torch.cat((ends.new_zeros(1), ends[:-1]))
+    rows = torch.arange(x.shape[0], device=x.device)
+    own = (rows >= begins.unsqueeze(1)) & (rows < ends.unsqueeze(1))
+    return torch.stack([x.T @ (dy * where.unsqueeze(1)) for where in own])
+
+
 def _no_setup(ctx, inputs, keyword_only_inputs, output):
     pass
 
@@ -100,6 +120,7 @@ def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 for _name, _setup, _backward in (
     ("gather_concat", _gather_concat_setup, _gather_concat_backward),
     ("scatter_add", _scatter_add_setup, _scatter_add_backward),
+    ("grouped_mm", _grouped_mm_setup, _grouped_mm_backward),
     ("shrink", _shrink_setup, _shrink_backward),
     ("expand", _expand_setup, _expand_backward),
     # Without these, torch would take their results for constants: a derivative through them would be silently wrong.

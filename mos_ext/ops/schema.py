@@ -24,12 +24,13 @@ NAMESPACE = "mos_ext"
 INTERFACE = 4
 
 library = torch.library.Library(NAMESPACE, "DEF")
-OPERATORS: list[str] = []  # the names of all of them
+OPERATORS: list[str] = []  # the names of those that have native kernels
 
 
-def _define(schema: str, default, fake) -> None:
+def _define(schema: str, default, fake, native: bool = True) -> None:
     name = schema.partition("(")[0]
-    OPERATORS.append(name)
+    if native:
+        OPERATORS.append(name)
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     library.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
@@ -245,6 +246,31 @@ _product(
         _factor(s, pool_a, index_a),
         _factor(s, pool_b, index_b),
     ),
+)
+
+# The product of experts without an adapter is ATen's: an operator only so that compilers take it, in every dtype.
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (T, k) by weight (G, k, n); rows beyond the last end are left as they come.
+
+    By torch's ``grouped_mm`` where it takes the operands; group by group, with a look at ``ends``, where it does not.
+    On two cores both take the same time, 0.98 to 1.09 of each other at 64 rows a group.
+    """
+    if x.shape[0] == 0:
+        return x.new_zeros(0, weight.shape[2])
+    narrow = all(s * t.element_size() % 16 == 0 or s == 1 for t in (x, weight) for s in t.stride())
+    aligned = all(t.data_ptr() % 16 == 0 for t in (x, weight))
+    if x.dtype in (torch.bfloat16, torch.float32, torch.float16) and narrow and aligned:
+        return torch.nn.functional.grouped_mm(x, weight, offs=ends)
+    return reference.grouped_mm(x, weight, ends)
+
+
+_define(
+    "grouped_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor",
+    _grouped_mm,
+    lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[2]),
+    native=False,
 )
 
 # ------------------------------------------------------------------------------------------------ the whole layer

@@ -69,6 +69,8 @@ class MoSConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "names, endings of names, a regular expression, or 'all-linear'"}
     )
+    target_parameters: list[str] | str | None = field(default=None, metadata={"help": "parameters that stack experts"})
+    expert_equivalent_rank: float | None = field(default=None, metadata={"help": "equivalent_rank of the experts"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "modules to leave out"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "blocks to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
@@ -97,6 +99,11 @@ class MoSConfig(PeftConfig):
         for name in ("fan_in_fan_out", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters must be given to mos_ext.MoSConfig and mos_ext.adapt, which adapt experts, not to "
+                f"PEFT, got {self.target_parameters!r}"
+            )
         method = self.method()
         self.rank_pattern, self.alpha_pattern = dict(method.rank_pattern), dict(method.alpha_pattern)
         # Sets, as in PEFT's own configurations: they are compared with and added to.
@@ -160,6 +167,7 @@ class MoSConfig(PeftConfig):
         """The same adapter as a :class:`mos_ext.MoSConfig`; ``targets`` takes the place of ``target_modules``."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _OF_METHOD}
         values["exclude_modules"] = values["exclude_modules"] or ()
+        values["target_parameters"] = values["target_parameters"] or ()
         values["pool_dtype"] = values["pool_dtype"] or "float32"
         values["layers_pattern"] = values["layers_pattern"] or None
         if targets is not None:

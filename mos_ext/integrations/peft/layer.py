@@ -278,7 +278,7 @@ class MoSLinear(nn.Module, MoSLayer):
     def unmerge_all_but(self, count: int) -> None:
         """Takes out what was merged after the first ``count`` adapters."""
         if len(self.merged_adapters) > count:
-            self.check_unmergeable(self.merged_weight())
+            self.check_unchanged(self.merged_weight())
         while len(self.merged_adapters) > count:
             merge = self._merges.pop()
             if isinstance(merge.undo, _Kept):

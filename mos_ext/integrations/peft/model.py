@@ -27,6 +27,7 @@ from ...checkpoint import (
 )
 from ...linear import AdaptedLayer
 from ...planner import (
+    Kind,
     LinearType,
     adaptable,
     device_of,
@@ -40,7 +41,6 @@ from ...planner import (
     shape_of,
     tell_of_fitting,
     type_keys,
-    type_name,
 )
 from ...pools import ShardPool
 from ...ranks import same_on_every_rank
@@ -177,7 +177,7 @@ class MoSModel(BaseTuner):
         """
         for name, layer in model.named_modules():
             if isinstance(layer, MoSLayer):
-                (key,) = type_keys([type_name(role_of(name), layer.in_features, layer.out_features)])
+                (key,) = type_keys([Kind(role_of(name), layer.in_features, layer.out_features).name])
                 if not hasattr(self, self.prefix + key):
                     self.add_module(self.prefix + key, layer.mos_pools)
 
@@ -267,8 +267,10 @@ class MoSModel(BaseTuner):
                     f"{name}: a merged layer must have a weight that can be added to, got one of which {cause}"
                 )
         layers = [layer for layer in self.model.modules() if isinstance(layer, MoSLayer)]
+        bases = [layer.get_base_layer() for layer in layers if layer.quantization_backend is None]
         check_sole_owners(
-            self.model, [layer.get_base_layer() for layer in layers if layer.quantization_backend is None]
+            self.model,
+            [(base, base.weight) for base in bases],
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -287,7 +289,7 @@ class MoSModel(BaseTuner):
         for name, layer in self.model.named_modules():
             if isinstance(layer, MoSLinear):
                 try:
-                    layer.check_unmergeable(layer.merged_weight())
+                    layer.check_unchanged(layer.merged_weight())
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
         super().unmerge_adapter()
