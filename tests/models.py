@@ -69,6 +69,68 @@ def inputs(name):
     return {"input_ids": torch.randint(1, 96, (2, 11))}
 
 
+# What each kind of mixture of experts needs beside the sizes of all. Between them: weights transposed or not, biases,
+# gates concatenated or interleaved, blocks with and without experts, experts beside shared ones, three routers.
+MOE_KINDS = {
+    "qwen3_moe": {
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "deepseek_v3": {
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
+
+
+def moe(kind, **changes):
+    """A mixture of experts of transformers 5, of one of MOE_KINDS: two blocks, four experts, two per token."""
+    common = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "head_dim": 8,
+        "pad_token_id": 0,
+    }
+    config = transformers.AutoConfig.for_model(kind, **{**common, **MOE_KINDS[kind], **changes})
+    return _build(transformers.AutoModelForCausalLM.from_config, config)
+
+
 BUILDERS = {"llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit}
 
 
