@@ -172,7 +172,7 @@ def loop(d: Data) -> Built:
             out.append(nn.functional.linear(gated, d.module.down_proj[e]) + branch(gated, "down_proj", e))
             begin = end
         own = d.weights.reshape(-1)[routing.order].unsqueeze(-1)
-        return routing.combine(torch.cat(out) * own, d.case.tokens)
+        return routing.combine(torch.cat(out) * own)
 
     return Built(forward, trained)
 

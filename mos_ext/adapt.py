@@ -373,6 +373,7 @@ class ParameterReport:
     Attributes:
         trainable: parameters with ``requires_grad``; total: all parameters, pools included.
         equivalent_rank: the LoRA rank with as many trainable parameters. r: the LoRA rank that the adapter expands to.
+        expert_equivalent_rank: the same of experts, where they are adapted with a budget of their own; else None.
         lora_parameters: what LoRA of rank r would train on the same modules.
         types: per linear type.
         left_out: modules that ``"all-linear"`` stands for and that cannot be adapted: name -> why.
@@ -385,6 +386,7 @@ class ParameterReport:
     lora_parameters: int
     types: tuple[TypeReport, ...]
     left_out: dict[str, str]
+    expert_equivalent_rank: float | None = None
 
     def __str__(self) -> str:
         width = max(len(t.name) for t in self.types)
@@ -393,10 +395,12 @@ class ParameterReport:
             ranks = "-".join(map(str, sorted({min(t.ranks), max(t.ranks)})))
             lines.append(f"{t.name:<{width}}  {t.num_layers:>6}  {t.num_shards:>6} {ranks:>7}  {t.trainable:>10,}")
         lines += [f"not adapted: {text}" for text in by_role(self.left_out)]
+        of_experts = self.expert_equivalent_rank
+        own = "" if of_experts is None else f" (of experts: rank {of_experts:g})"
         lines.append(
             f"trainable {self.trainable:,} of {self.total:,} parameters "
             f"({100 * self.trainable / self.total:.3f}%): the budget of LoRA "
-            f"rank {self.equivalent_rank}, the rank of LoRA rank {self.r} ({self.lora_parameters:,} parameters)"
+            f"rank {self.equivalent_rank}{own}, the rank of LoRA rank {self.r} ({self.lora_parameters:,} parameters)"
         )
         return "\n".join(lines)
 
@@ -426,4 +430,5 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         ),
         types=types,
         left_out=adapter.left_out,
+        expert_equivalent_rank=config.expert_equivalent_rank,
     )

@@ -34,7 +34,7 @@ class Routing(NamedTuple):
     Attributes:
         order: (P,) the pairs of token and choice, sorted by expert. place: (P,) where each pair stands in that order.
         token: (P,) the row of x at each place. expert: (P,) its expert. ends: (E,) int32, where each expert's places
-            end.
+            end. choices: how many experts each token has.
     """
 
     order: Tensor
@@ -42,6 +42,7 @@ class Routing(NamedTuple):
     token: Tensor
     expert: Tensor
     ends: Tensor
+    choices: int
 
     @classmethod
     def of(cls, top_k_index: Tensor, num_experts: int) -> Routing:
@@ -51,11 +52,12 @@ class Routing(NamedTuple):
         place = torch.empty_like(order)
         place[order] = torch.arange(order.shape[0], device=order.device)
         ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
-        return cls(order, place, order // top_k_index.shape[-1], expert, ends)
+        choices = top_k_index.shape[-1]
+        return cls(order, place, order // choices, expert, ends, choices)
 
-    def combine(self, rows: Tensor, num_tokens: int) -> Tensor:
+    def combine(self, rows: Tensor) -> Tensor:
         """(T, d): the sum of the rows (P, d) of every token's choices, in the order of the choices."""
-        return rows[self.place].view(num_tokens, -1, rows.shape[-1]).sum(dim=1)
+        return rows[self.place].unflatten(0, (-1, self.choices)).sum(dim=1)
 
 
 class Stack(NamedTuple):
@@ -90,7 +92,7 @@ class Block(NamedTuple):
             y = stack.base(rows, routing)
             y = y if stack.branch is None else functional.add(y, rows, stack.branch, in_place=True)
             rows = y if then is None else then(y)
-        return routing.combine(rows * weights.reshape(-1)[routing.order].unsqueeze(-1), len(x))
+        return routing.combine(rows * weights.reshape(-1)[routing.order].unsqueeze(-1))
 
 
 class _ExpertsBlock(torch.autograd.Function):
@@ -110,7 +112,7 @@ class _ExpertsBlock(torch.autograd.Function):
             y = block.down.base(gated, routing)
             sums.append(_add(block.down, y, gated, *tensors[4:6]))
             own = weights.reshape(-1)[routing.order].unsqueeze(-1)
-            out = routing.combine(y * own, len(x))
+            out = routing.combine(y * own)
         ctx.block, ctx.routing, ctx.shape = block, routing, weights.shape
         ctx.save_for_backward(
             x, hidden, own, y if ctx.needs_input_grad[3] else None, *sums, *tensors[:2], *tensors[4:6]
@@ -158,7 +160,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
             if block.up.branch is not None:
                 up = (drows, dhidden, s_up, rows, *pools[:2])
                 of_up = fused.branch_gradients(needs[:4], block.up.branch.recipe, *up)
-            dx = routing.combine(drows, len(x)) if need_x else None
+            dx = routing.combine(drows) if need_x else None
     return None, None, dx, dweights, *of_up, *of_down
 
 
@@ -173,6 +175,7 @@ class MoSExperts(AdaptedLayer, nn.Module):
             alone.
     """
 
+    fan_in_fan_out = False  # of linears: `is_transposed` says it of experts
     adapters: dict[str, tuple[ShardPool, int]]
     enabled: bool
     _base_class: type[nn.Module]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from .adapt import POOLS, adapter_of
 from .linear import FUSED, AdaptedLayer
-from .planner import role_of, unwrap
+from .planner import by_role, expert_stacks, role_of, unwrap
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,15 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found: ``print`` it for a summary."""
+    """What :func:`explain` found: ``print`` it for a summary.
+
+    Attributes:
+        layers: those that are adapted. left_out: experts that are not, though ``"all-linear"`` asked for everything:
+            parameter -> which argument would include it.
+    """
 
     layers: tuple[LayerExplanation, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
@@ -48,7 +54,7 @@ class Explanation:
             line = f"{count} calls: {path}"
             took = [layer for layer in self.layers if path in layer.calls]
             lines.append(line if path == FUSED else f"{line}\n    {_roles(took)}")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"not adapted: {text}" for text in by_role(self.left_out)])
 
 
 def _most_common(items: Iterable[str]) -> list[str]:
@@ -69,8 +75,10 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: the model has no adapted layer, or other modules are in the place of some.
     """
+    out: dict[str, str] = {}
     if hasattr(unwrap(model), POOLS):
-        adapter_of(model)
+        stacks = expert_stacks(unwrap(model))
+        out = {name: why for name, why in adapter_of(model).left_out.items() if name in stacks}
     layers = tuple(
         LayerExplanation(name, module.base_name(), module.path(), dict(module.paths))
         for name, module in unwrap(model).named_modules()
@@ -78,4 +86,4 @@ def explain(model: nn.Module) -> Explanation:
     )
     if not layers:
         raise ValueError(f"model must have adapted layers, got a plain {type(model).__name__}")
-    return Explanation(layers)
+    return Explanation(layers, out)

@@ -65,7 +65,7 @@ def _scatter_add_backward(ctx, grad):
 
 def _grouped_mm_setup(ctx, inputs, output):
     x, weight, ends = inputs
-    of_x, of_weight, _ = ctx.needs_input_grad
+    of_x, of_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if of_weight else None, weight if of_x else None, ends)
 
 
