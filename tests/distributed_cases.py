@@ -5,7 +5,7 @@ import warnings
 from functools import partial
 
 import torch
-from models import llama, randomize, stack
+from models import ExpertsBlock, llama, randomize, stack
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -52,8 +52,14 @@ def build(way="adapt", dtype=torch.float64, tied=False, **kwargs):
 
     ``tied``: one block, called again and again.
     """
-    model = Model(stack(1 if tied else LAYERS, WIDTH, dtype))
     config = {**RANKS, "pool_dtype": str(dtype).removeprefix("torch."), **kwargs}
+    if way == "experts":
+        torch.manual_seed(0)
+        model = Model([ExpertsBlock(WIDTH).to(dtype) for _ in range(LAYERS)])
+        stacks = ["experts.gate_up_proj", "experts.down_proj"]
+        config |= {"target_modules": [], "target_parameters": stacks, "expert_equivalent_rank": 0.75}
+        return randomize(mos_ext.adapt(model, mos_ext.MoSConfig(**config)))
+    model = Model(stack(1 if tied else LAYERS, WIDTH, dtype))
     if way == "adapt":
         model = randomize(mos_ext.adapt(model, mos_ext.MoSConfig(**config)))
         model.layers = nn.ModuleList(list(model.layers) * (LAYERS if tied else 1))

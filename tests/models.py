@@ -131,6 +131,25 @@ def moe(kind, **changes):
     return _build(transformers.AutoModelForCausalLM.from_config, config)
 
 
+class ExpertsBlock(nn.Module):
+    """Four experts of Qwen3-MoE and a router that is no module: two experts for each row."""
+
+    def __init__(self, width):
+        super().__init__()
+        config = transformers.Qwen3MoeConfig(
+            hidden_size=width, moe_intermediate_size=width // 2, num_experts=4, num_experts_per_tok=2
+        )
+        config._experts_implementation = "eager"
+        self.experts = transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts(config)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=width**-0.5)
+
+    def forward(self, x):
+        inside = torch.tanh(x)  # products of four blocks would grow without bounds
+        weights, index = torch.topk(inside[:, :4].softmax(-1), 2)
+        return torch.tanh(x + self.experts(inside, index, weights))
+
+
 BUILDERS = {"llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit}
 
 

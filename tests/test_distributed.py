@@ -36,6 +36,12 @@ def test_plain(ranks, wrapper, way):
     agree(ranks, wrapper=wrapper, way=way)
 
 
+@pytest.mark.parametrize("blocks", ["nnnn", "oooo", "rnor"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_experts(ranks, wrapper, blocks):
+    agree(ranks, wrapper=wrapper, way="experts", blocks=blocks)
+
+
 @pytest.mark.parametrize("blocks", ["oooo", "rrrr", "rnor", "nrrn", "RnRr"])
 @pytest.mark.parametrize("wrapper", ["ddp", "ddp static", "fsdp2", "fsdp2 keep"])
 def test_checkpointing(ranks, wrapper, blocks):

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import llama, stack
+from models import llama, moe, stack
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -206,6 +206,21 @@ def test_trainer_resumes_to_the_bit(wrap, dropout, tmp_path):
     base = dict(llama(2).named_parameters())
     kept = [p for p in whole.model.parameters() if not p.requires_grad]
     assert same([p.cpu() for p in kept], list(base.values()))
+
+
+def test_trainer_resumes_experts_to_the_bit(tmp_path):
+    def model(seed):
+        config = mos_ext.MoSConfig(
+            r=4, equivalent_rank=4, shards_per_vector=2, dropout=0.2, target_parameters=["experts.down_proj"]
+        )
+        return fill(mos_ext.adapt(moe("qwen3_moe"), config), seed=seed)
+
+    whole = train(model(3), tmp_path / "whole")
+    torch.manual_seed(99)
+    resumed = train(model(9), tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-3")
+    assert losses(resumed)[3:] == losses(whole)[3:]
+    assert losses(whole)[-1] < losses(whole)[0]
+    assert same(trained(resumed.model), trained(whole.model))
 
 
 def test_trainer_s_checkpoints_are_adapters(wrap, tmp_path):
