@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import llama, transformers
+from models import llama, moe, transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "meta-llama/Llama-3.2-1B"
@@ -41,9 +41,9 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def run(name, model_folder, tmp_path, monkeypatch, **variables):
+def run(name, model_folder, tmp_path, monkeypatch, model_name=NAME, **variables):
     monkeypatch.chdir(tmp_path)
-    code = snippets()[name].replace(NAME, str(model_folder))
+    code = snippets()[name].replace(model_name, str(model_folder))
     assert str(model_folder) in code
     exec(compile(code, f"README.md, snippet {name}", "exec"), variables)
     return variables
@@ -57,6 +57,15 @@ def test_every_snippet_is_executed_here():
 def test_snippet_peft(model_folder, tmp_path, monkeypatch):
     model = run("peft", model_folder, tmp_path, monkeypatch)["model"]
     assert sum(type(m).__name__ == "MoSLinear" for m in model.modules()) == 16 * 7
+    assert model(input_ids=torch.arange(1, 9)[None]).logits.isfinite().all()
+
+
+def test_snippet_experts(tmp_path, monkeypatch):
+    folder = tmp_path / "moe"
+    moe("qwen3_moe", num_experts=64).save_pretrained(folder)
+    model = run("experts", folder, tmp_path, monkeypatch, model_name="Qwen/Qwen3-30B-A3B")["model"]
+    of_experts = [t for t in model.mos_pools.linear_types if t.kind.experts]
+    assert [t.num_matrices for t in of_experts] == [128, 128]
     assert model(input_ids=torch.arange(1, 9)[None]).logits.isfinite().all()
 
 
