@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench kernel-model quality gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts kernel-model quality gpu-report native wheel clean
 
 help:
 	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
@@ -24,6 +24,7 @@ help:
 	@echo "make check-ptx   execute the PTX that nvcc makes of the CUDA kernels, on this CPU (2 minutes); needs nvcc, no GPU"
 	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
 	@echo "make bench       what MoS costs on this CPU, beside PEFT: CSV, tables and plots in build/bench (at most 8 minutes)"
+	@echo "make bench-experts   what adapters on every expert cost, beside PEFT: CSV and tables (at most 7 minutes)"
 	@echo "make kernel-model   what the CUDA kernels of a layer should take, by a model; ARGS=\"--rows 2048 --rank 64\", or --table"
 	@echo "make quality     the paper in miniature: MoS, its ablations, LoRA, VeRA, VB-LoRA; report in build/quality (at most 15 minutes)"
 	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
@@ -91,6 +92,10 @@ mutants: $(READY)
 # OUT=dir puts the results elsewhere; ARGS="--grid all" measures everything. See benchmarks/README.md.
 bench: native
 	$(BIN)/python -m benchmarks $(or $(OUT),build/bench) $(ARGS)
+
+# A mixture-of-experts block, and rows of many adapters: experts.csv and experts.md beside those of `bench`.
+bench-experts: native
+	$(BIN)/python -m benchmarks.experts $(or $(OUT),build/bench)/experts.csv $(ARGS)
 
 kernel-model: $(READY)
 	@$(BIN)/python -m benchmarks.kernel_model $(ARGS)

@@ -4,19 +4,23 @@
 
 Three questions. *block*: one experts module of transformers, forward and backward, with MoS, with PEFT's LoRA on
 ``target_parameters``, and with MoS as a loop over experts in plain PyTorch, each a ratio to the frozen block of the
-same round. *growth*: the operator alone over 8 to 256 groups of the same rows. *rows*: the operator alone, 64 rows of a
-decode step that use 1, 8 or 64 adapters. README.md says what the columns mean.
+same round. *growth*: the same over 8 to 256 experts at the same number of rows. *rows*: the operator alone, 64 rows of
+a decode step that use 1, 8 or 64 adapters. Tables go to FILE.md. README.md says what the columns mean.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import json
+import os
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +29,14 @@ from mos_ext import MoSConfig, reference
 from mos_ext.experts import Routing, adapted_experts
 from mos_ext.pools import ShardPool
 
-from .harness import CPU, SMOKE, Sizes, Step, importable, measure, normal, release, saved_bytes
-from .rows import Rows, command_line
+from .harness import CPU, ROOT, SMOKE, Sizes, Step, importable, measure, normal, release, saved_bytes
+from .memory import peak_bytes
+from .rows import Rows, command_line, read_rows
 
 ops = torch.ops.mos_ext
 R, L_SHARDS = 16, 4
 PROVIDERS = ("frozen", "mos", "frozen_again", "peft", "loop")
+SHORT = PROVIDERS[:3]
 STACKS = ("gate_up_proj", "down_proj")
 
 
@@ -46,6 +52,7 @@ class Case:
     tokens: int
     dtype: torch.dtype
     routing: str = "uniform"
+    providers: tuple[str, ...] = PROVIDERS
 
     @property
     def dtype_name(self) -> str:
@@ -80,7 +87,8 @@ class Case:
 
 def grid(which: str) -> list[Case]:
     if which == "smoke":
-        return [Case("smoke", 16, 32, 16, 2, 24, d, r) for d in DTYPES for r in ("uniform", "skewed")]
+        smoke = [Case("smoke", 16, 32, 16, 2, 24, d, r) for d in DTYPES for r in ("uniform", "skewed")]
+        return [*smoke, Case("growth E=20", 20, 32, 16, 2, 24, DTYPES[0], providers=SHORT)]
     small, large = ("E=32 h=512 m=192", 32, 512, 192, 4, 512), ("E=64 h=1024 m=384", 64, 1024, 384, 8, 1024)
     # Of 128 experts, a quarter: with LoRA's copies of all weights and their gradients more would not fit into 16 GiB.
     qwen = ("Qwen3-30B-A3B, 32 experts", 32, 2048, 768, 8, 512)
@@ -88,10 +96,12 @@ def grid(which: str) -> list[Case]:
         *(Case(*size, d, "uniform") for size in (small, large) for d in DTYPES),
         *(Case(*size, torch.bfloat16, "skewed") for size in (small, large)),
         Case(*qwen, torch.bfloat16, "uniform"),
+        *(Case(f"growth E={e}", e, 512, 192, 4, 2048, torch.bfloat16, providers=SHORT) for e in COUNTS),
     ]
 
 
 DTYPES = (torch.bfloat16, torch.float32)
+COUNTS = (8, 16, 32, 64, 128, 256)
 
 
 # ------------------------------------------------------------------------------------------------ one block
@@ -219,7 +229,7 @@ def check(d: Data, built: dict[str, Built]) -> float:
 
 def block(case: Case, sizes: Sizes) -> list[dict]:
     d, built, absent = Data(case), {}, {}
-    for name in PROVIDERS:
+    for name in case.providers:
         if name == "peft" and (why := importable("peft")):
             absent[name] = why
             continue
@@ -248,28 +258,6 @@ def operands(rows: int, width: int, groups: int, dtype: torch.dtype) -> tuple:
     ends = (torch.arange(1, groups + 1) * rows // groups).int()
     branch = (pools[0], tables, pools[1], tables.flip(0), 1.0, 0.0, None)
     return normal(rows, width, dtype=dtype, device="cpu"), *branch, ends, None, None, None, False
-
-
-def growth(sizes: Sizes, width: int, rows: int, counts: Sequence[int]) -> list[dict]:
-    """Forward and backward of the operator over more and more groups of the same rows."""
-
-    def step(groups: int) -> Step:
-        x, *rest = operands(rows, width, groups, torch.bfloat16)
-        y, s = ops.grouped_low_rank(x, *rest)
-        dx = torch.empty_like(x)
-
-        def run() -> None:
-            ops.grouped_low_rank_(y, x, *rest)
-            ops.grouped_low_rank_backward_(dx, y, s, x, *rest)
-
-        return run
-
-    timings = measure({str(g): [step(g)] for g in counts}, "cpu", sizes)
-    first = timings[str(counts[0])].us
-    return [
-        {"provider": f"{g} groups", "status": "ok", **t.row(), "ratio": round(t.us / first, 4)}
-        for g, t in ((g, timings[str(g)]) for g in counts)
-    ]
 
 
 def decode(sizes: Sizes, width: int, rows: int, counts: Sequence[int]) -> list[dict]:
@@ -304,23 +292,14 @@ def decode(sizes: Sizes, width: int, rows: int, counts: Sequence[int]) -> list[d
 def run(which: str, seconds: float, only: str = "") -> Iterator[tuple[str, list[dict]]]:
     """(what was done, its rows), the most important first, in about ``seconds``."""
     end, smoke = time.monotonic() + seconds, which == "smoke"
-    sizes = SMOKE if smoke else CPU
-    width, rows, counts, adapters = (64, 32, (2, 4), (1, 4)) if smoke else (2048, 4096, COUNTS, (1, 8, 64))
+    sizes, few, adapters = (SMOKE, 16, (1, 4)) if smoke else (CPU, 64, (1, 8, 64))
+    peak = peaks(which, only, seconds / 4)
     items: list[tuple[str, dict, Callable[[], list[dict]]]] = [
         (case.name, case.row(), functools.partial(block, case, sizes)) for case in grid(which)
     ]
-    of_operator = {"in": width, "out": width, "dtype": "bfloat16"}
-    items.append(
-        (
-            "growth",
-            {"question": "experts", "mode": "growth", "T": rows, **of_operator},
-            lambda: growth(sizes, width, rows, counts),
-        )
-    )
-    few = 16 if smoke else 64
-    for w in (width,) if smoke else (1024, 4096):
-        of_rows = {"question": "experts", "mode": "rows", "T": few, **of_operator, "in": w, "out": w}
-        items.append((f"rows {w}", of_rows, functools.partial(decode, sizes, w, few, adapters)))
+    for width in (64,) if smoke else (1024, 4096):
+        of_rows = {"question": "experts", "mode": "rows", "T": few, "in": width, "out": width, "dtype": "bfloat16"}
+        items.append((f"rows {width}", of_rows, functools.partial(decode, sizes, width, few, adapters)))
     for name, columns, do in items:
         if only not in name:
             continue
@@ -331,18 +310,83 @@ def run(which: str, seconds: float, only: str = "") -> Iterator[tuple[str, list[
                 found = do()
             except Exception as error:  # one case may not fit into memory
                 found = [{"status": "failed", "cause": f"{type(error).__name__}: {error}"}]
-        yield name, [{**columns, **row} for row in found]
+        of_case = peak.get(name, {})
+        yield name, [{**columns, **row, "peak_mib": of_case.get(row.get("provider"))} for row in found]
 
 
-COUNTS = (8, 16, 32, 64, 128, 256)
+def peaks(which: str, only: str, seconds: float) -> dict[str, dict[str, float]]:
+    """Peak MiB of a step by case and provider, in a process where freed memory leaves (memory.py)."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "benchmarks.experts", PEAKS, which, only]
+    options = {"cwd": ROOT, "env": environment, "timeout": seconds}
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=False, **options).stdout.splitlines()
+    except subprocess.TimeoutExpired as expired:
+        lines = (expired.stdout or b"").decode().splitlines()
+    found: dict[str, dict[str, float]] = {}
+    for line in lines:
+        if line.startswith('["block') and line.endswith("]"):
+            case, provider, mib = json.loads(line)
+            found.setdefault(case, {})[provider] = mib
+    return found
+
+
+def print_peaks(which: str, only: str) -> None:
+    """A line for each case and provider, [case, provider, MiB]."""
+    if not Path("/proc/self/status").exists():
+        return
+    for case in grid(which):
+        if only not in case.name:
+            continue
+        data = Data(case)
+        for name in case.providers:
+            if name == "frozen_again" or (name == "peft" and importable("peft")):
+                continue
+            step = step_of(data, BUILDERS[name](data))
+            step()
+            release("cpu")
+            peak = peak_bytes(step)
+            print(json.dumps([case.name, name, None if peak is None else round(peak / 2**20, 1)]), flush=True)
+
+
+def tables(rows: Sequence[dict]) -> str:
+    """Markdown: ratios to the frozen block, and memory, one line per case."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        key = tuple(str(row[k] or "") for k in ("model", "dtype", "mode", "T", "in"))
+        cases.setdefault(key, {})[row["provider"]] = row
+    lines = ["| block | dtype | routing | rows | " + " | ".join(PROVIDERS[1:]) + " | peak MiB: frozen, mos, peft |"]
+    lines.append("|" + "---|" * (4 + len(PROVIDERS)))
+    other = ["", "| rows of a decode step | frozen us | provider | ratio |", "|---|---|---|---|"]
+    for (model, dtype, mode, tokens, width), of in cases.items():
+        if mode == "rows":
+            us = of["frozen"]["us"]
+            other += [
+                f"| {tokens} x {width} | {us:.0f} | {p} | {r['ratio']:.2f} |" for p, r in of.items() if r["ratio"]
+            ]
+            continue
+        ratios = [f"{of[p]['ratio']:.3f}" if p in of and of[p]["ratio"] else "" for p in PROVIDERS[1:]]
+        memory = [str(of.get(p, {}).get("peak_mib") or "") for p in ("frozen", "mos", "peft")]
+        lines.append(f"| {model} | {dtype} | {mode} | {tokens} | {' | '.join(ratios)} | {', '.join(memory)} |")
+    return "\n".join([*lines, *other]) + "\n"
+
+
+PEAKS = "--peaks"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = command_line(__doc__, 370.0).parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     warnings.simplefilter("ignore")  # optional packages' own
+    if arguments[:1] == [PEAKS]:
+        print_peaks(*arguments[1:])
+        return 0
+    options = command_line(__doc__, 370.0).parse_args(arguments)
     with Rows(options.file, "experts") as rows:
         for name, found in run(options.grid, options.seconds, options.only):
             rows.add(name, found)
+    text = tables(read_rows(options.file))
+    options.file.with_suffix(".md").write_text(text)
+    print(text)
     return rows.status
 
 

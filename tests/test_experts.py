@@ -1,9 +1,11 @@
 """Adapters on the experts of transformers 5: every family that is named, end to end, and what must be refused."""
 
 import copy
+import importlib
 import io
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -441,3 +443,49 @@ def test_merged_and_changed():
         merge(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+# ------------------------------------------------------------------------------------------------ other layouts
+
+# Of models whose experts are built otherwise than those above: (model, class, sizes by the names that the class reads).
+SIZES = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "hidden_act": "silu"}
+LAYOUTS = {
+    "no gate": ("nemotron_h", "NemotronHExperts", {"n_routed_experts": 4, "moe_latent_size": None, "mlp_hidden_act": "relu2"}),
+    "a norm behind": ("muse_spark", "MuseSparkExperts", {"num_local_experts": 4, "moe_hidden_size": 32, "post_norm_eps": 1e-5}),
+    "transposed": ("aria", "AriaExperts", {"moe_num_experts": 4}),
+    "transposed, bias": (
+        "openai_privacy_filter",
+        "OpenAIPrivacyFilterExperts",
+        {"num_local_experts": 4, "swiglu_alpha": 1.7, "swiglu_limit": 7.0},
+    ),
+    "another activation": ("gemma4", "Gemma4TextExperts", {"num_experts": 4, "hidden_activation": "gelu_pytorch_tanh"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layouts(layout, implementation):
+    """Merged, the base computes what the adapter adds, whichever of transformers' ways it takes."""
+    name, kind, sizes = LAYOUTS[layout]
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    torch.manual_seed(0)
+    config = SimpleNamespace(**SIZES, **sizes, _experts_implementation=implementation)
+    base = getattr(module, kind)(config)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model = nn.ModuleDict({"experts": base})
+    names = ["up_proj" if layout == "no gate" else "gate_up_proj", "down_proj"]
+    wanted = MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, target_modules=[],
+                       target_parameters=[f"experts.{n}" for n in names])  # fmt: skip
+    model = randomize(adapt(nn.Sequential(model), wanted))
+    (block,) = blocks(model)
+    x, index, weights = inputs_of(block)
+    y = block(x, index, weights)
+    got = torch.autograd.grad(y.square().sum(), [x, weights, *model.mos_pools.parameters()])
+    merge(model)
+    merged = block(x, index, weights)
+    torch.testing.assert_close(merged, y, rtol=1e-4, atol=1e-4)
+    want = torch.autograd.grad(merged.square().sum(), [x, weights])
+    for a, b in zip(got[:2], want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert all(grad.any() for grad in got[2:])
