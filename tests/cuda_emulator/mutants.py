@@ -73,6 +73,8 @@ CASES = [
     Case("bf16", "f32", 67, 16, 9, 12, p=0.5, gap=2),  # shards that are not aligned
     Case("bf16", "f32", 129, 24, 3, 100),
     Case("bf16", "f32", 3, 264, 25, 3, p=0.5),  # four tiles in each part of shrink: stages are used again
+    Case("bf16", "f32", 5, 16, 9, 12, planes=33),  # few sums: parts of five planes, the last of them empty
+    Case("f16", "f32", 16, 16, 2, 16, planes=17),  # more planes in a part than loads in flight
     Case("f64", "f64", 1, 1300, 14, 3),  # two column tiles in a block of expand
 ]
 
@@ -191,7 +193,9 @@ plant("expand.cu", "steps of the first column tile", ("rank0, kRanks, col0 + til
 plant("expand.cu", "part of the rows forgotten", ("tile0 + p.row_tiles_of_part", "tile0 + 1"))
 plant("expand.cu", "visits column tiles beyond y", ("static_cast<int>(max64(1, min64(p.column_tiles, ceil_div(p.y.cols - col0, int64_t{kExpandCols}))))", "p.column_tiles"))
 plant("expand.cu", "no barrier before s", ("      __syncthreads();  // everyone is done with s of the tile before\n", ""))
-plant("expand.cu", "no barrier after s", ("      __syncthreads();  // s is complete, and so are F and the bias\n", ""))
+plant("expand.cu", "no barrier after s", ("      load_s(row0, 0);\n      __syncthreads();  // s is complete, and so are F and the bias\n", "      load_s(row0, 0);\n"))
+plant("expand.cu", "no barrier after few sums", ("s_sum, y.data);\n      __syncthreads();  // s is complete, and so are F and the bias\n", "s_sum, y.data);\n"))
+plant("expand.cu", "few sums: more than threads", ("2 * p.s.rows * p.s.rank <= kThreads * kQuad", "p.s.rows * p.s.rank <= 2 * kThreads * kQuad"))
 plant("expand.cu", "adds to the columns of the first tile", ("fetch_share<kVariant, 4>(y, own, p.y, row0, col0 + tile_col)", "fetch_share<kVariant, 4>(y, own, p.y, row0, col0)"))
 plant("expand.cu", "all ranks in one step", ("|| p.factor.rank <= kRanks", "|| p.factor.rank > 0"))
 plant("expand.cu", "whole: any matrix", ("params.y.whole() && params.factor.whole()", "params.factor.whole()"))
@@ -288,7 +292,7 @@ plant("tiles.h", "whole: any length of rows", ("return aligned && cols % kGroup 
 plant("tiles.h", "whole: rows at any address", ("return aligned && cols % kGroup == 0 &&", "return cols % kGroup == 0 &&"))
 plant("tiles.h", "whole: shards of any length", ("return aligned && pool_bytes == 4", "return pool_bytes == 4"))
 plant("tiles.h", "whole: pools of any type", ("aligned && pool_bytes == 4 && rank", "aligned && rank"))
-plant("tiles.h", "whole: any rank", ("pool_bytes == 4 && rank % 4 == 0 &&", "pool_bytes == 4 &&"))
+plant("tiles.h", "whole: any rank", ("rank > 0 && rank % 4 == 0 &&", "rank > 0 &&"))
 plant("tiles.h", "share: rows of lanes", ("kGroups < 8 ? lane % kStep : lane / kGroups", "lane % kStep"))
 plant("tiles.h", "share: columns of lanes", ("kGroups < 8 ? lane / kStep : lane % kGroups", "lane % kGroups"))
 plant("tiles.h", "share: rows and columns of lanes mixed", ("kGroups < 8 ? lane % kStep : lane / kGroups", "kGroups < 8 ? lane / kGroups : lane / kGroups"))
@@ -421,6 +425,17 @@ plant("tiles.h", "whole s: steps of a row", ("step = kStep * p.rank;", "step = p
 plant("tiles.h", "whole s: not scaled", ("sum[i][2] * scale,\n                   sum[i][3] * scale", "sum[i][2],\n                   sum[i][3]"))
 plant("tiles.h", "whole s_sum: rows beyond the planes", ("if (sum_out && down < rows) write_quad", "if (sum_out && rows > 0) write_quad"))
 plant("tiles.h", "whole s_sum: of the first quad", ("sum_out + at + (first + i) * step", "sum_out + at + first * step"))
+plant("tiles.h", "few sums: no barrier before they are added", ("  __syncthreads();\n  if (static_cast<int>(threadIdx.x) < items) {", "  if (static_cast<int>(threadIdx.x) < items) {"))
+plant("tiles.h", "few sums: of the first part", ("other < parts; ++other", "other < 1; ++other"))
+plant("tiles.h", "few sums: a part too many", ("other < parts; ++other", "other <= parts; ++other"))
+plant("tiles.h", "few sums: parts of one plane", ("size = static_cast<int>(ceil_div(p.count, parts)), first = part * size", "size = 1, first = part * size"))
+plant("tiles.h", "few sums: every part from the first plane", ("item * kQuad + first * plane", "item * kQuad"))
+plant("tiles.h", "few sums: planes beyond the last", ("min(size, p.count - first), true", "size, true"))
+plant("tiles.h", "few sums: no zeros beyond the planes", ("i < kRows * kRanks / kQuad; i += kThreads", "i < 0; i += kThreads"))
+plant("tiles.h", "few sums: sums of the first item", ("(other * items + item) * kQuad", "other * items * kQuad"))
+plant("tiles.h", "few sums: a row of all", ("target.at(item / quads, item % quads * kQuad)", "target.at(0, item % quads * kQuad)"))
+plant("tiles.h", "few sums: not scaled", ("sum[2] * scale,\n               sum[3] * scale", "sum[2],\n               sum[3]"))
+plant("tiles.h", "few sums: s_sum of the first item", ("sum_out + item * kQuad, sum, true", "sum_out, sum, true"))
 plant("tiles.h", "blocks: rows beyond the plane", ("    if (row >= rows) continue;\n", ""))
 plant("tiles.h", "blocks: the upper half twice", ("row = row0 + block_row(lane, 2 * half), col", "row = row0 + block_row(lane, 0), col"))
 plant("tiles.h", "blocks: sums of the upper half", ("blocks[n].sum[j][2 * half + 1] * scale", "blocks[n].sum[j][1] * scale"))
