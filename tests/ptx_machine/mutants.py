@@ -87,7 +87,7 @@ plant("cp.async: waits for a group too few", "shrink.cu", "shrink:", ('::"n"(kPe
 plant("shared addresses are generic ones cut off", "shrink.cu", "shrink:", ("static_cast<uint32_t>(__cvta_generic_to_shared(p))", "static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p))"))
 
 # Clobbers.
-plant("ldmatrix: no clobber, not volatile", "backward.cu", "_backward", ('asm volatile("ldmatrix', 'asm("ldmatrix'), ('               : "r"(address)\n               : "memory");', '               : "r"(address));'))
+plant("ldmatrix: no clobber, not volatile", "expand.cu", "expand", ('asm volatile("ldmatrix', 'asm("ldmatrix'), ('               : "r"(address)\n               : "memory");', '               : "r"(address));'))
 plant("cp.async: waits do not order memory", "shrink.cu", "shrink:", ('"n"(kPending) : "memory")', '"n"(kPending))'))
 
 # Launches, as nvcc's host code and the runtime see them.
@@ -138,6 +138,7 @@ plant("sum: lets the next start before it waits", "sum.cu", "chain backward", ("
 # Mutants of which nvcc 13.0 makes the same PTX, and why. They run all the same: another nvcc may not.
 EQUIVALENT = {
     "cp.async: waits do not order memory": "nvcc moves no access of memory over an asm volatile",
+    "wait: does not order memory": "nor over an asm without results, which is volatile",
 }
 
 
