@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
         fetch_share<kVariant, 4>(y, own, p.y, row0, col0 + tile_col);
         __syncwarp();
       }
-      if (drops) draw_masks(own, rule, row0, col0 + tile_col, masks);
+      if (drops) drop_share<kVariant, 1, /*kDrops=*/false>(y, own, rule, row0, col0 + tile_col, masks);
       write_columns(sums, y, first_row, 0, lane, accumulate, biased ? bias + tile_col : nullptr);
       __syncwarp();
       store_share<kVariant>(p.y, row0, col0 + tile_col, y, own, drops ? masks : nullptr, accumulate);

@@ -32,6 +32,8 @@ MOS_HOST_DEVICE constexpr int shrink_cols(int element_size, int ranks) {
   return 128 / element_size * kTileRows / shrink_rows(element_size, ranks);
 }
 constexpr int kShrinkStages = 3;
+// Stages of F as the pool stores it: who copied it converts it before the next copy but one.
+constexpr int kRawStages = 2;
 // Planes cost expand a read each, for every block of columns. Of the few rows of decoding they are small, and what
 // counts is that many multiprocessors fetch the factor.
 constexpr int64_t max_shrink_planes(int64_t rows) { return rows <= 4 ? 128 : 32; }
@@ -87,7 +89,7 @@ constexpr int max_pool_bytes(int size) { return size > 4 ? size : 4; }
 // shrink: stages of x, stages of F as a pool of `pool_size` bytes stores it, two of F as E, and the index table.
 constexpr int shrink_shared(int size, int ranks, int pool_size) {
   const int cols = shrink_cols(size, ranks), pitch = pitch_of(cols, size);
-  return kShrinkStages * (shrink_rows(size, ranks) * pitch + ranks * cols * pool_size) + 2 * ranks * pitch +
+  return kShrinkStages * shrink_rows(size, ranks) * pitch + kRawStages * ranks * cols * pool_size + 2 * ranks * pitch +
          kTableEntries * 4;
 }
 // A word of dropout decisions for each group of a tile.
