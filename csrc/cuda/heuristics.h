@@ -160,12 +160,17 @@ inline BackwardGeometry backward_geometry(int64_t rows, int64_t cols, int64_t ra
           split(row_tiles, column_blocks * rank_blocks, max64(1, row_tiles), kMinBackwardTiles), rank_blocks};
 }
 
+constexpr int kQuad = 4;  // sums that a thread adds at a time
+// Whether so few sums are read that the threads of a block of expand share the planes of each.
+MOS_HOST_DEVICE constexpr bool few_sums(int64_t elements) { return 2 * elements <= kThreads * kQuad; }
+
 // Whether `planes` planes of `elements` sums are better added by a launch of their own than by each of their `readers`.
-// A launch costs about 2.5 us, in which a large GPU moves about 12 MB through L2 (estimates, not measured yet).
-constexpr int64_t kLaunchBytes = 12 << 20;
-inline bool sum_first(int64_t planes, int64_t readers, int64_t elements) {
+// A launch costs about 2.5 us. In that time a large GPU moves about 12 MB through L2, and a thread that reads planes
+// two or four at a time goes through 16 of them, unless they are `shared` (estimates, not measured yet).
+constexpr int64_t kLaunchBytes = 12 << 20, kLaunchPlanes = 16;
+inline bool sum_first(int64_t planes, int64_t readers, int64_t elements, bool shared) {
   const int64_t here = planes * readers, there = planes + readers;
-  return planes > 1 && (here - there) * elements * 4 > kLaunchBytes;
+  return planes > 1 && ((planes >= kLaunchPlanes && !shared) || (here - there) * elements * 4 > kLaunchBytes);
 }
 
 // n / d for n < 2^31 by a multiplication: with 2^(s-1) < d <= 2^s and m = ceil(2^(31+s) / d), n * m / 2^(31+s) exceeds

@@ -451,8 +451,6 @@ MOS_DEVICE void write_sums(S* target, int64_t left, S first, S second, int64_t c
   }
 }
 
-constexpr int kQuad = 4;  // sums that a thread adds at a time
-
 // Of a plane, the quads that exist, `step` elements apart; the others stay as they are.
 template <int kQuads, class S, class F>
 MOS_DEVICE void load_quads(uint4 (&quads)[kQuads], const S* source, int step, const F& exists) {

@@ -195,7 +195,7 @@ plant("expand.cu", "visits column tiles beyond y", ("static_cast<int>(max64(1, m
 plant("expand.cu", "no barrier before s", ("      __syncthreads();  // everyone is done with s of the tile before\n", ""))
 plant("expand.cu", "no barrier after s", ("      load_s(row0, 0);\n      __syncthreads();  // s is complete, and so are F and the bias\n", "      load_s(row0, 0);\n"))
 plant("expand.cu", "no barrier after few sums", ("s_sum, y.data);\n      __syncthreads();  // s is complete, and so are F and the bias\n", "s_sum, y.data);\n"))
-plant("expand.cu", "few sums: more than threads", ("2 * p.s.rows * p.s.rank <= kThreads * kQuad", "p.s.rows * p.s.rank <= 2 * kThreads * kQuad"))
+plant("expand.cu", "few sums: more than threads", ("few_sums(p.s.rows * p.s.rank)", "few_sums(p.s.rows * p.s.rank / 4)"))
 plant("expand.cu", "adds to the columns of the first tile", ("fetch_share<kVariant, 4>(y, own, p.y, row0, col0 + tile_col)", "fetch_share<kVariant, 4>(y, own, p.y, row0, col0)"))
 plant("expand.cu", "all ranks in one step", ("|| p.factor.rank <= kRanks", "|| p.factor.rank > 0"))
 plant("expand.cu", "whole: any matrix", ("params.y.whole() && params.factor.whole()", "params.factor.whole()"))
