@@ -14,7 +14,9 @@ on two cores. A mutant whose text no longer occurs in the sources is an error: r
 import argparse
 import itertools
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,7 @@ sys.path.insert(1, str(emulator.HERE.parent))
 import test_cuda_kernels
 
 SEEDS = {"plain": 4, "asan": 1, "tsan": 1}
-TIMEOUT = 400  # seconds of one run; a mutant may hang
+LIMIT = 400  # seconds of a processor for one run; a mutant may hang
 
 # The cheapest cases that reach every path, cheap ones first.
 CASES = [
@@ -565,6 +567,7 @@ def build(base, root, changed, flavour):
 
 def examine(library, flavour):
     """In a process of its own: the first thing that is wrong with a library, on stdout."""
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 9))
     kernels = Kernels(library)
     seeds = range(SEEDS[flavour])
     try:
@@ -595,12 +598,11 @@ def verdict(root, flavour):
     """What a run in a flavour says of the library in root; empty where it finds nothing."""
     script = root / "tests" / "cuda_emulator" / Path(__file__).name
     command = [sys.executable, script, "--examine", root / f"{flavour}.so", "--flavour", flavour]
-    try:
-        done = emulator.run_sanitized(flavour, command, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return "hangs"
+    done = emulator.run_sanitized(flavour, command)
     if done.returncode == 0:
         return ""
+    if done.returncode == -signal.SIGXCPU:
+        return "hangs"
     said = re.search(r"ERROR: (AddressSanitizer.*)|(runtime error:.*)|WARNING: (ThreadSanitizer: [^(\n]*)", done.stderr)
     if not said:
         return done.stdout.strip() or f"exit status {done.returncode}: {done.stderr.strip()[-300:]}"
