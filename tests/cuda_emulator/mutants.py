@@ -519,11 +519,14 @@ assert len({str(m) for m in MUTANTS}) == len(MUTANTS)
 EQUIVALENT = {
     "expand: steps of the first column tile": "a block that takes steps has one (expand_geometry)",
     "expand: visits column tiles beyond y": "every access looks at its columns; saves time",
+    "backward: no warp barrier after writing dx": "a barrier of the block comes before others touch the tile; for ldmatrix",
     "backward: drops in the dy pass": "it is launched without dropout; saves code",
     "backward: whole: the x pass without dx": "a matrix without rows is not written; saves its product",
     "tiles: whole: any length of rows": "all kernels also ask for whole, aligned shards, of which rows are made",
     "tiles: load: columns beyond the matrix": "not a whole group, so every element is looked at; saves time",
     "tiles: fetch: columns beyond the matrix": "copies what is left of a row, which is nothing; saves time",
+    "tiles: store: columns beyond the matrix": "copies what is left of a row, which is nothing; saves time",
+    "tiles: store: keep bit off by one": "four bits in a row are the same",
     "tiles: whole factor: columns beyond the block": "loads what is not stored; saves loads",
     "tiles: factor: columns beyond the block": "loads what is not stored; saves loads",
 }
