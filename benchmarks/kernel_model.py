@@ -164,8 +164,12 @@ def tiling(kernel: Kernel, rows: int, cols: int, rank: int) -> Tiling:
     return Tiling(*out)
 
 
-def sum_first(planes: int, readers: int, elements: int) -> bool:
-    return bool(_geometry().mos_sum_first(*map(ctypes.c_int64, (planes, readers, elements))))
+def few_sums(elements: int) -> bool:
+    return bool(_geometry().mos_few_sums(ctypes.c_int64(elements)))
+
+
+def sum_first(planes: int, readers: int, elements: int, shared: bool) -> bool:
+    return bool(_geometry().mos_sum_first(*map(ctypes.c_int64, (planes, readers, elements)), shared))
 
 
 # kernel, flags, ranks -> instructions of a tile, and of a row of tiles for each batch of planes
@@ -270,9 +274,8 @@ def _pass(resources: Resources, kernel: Kernel, layer: Layer, cols: int, flags: 
     again = t.row_blocks * factor + (t.column_blocks * planes * sums if kernel is not K1 else 0)
     tiles, rows_of_tiles = t.row_tiles * t.column_tiles, t.row_tiles if kernel is not K1 else 0
     each, at_once = max(planes, 1), kernel.planes_at_once
-    shared = 4 * t.threads // (layer.rows * layer.rank)  # threads that share the planes of a sum: load_few_sums
-    if kernel is K2 and shared >= 2:
-        each, at_once = ceil_div(each, shared), 8
+    if kernel is K2 and few_sums(layer.rows * layer.rank):  # so many threads share the planes of a sum: load_few_sums
+        each, at_once = ceil_div(each, 4 * t.threads // (layer.rows * layer.rank)), 8
     batches = ceil_div(each, at_once)
     groups = t.ranks * t.column_tiles * t.tile_cols // GROUP if kernel.keeps_factor else 0
     loads = ceil_div(ceil_div(groups, t.threads), m.factor_groups)
@@ -318,14 +321,14 @@ def costs(layer: Layer, resources: Resources) -> list[Cost]:
     planes, readers = first.column_blocks, tiling(K2, rows, layer.fan_out, rank).column_blocks
     out = [Cost("seed", 1, 0, 0, 0, 0, 0, 0, 0, m.launch)] if layer.dropout else []
     out.append(_pass(resources, K1, layer, layer.fan_in, drop, 0))
-    if sum_first(planes, readers, rows * rank):
+    if sum_first(planes, readers, rows * rank, few_sums(rows * rank)):
         out += _sum("sum of S", (planes, rows * rank))
         planes = 1
     bias = {"bias"} if layer.bias and not layer.accumulate else set()
     out.append(_pass(resources, K2, layer, layer.fan_out, bias | add, planes))
     out.append(_pass(resources, K3, layer, layer.fan_out, set(), 1))
     planes = dy.column_blocks
-    if sum_first(planes, x.column_blocks * x.rank_blocks, rows * rank):
+    if sum_first(planes, x.column_blocks * x.rank_blocks, rows * rank, False):
         out += _sum("sum of dS", (planes, rows * rank))
         planes = 1
     out.append(_pass(resources, K4, layer, layer.fan_in, drop | add, planes))

@@ -188,11 +188,13 @@ def test_every_block_fits_every_architecture(kernels):
 
 
 def test_sums_get_a_launch_of_their_own_where_rereading_costs_more(kernels):
-    def sum_first(planes, readers, rows, rank):
-        return bool(kernels.library.mos_sum_first(*map(C.c_int64, (planes, readers, rows * rank))))
+    def sum_first(planes, readers, rows, rank, shared=False):
+        return bool(kernels.library.mos_sum_first(*map(C.c_int64, (planes, readers, rows * rank)), shared))
 
     assert not sum_first(1, 100, 8192, 16)  # nothing to add
-    assert not sum_first(32, 64, 1, 16)  # decode: a launch costs more than any reading
+    assert not sum_first(32, 64, 1, 16, shared=True)  # decode: a launch costs more than any reading
+    assert sum_first(32, 64, 1, 16)  # but for a thread that reads one plane after the other
+    assert not sum_first(15, 64, 1, 16)
     assert not sum_first(8, 8, 2048, 16)
     assert sum_first(16, 16, 8192, 64)
     assert sum_first(28, 8, 8192, 16)

@@ -92,12 +92,12 @@ def test_blocks_are_those_of_launches():
 
 
 def test_bytes_are_those_of_the_matrices_and_planes(resources):
-    """4096 -> 1024, T = 256: in units of what the launches' own geometry makes of it."""
-    layer, kilobyte = Layer(256, 4096, 1024, 16), 1024
+    """512 -> 1024, T = 256: in units of what the launches' own geometry makes of it."""
+    layer, kilobyte = Layer(256, 512, 1024, 16), 1024
     found = costs(resources(), layer)
-    x, dy, s, a, b = 2048 * kilobyte, 512 * kilobyte, 16 * kilobyte, 256 * kilobyte, 64 * kilobyte
-    first, second = model.tiling(K1, 256, 4096, 16), model.tiling(K2, 256, 1024, 16)
-    third, fourth = model.tiling(K3, 256, 1024, 16), model.tiling(K4, 256, 4096, 16)
+    x, dy, s, a, b = 256 * kilobyte, 512 * kilobyte, 16 * kilobyte, 32 * kilobyte, 64 * kilobyte
+    first, second = model.tiling(K1, 256, 512, 16), model.tiling(K2, 256, 1024, 16)
+    third, fourth = model.tiling(K3, 256, 1024, 16), model.tiling(K4, 256, 512, 16)
     assert found["K1"].bytes == x + first.column_blocks * s
     assert found["K2"].bytes == dy + s
     assert found["K3"].bytes == dy + third.column_blocks * s + third.row_blocks * b
@@ -105,7 +105,7 @@ def test_bytes_are_those_of_the_matrices_and_planes(resources):
     assert found["K1"].l2_bytes - found["K1"].bytes == first.row_blocks * a
     read = second.column_blocks * first.column_blocks * s
     assert found["K2"].l2_bytes - found["K2"].bytes == second.row_blocks * b + read
-    added = costs(resources(rows=ACCUMULATE), Layer(256, 4096, 1024, 16, accumulate=True))
+    added = costs(resources(rows=ACCUMULATE), Layer(256, 512, 1024, 16, accumulate=True))
     assert added["K2"].bytes == found["K2"].bytes + dy
     assert added["K4"].bytes == found["K4"].bytes + x
     assert "C of both products" not in added
@@ -132,7 +132,8 @@ def test_what_bounds_the_kernels(resources):
     assert dropped["seed"].bound == "launch"
     small = costs(resources(SLIM), Layer(1, 4096, 4096, 16))
     assert small["K1"].bound == "latency"
-    assert set(small) == {"K1", "K2", "K3", "K4", "C of both products"}  # one row of tiles: nothing to add
+    # One row of tiles: nothing to add of gradients. K2's threads share the planes of S, K4's do not those of dS.
+    assert set(small) == {"K1", "K2", "K3", "sum of dS", "K4", "C of both products"}
 
 
 def test_more_instructions_never_take_less_time(resources):
@@ -195,7 +196,7 @@ def test_the_command(resources, capsys):
     model.main(["--rows", "256", "--out", "1024", "--dropout", "--markdown", "--resources", path])
     lines = capsys.readouterr().out.splitlines()
     names = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
-    assert names == ["launch", "---", "seed", "K1", "K2", "K3", "K4", "sum of dA, dB", "C of both products"]
+    assert names == ["launch", "---", "seed", "K1", "sum of S", "K2", "K3", "K4", "sum of dA, dB", "C of both products"]
     assert "nothing was measured" in lines[-1]
     model.main(["--rows", "256", "--resources", path])
     assert "nothing was measured" in capsys.readouterr().out

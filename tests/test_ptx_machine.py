@@ -745,7 +745,7 @@ def chain(machine, *bodies, programmatic=True, access=OUTPUT, **mode):
 @pytest.mark.parametrize("warps", range(3))
 def test_dependent_launches(machine, warps):
     for first, second in itertools.product((LOAD + ADD, TRIGGER + LOAD + ADD, LOAD + TRIGGER + ADD), (TRIGGER, "")):
-        bodies = [first, WAIT_FOR_IT + second + LOAD + ADD, second + WAIT_FOR_IT + LOAD + ADD]
+        bodies = [first, WAIT_FOR_IT + second + LOAD + ADD, WAIT_FOR_IT + LOAD + second + ADD]
         np.testing.assert_array_equal(chain(machine, *bodies, warps=warps), np.arange(64) + 3)
 
 
@@ -775,6 +775,27 @@ def test_a_write_before_the_wait_is_found(machine):
     early = "mov.u32 %r1, 7; mov.u64 %d5, 0;" + ADD + WAIT_FOR_IT
     with pytest.raises(Trouble, match="write of what the launch before may be using, before griddepcontrol.wait"):
         chain(machine, TRIGGER + LOAD + ADD, early)
+
+
+def test_who_lets_the_next_launch_start_before_its_wait_is_found(machine):
+    """Where no launch follows, too. A launch that nobody starts early has nothing to wait for."""
+    with pytest.raises(Trouble, match="launch_dependents before griddepcontrol.wait"):
+        chain(machine, LOAD + ADD, TRIGGER + WAIT_FOR_IT + LOAD + ADD)
+    np.testing.assert_array_equal(chain(machine, TRIGGER + WAIT_FOR_IT + LOAD + ADD), np.arange(64) + 1)
+
+
+def test_launches_that_overlap_are_counted(machine):
+    """Those that begin before the one before them is complete, and no others."""
+
+    def overlapped(*bodies, **options):
+        before = machine.statistics()["overlapped"]
+        chain(machine, *bodies, **options)
+        return machine.statistics()["overlapped"] - before
+
+    early, late = WAIT_FOR_IT + TRIGGER + LOAD + ADD, WAIT_FOR_IT + LOAD + ADD
+    assert overlapped(TRIGGER + LOAD + ADD, early, late) == 2
+    assert overlapped(LOAD + ADD, early, late) == 1
+    assert overlapped(TRIGGER + LOAD + ADD, early, late, programmatic=False) == 0
 
 
 def test_who_waits_at_a_barrier_has_waited(machine):

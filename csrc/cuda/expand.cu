@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
   let_next_launch_start();
   const int column_tiles =
       static_cast<int>(max64(1, min64(p.column_tiles, ceil_div(p.y.cols - col0, int64_t{kExpandCols}))));
-  const bool few = (kVariant & kWhole) && p.s.count > 1 && 2 * p.s.rows * p.s.rank <= kThreads * kQuad;
+  const bool few = (kVariant & kWhole) && p.s.count > 1 && few_sums(p.s.rows * p.s.rank);
   if constexpr (kVariant & kWhole) {
     if (few) {
       load_few_sums<kTileRows, kRanks>(s, p.s, p.scale, s_sum, y.data);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
         fetch_share<kVariant, 4>(y, own, p.y, row0, col0 + tile_col);
         __syncwarp();
       }
-      if (drops) draw_masks(own, rule, row0, col0 + tile_col, masks);
+      if (drops) drop_share<kVariant, 1, /*kDrops=*/false>(y, own, rule, row0, col0 + tile_col, masks);
       write_columns(sums, y, first_row, 0, lane, accumulate, biased ? bias + tile_col : nullptr);
       __syncwarp();
       store_share<kVariant>(p.y, row0, col0 + tile_col, y, own, drops ? masks : nullptr, accumulate);

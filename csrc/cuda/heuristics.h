@@ -32,6 +32,8 @@ MOS_HOST_DEVICE constexpr int shrink_cols(int element_size, int ranks) {
   return 128 / element_size * kTileRows / shrink_rows(element_size, ranks);
 }
 constexpr int kShrinkStages = 3;
+// Stages of F as the pool stores it: who copied it converts it before the next copy but one.
+constexpr int kRawStages = 2;
 // Planes cost expand a read each, for every block of columns. Of the few rows of decoding they are small, and what
 // counts is that many multiprocessors fetch the factor.
 constexpr int64_t max_shrink_planes(int64_t rows) { return rows <= 4 ? 128 : 32; }
@@ -87,7 +89,7 @@ constexpr int max_pool_bytes(int size) { return size > 4 ? size : 4; }
 // shrink: stages of x, stages of F as a pool of `pool_size` bytes stores it, two of F as E, and the index table.
 constexpr int shrink_shared(int size, int ranks, int pool_size) {
   const int cols = shrink_cols(size, ranks), pitch = pitch_of(cols, size);
-  return kShrinkStages * (shrink_rows(size, ranks) * pitch + ranks * cols * pool_size) + 2 * ranks * pitch +
+  return kShrinkStages * shrink_rows(size, ranks) * pitch + kRawStages * ranks * cols * pool_size + 2 * ranks * pitch +
          kTableEntries * 4;
 }
 // A word of dropout decisions for each group of a tile.
@@ -158,12 +160,17 @@ inline BackwardGeometry backward_geometry(int64_t rows, int64_t cols, int64_t ra
           split(row_tiles, column_blocks * rank_blocks, max64(1, row_tiles), kMinBackwardTiles), rank_blocks};
 }
 
+constexpr int kQuad = 4;  // sums that a thread adds at a time
+// Whether so few sums are read that the threads of a block of expand share the planes of each.
+MOS_HOST_DEVICE constexpr bool few_sums(int64_t elements) { return 2 * elements <= kThreads * kQuad; }
+
 // Whether `planes` planes of `elements` sums are better added by a launch of their own than by each of their `readers`.
-// A launch costs about 2.5 us, in which a large GPU moves about 12 MB through L2 (estimates, not measured yet).
-constexpr int64_t kLaunchBytes = 12 << 20;
-inline bool sum_first(int64_t planes, int64_t readers, int64_t elements) {
+// A launch costs about 2.5 us. In that time a large GPU moves about 12 MB through L2, and a thread that reads planes
+// two or four at a time goes through 16 of them, unless they are `shared` (estimates, not measured yet).
+constexpr int64_t kLaunchBytes = 12 << 20, kLaunchPlanes = 16;
+inline bool sum_first(int64_t planes, int64_t readers, int64_t elements, bool shared) {
   const int64_t here = planes * readers, there = planes + readers;
-  return planes > 1 && (here - there) * elements * 4 > kLaunchBytes;
+  return planes > 1 && ((planes >= kLaunchPlanes && !shared) || (here - there) * elements * 4 > kLaunchBytes);
 }
 
 // n / d for n < 2^31 by a multiplication: with 2^(s-1) < d <= 2^s and m = ceil(2^(31+s) / d), n * m / 2^(31+s) exceeds

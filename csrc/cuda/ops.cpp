@@ -235,7 +235,8 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tenso
   Tensor s = planes.result();
   const Matrix out = output_matrix_of(y);
   ConstPlanes sums = planes.read();
-  if (split && sum_first(sums.count, expand_readers(out, a.view.rank), sums.rows * sums.cols)) {
+  const int64_t elements = sums.rows * sums.cols;
+  if (split && sum_first(sums.count, expand_readers(out, a.view.rank), elements, few_sums(elements))) {
     sum_into(s.mutable_data_ptr(), sums, dtype_of(s), to);
     sums = one_plane(s);
   } else if (split) {
@@ -282,7 +283,8 @@ std::tuple<Tensor, Tensor> low_rank_backward_into(const Tensor& dx, bool accumul
   const Float32 float32 = float32_of(tf32);
   const auto first = expand_backward_into_planes(dy_c, s_c, b.view, scale, float32, to);
   ConstPlanes ds = first.ds.read();
-  if (sum_first(ds.count, shrink_backward_readers(matrix_of(x_c), a.view.rank), ds.rows * ds.cols)) {
+  if (sum_first(ds.count, shrink_backward_readers(matrix_of(x_c), a.view.rank), ds.rows * ds.cols,
+                /*shared=*/false)) {
     sum_into(first.ds.view.data, ds, dtype_of(s_c), to);  // the sum becomes the first plane
     ds.count = 1;
   }

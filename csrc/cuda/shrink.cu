@@ -1,9 +1,9 @@
 // K1: S = drop(x) F^T, with F read from the pool.
 //
 // A block owns 64 rows (128 where it has 64 ranks, so that F is read half as often), its ranks, and a range of columns;
-// its sums stay in registers until the range is done. Tiles of x and of F stream through shared memory, three stages
-// deep. Each warp copies, drops and multiplies its own rows of x, so only F makes the warps wait for each other: one
-// barrier per tile. F arrives as the pool stores it; the thread that copied it converts it into one of two buffers,
+// its sums stay in registers until the range is done. Tiles of x stream through shared memory, three stages deep, those
+// of F two. Each warp copies, drops and multiplies its own rows of x, so only F makes the warps wait for each other:
+// one barrier per tile. F arrives as the pool stores it; the thread that copied it converts it into one of two buffers,
 // between its wait and the barrier.
 //
 // Traffic: x once; F once per block of rows, from L2; S once per range of columns.
@@ -32,7 +32,7 @@ struct ShrinkShared {
   static constexpr int kFactorAt = kShrinkStages * kXBytes, kTableAt = kFactorAt + 2 * kFactorBytes;
   static constexpr int kRawAt = kTableAt + kTableEntries * 4;
   static MOS_HOST_DEVICE constexpr int raw_bytes(int pool_bytes) { return kRanks * kCols * pool_bytes; }
-  static_assert(kRawAt + kShrinkStages * raw_bytes(4) == shrink_shared(kSize, kRanks, 4));
+  static_assert(kRawAt + kRawStages * raw_bytes(4) == shrink_shared(kSize, kRanks, 4));
 };
 
 // Tiles of F on their way to a block: from the pool into stages, as it stores them, and from there, as E, to the warps.
@@ -63,7 +63,7 @@ struct FactorStream {
   }
 
   MOS_DEVICE SharedMatrix<E> tile(int number) const {
-    return {shared + Shared::kFactorAt + number % 2 * Shared::kFactorBytes, Shared::kPitch};
+    return {shared + Shared::kFactorAt + (number & 1) * Shared::kFactorBytes, Shared::kPitch};
   }
 
   // Whole variants move half a group of floats, 16 bytes, at a time: kHalves of a thread's, below each other.
@@ -73,7 +73,8 @@ struct FactorStream {
   MOS_DEVICE int half_col() const { return threadIdx.x % kRowHalves * kHalf; }
 
   MOS_DEVICE unsigned char* raw(int number) const {
-    return shared + Shared::kRawAt + number % kShrinkStages * Shared::raw_bytes(kVariant & kWhole ? 4 : f.pool_bytes);
+    return shared + Shared::kRawAt +
+           (number & (kRawStages - 1)) * Shared::raw_bytes(kVariant & kWhole ? 4 : f.pool_bytes);
   }
 
   MOS_DEVICE void load(int number, int64_t col0) {

@@ -206,8 +206,8 @@ MOS_DEVICE void drop_group(E* group, const KeepMask& mask) {
 }
 
 // Of a share of the tile at (row0, col0), kAtOnce groups at a time to hide each other's latency. Where `masks` is not
-// null, a word of each group is left there for store_share.
-template <Variant kVariant, int kAtOnce, class Share, class E>
+// null, a word of each group is left there for store_share. With kDrops false that is all.
+template <Variant kVariant, int kAtOnce, bool kDrops = true, class Share, class E>
 MOS_DEVICE void drop_share(const SharedMatrix<E>& tile, const Share& share, const DropoutRule& rule, int64_t row0,
                            int64_t col0, uint32_t* masks) {
   const uint32_t group = static_cast<uint32_t>(col0 + share.col) / kGroup;
@@ -217,18 +217,8 @@ MOS_DEVICE void drop_share(const SharedMatrix<E>& tile, const Share& share, cons
     // Rows counted in 32 bits spare the first rounds of Philox half their products.
     const KeepMask mask = kVariant & kWhole ? keep_mask(rule, static_cast<uint32_t>(row0) + row, group)
                                             : keep_mask(rule, static_cast<uint64_t>(row0 + row), group);
-    drop_group(tile.at(row, share.col), mask);
+    if constexpr (kDrops) drop_group(tile.at(row, share.col), mask);
     if (masks) masks[share.number(j)] = packed(mask);
-  }
-}
-
-// The masks of a share without anything to drop from.
-template <class Share>
-MOS_DEVICE void draw_masks(const Share& share, const DropoutRule& rule, int64_t row0, int64_t col0, uint32_t* masks) {
-  const uint32_t group = static_cast<uint32_t>(col0 + share.col) / kGroup;
-#pragma unroll 1
-  for (int j = 0; j < Share::kOwn; ++j) {
-    masks[share.number(j)] = packed(keep_mask(rule, static_cast<uint64_t>(row0 + share.row + j * Share::kStep), group));
   }
 }
 
@@ -461,26 +451,47 @@ MOS_DEVICE void write_sums(S* target, int64_t left, S first, S second, int64_t c
   }
 }
 
-constexpr int kQuad = 4;  // sums that a thread adds at a time
+// Of a plane, the quads that exist, `step` elements apart; the others stay as they are.
+template <int kQuads, class S, class F>
+MOS_DEVICE void load_quads(uint4 (&quads)[kQuads], const S* source, int step, const F& exists) {
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) {
+    if (exists(i)) quads[i] = load_16(source + i * step);
+  }
+}
 
-// sum += four sums of each of `count` planes, in order; only `live` of the four exist. kBatch loads are in flight: one
-// trip to L2 takes as long as hundreds of additions. (An unroll pragma on the plain loop does not do it, nor do
-// branches around what is beyond the last plane: nvcc then puts each load next to its addition. Planes beyond the last
-// are read again and masked.)
+// sum[i] += that quad of each of `count` planes, in order. kBatch planes of all quads are in flight: one trip to L2
+// takes as long as hundreds of additions. (An unroll pragma on a plain loop does not do it, nor do branches around what
+// is beyond the last plane: nvcc then puts each load next to its addition. Planes beyond the last are read again and
+// masked.)
+template <int kBatch, int kQuads, class S, class F>
+MOS_DEVICE void add_quads(S (&sum)[kQuads][kQuad], const S* source, int step, int64_t plane, int count,
+                          const F& exists) {
+  uint4 v[kBatch][kQuads] = {};
+#pragma unroll 1
+  for (int k = 0; k < count; k += kBatch) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) load_quads(v[b], source + min(k + b, count - 1) * plane, step, exists);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const uint32_t live = k + b < count ? 0xFFFFFFFFu : 0u;
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        sum[i][0] += bit_cast<float>(v[b][i].x & live), sum[i][1] += bit_cast<float>(v[b][i].y & live);
+        sum[i][2] += bit_cast<float>(v[b][i].z & live), sum[i][3] += bit_cast<float>(v[b][i].w & live);
+      }
+    }
+  }
+}
+
+// sum += four sums of each of `count` planes, in order; only `live` of the four exist.
 template <int kBatch, class S>
 MOS_DEVICE void add_planes(S (&sum)[kQuad], const S* source, int64_t plane, int count, bool aligned, int64_t live) {
   if (sizeof(S) == 4 && aligned) {
-    for (int k = 0; k < count; k += kBatch) {
-      uint4 v[kBatch];
+    S quads[1][kQuad] = {{sum[0], sum[1], sum[2], sum[3]}};
+    add_quads<kBatch>(quads, source, 0, plane, count, [](int) { return true; });
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) v[b] = load_16(source + min(k + b, count - 1) * plane);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const uint32_t live = k + b < count ? 0xFFFFFFFFu : 0u;
-        sum[0] += bit_cast<float>(v[b].x & live), sum[1] += bit_cast<float>(v[b].y & live);
-        sum[2] += bit_cast<float>(v[b].z & live), sum[3] += bit_cast<float>(v[b].w & live);
-      }
-    }
+    for (int j = 0; j < kQuad; ++j) sum[j] = quads[0][j];
   } else {
     for (int k = 0; k < count; ++k) {
 #pragma unroll
@@ -536,41 +547,19 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
     const int step = kStep * p.rank;
 #pragma unroll
     for (int first = 0; first < kOwn; first += kAtOnce) {
-      uint4 v[kBatch][kAtOnce] = {};
       S sum[kAtOnce][kQuad] = {};
       const S* source = p.data + at + first * step;
+      const auto exists = [&](int i) { return (first + i) * kStep < rows; };
       if (p.count == 1) {
+        uint4 v[kAtOnce] = {};
+        load_quads(v, source, step, exists);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          if ((first + i) * kStep < rows) v[0][i] = load_16(source + i * step);
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          sum[i][0] = bit_cast<float>(v[0][i].x), sum[i][1] = bit_cast<float>(v[0][i].y);
-          sum[i][2] = bit_cast<float>(v[0][i].z), sum[i][3] = bit_cast<float>(v[0][i].w);
+          sum[i][0] = bit_cast<float>(v[i].x), sum[i][1] = bit_cast<float>(v[i].y);
+          sum[i][2] = bit_cast<float>(v[i].z), sum[i][3] = bit_cast<float>(v[i].w);
         }
       } else {
-#pragma unroll 1
-        for (int k = 0; k < p.count; k += kBatch) {
-#pragma unroll
-          for (int b = 0; b < kBatch; ++b) {
-            // Planes beyond the last are read again and masked: a branch would put each load next to its addition.
-            const S* of_plane = source + min(k + b, p.count - 1) * plane;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-              if ((first + i) * kStep < rows) v[b][i] = load_16(of_plane + i * step);
-            }
-          }
-#pragma unroll
-          for (int b = 0; b < kBatch; ++b) {
-            const uint32_t exists = k + b < p.count ? 0xFFFFFFFFu : 0u;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-              sum[i][0] += bit_cast<float>(v[b][i].x & exists), sum[i][1] += bit_cast<float>(v[b][i].y & exists);
-              sum[i][2] += bit_cast<float>(v[b][i].z & exists), sum[i][3] += bit_cast<float>(v[b][i].w & exists);
-            }
-          }
-        }
+        add_quads<kBatch>(sum, source, step, plane, p.count, exists);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {

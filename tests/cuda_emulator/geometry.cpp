@@ -29,7 +29,10 @@ int mos_shared_bytes(int kernel, int size, int ranks) {
                        : backward_shared(size, ranks);
 }
 uint32_t mos_divide(uint32_t n, uint32_t d) { return divide(n, divider(d)); }
-int mos_sum_first(int64_t planes, int64_t readers, int64_t elements) { return sum_first(planes, readers, elements); }
+int mos_few_sums(int64_t elements) { return few_sums(elements); }
+int mos_sum_first(int64_t planes, int64_t readers, int64_t elements, int shared) {
+  return sum_first(planes, readers, elements, shared != 0);
+}
 
 // How a kernel (0 shrink, 1 expand, 2 backward) goes through a matrix (rows, cols), for benchmarks/kernel_model.py:
 // ranks of a block, threads of a block, rows and columns of a tile, row and column tiles of a block, and blocks by

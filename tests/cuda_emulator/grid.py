@@ -37,6 +37,7 @@ class Case:
     gap: int = 0  # elements between two shards of the pool
     dx_pad: int = 0  # more of `pad` for dx than for x
     s_shift: int = 0  # more of `shift` for planes that are read; half of it for the sum of them that expand writes
+    planes: int = 0  # that kernels read; 0: drawn, one to three
 
     @property
     def cols(self):
@@ -106,6 +107,9 @@ def cases():
     yield Case("bf16", "f32", 67, 16, 9, 12, p=0.5, pad=3)  # but for rows that are not aligned
     yield Case("bf16", "f32", 67, 16, 9, 12, s_shift=1)  # but for planes
     yield Case("bf16", "f32", 67, 16, 9, 12, s_shift=4)  # but for their sum
+    # Few sums of many planes: parts of five, the last of them empty; more in a part than loads in flight.
+    yield Case("bf16", "f32", 5, 16, 9, 12, planes=33)
+    yield Case("f16", "f32", 16, 16, 2, 16, planes=17)
     yield Case("bf16", "f32", 5, 8, 130, 12, p=0.5)  # an index table that does not fit in shared memory
     yield Case("bf16", "f32", 67, 16, 9, 12, p=0.5, gap=2)  # shards that are not aligned
     # Two column tiles in a block of backward, of which the last has one.
@@ -168,7 +172,7 @@ def inputs(case, integers, number):
     pool[index] = draw(case.pool_dtype, *index.shape, case.shard)
     return Inputs(
         *(draw(case.dtype, *shape) for _ in range(3)),
-        s=draw(sums_type(case.dtype), 1 + number % 3, case.rows, case.r),
+        s=draw(sums_type(case.dtype), case.planes or 1 + number % 3, case.rows, case.r),
         bias=draw(case.dtype, case.cols),
         pool=pool,
         index=index,

@@ -63,10 +63,11 @@ def test_tf32_rounds_operands_and_nothing_else(case):
         assert relative_error(got, true) <= allowed
 
 
-def test_planes_are_added_by_a_launch_of_their_own_where_many_read_them():
-    """2048 rows and 64 ranks: S and dS have more planes and readers than rereading is worth (heuristics.h)."""
-    case = random_case(2048, 1024, 1024, 64, 4, dtype=torch.bfloat16)
-    exact, s = case.exact(), torch.randn(2048, 64)
+@pytest.mark.parametrize("shape", [(2048, 1024, 1024, 64), (40, 2048, 2048, 20)], ids=["readers", "planes"])
+def test_planes_are_added_by_a_launch_of_their_own(shape):
+    """S and dS have more readers, or more planes, than rereading is worth (heuristics.h)."""
+    case = random_case(*shape, 4, dtype=torch.bfloat16)
+    exact, s = case.exact(), torch.randn(shape[0], shape[3])
 
     def check(operator, arguments, doubles):
         plain = getattr(schema, f"_{operator}")(*arguments)

@@ -9,6 +9,7 @@ from mirrors import DTYPES, STORAGE, STRUCTS, Matrix
 
 GUARD = 256  # bytes of GUARDED around every buffer
 GUARDED = 0xA5
+CAPABILITY_MAJOR = 75  # cudaDevAttrComputeCapabilityMajor
 INPUT, OUTPUT, PRODUCED = 0, 1, 2  # Access of machine.h: PRODUCED is an input that the launch before may be writing
 
 
@@ -39,9 +40,9 @@ class Machine:
                 raise ValueError(f"the machine has no option {name}")
 
     def statistics(self):
-        values = (C.c_uint64 * 3)()
+        values = (C.c_uint64 * 4)()
         self.library.ptx_statistics(values)
-        return dict(zip(("launches", "instructions", "never_waited"), values, strict=True))
+        return dict(zip(("launches", "instructions", "never_waited", "overlapped"), values, strict=True))
 
     def coverage(self, path):
         """Writes what was executed, for report.py."""
@@ -151,9 +152,17 @@ class Kernels(Machine):
     def __init__(self, path):
         super().__init__(path)
         self.library.mos_shrink_planes.restype = C.c_int64
+        self.library.mos_launch_early(C.c_int(1))  # what an operator may launch early always is
         sizes = (C.c_int64 * len(STRUCTS))()
         self.library.mos_struct_sizes(sizes)
         assert list(sizes) == [C.sizeof(struct) for struct in STRUCTS], "kernels.py does not mirror launch.h"
+
+    def depends(self):
+        """Whether the device knows programmatic dependent launches."""
+        major = C.c_int()
+        status = self.library.cudaDeviceGetAttribute(C.byref(major), C.c_int(CAPABILITY_MAJOR), C.c_int(0))
+        assert status == 0
+        return major.value >= 9
 
 
 def _rows(flat, rows, cols, stride, values):

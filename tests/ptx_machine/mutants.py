@@ -33,7 +33,6 @@ from toolchain import (
     nvcc,
 )
 
-ARCHITECTURE = DEPENDENT_LAUNCHES
 SHARE = 3  # of the products' checks, one in so many
 TIMEOUT = 600  # seconds of a run; a mutant may hang
 
@@ -45,6 +44,7 @@ class Mutant:
     only: str  # what the names of the checks contain
     edits: tuple  # (old, new): replaced everywhere
     file: str  # of csrc/cuda
+    architecture: int
 
     def apply(self, folder):
         path = folder / self.file
@@ -59,8 +59,8 @@ class Mutant:
 MUTANTS = []
 
 
-def plant(name, source, only, *edits, file="device.h"):
-    MUTANTS.append(Mutant(name, source, only, edits, file))
+def plant(name, source, only, *edits, file="device.h", architecture=DEPENDENT_LAUNCHES):
+    MUTANTS.append(Mutant(name, source, only, edits, file, architecture))
 
 
 # fmt: off
@@ -87,25 +87,58 @@ plant("cp.async: waits for a group too few", "shrink.cu", "shrink:", ('::"n"(kPe
 plant("shared addresses are generic ones cut off", "shrink.cu", "shrink:", ("static_cast<uint32_t>(__cvta_generic_to_shared(p))", "static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p))"))
 
 # Clobbers.
-plant("ldmatrix: no clobber, not volatile", "backward.cu", "_backward", ('asm volatile("ldmatrix', 'asm("ldmatrix'), ('               : "r"(address)\n               : "memory");', '               : "r"(address));'))
+plant("ldmatrix: no clobber, not volatile", "expand.cu", "expand", ('asm volatile("ldmatrix', 'asm("ldmatrix'), ('               : "r"(address)\n               : "memory");', '               : "r"(address));'))
 plant("cp.async: waits do not order memory", "shrink.cu", "shrink:", ('"n"(kPending) : "memory")', '"n"(kPending))'))
 
 # Launches, as nvcc's host code and the runtime see them.
 plant("no shared memory beyond 48 KiB", "backward.cu", "_backward", ("shared_bytes > 48 * 1024", "shared_bytes > 480 * 1024"))
-plant("shared memory is not asked for", "shrink.cu", "shrink:", ("arguments, shared_bytes, stream);", "arguments, 0, stream);"))
+plant("shared memory is not asked for", "shrink.cu", "shrink:", ("  config.dynamicSmemBytes = static_cast<size_t>(shared.bytes);\n", ""))
 plant("parameters of another kernel", "sum.cu", "sum", ("void* arguments[] = {&p...};", "void* arguments[] = {&grid};"))
 plant("fewer threads than are launched", "shrink.cu", "shrink:", ("__launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)", "__launch_bounds__(kThreads / 2)"), file="shrink.cu")
 
 # Bugs that both machines find, one of each kind, to see this one's detectors at work on what nvcc makes of kernels.
 plant("a barrier is missing", "shrink.cu", "shrink:", ("__syncthreads();  // this tile", "// this tile"), file="shrink.cu")
 plant("a row of x too many", "shrink.cu", "shrink:", ("const bool inside = row < m.rows", "const bool inside = row <= m.rows"), file="tiles.h")
-plant("sum: four where fewer are", "sum.cu", "sum", ("if (i < live) one.out", "one.out"), file="sum.cu")
+plant("sum: four where fewer are", "sum.cu", "sum", ("if (j < live) target[j]", "target[j]"), file="tiles.h")
+
+# Dependent launches: what device.h makes of them, and the kernels' waits.
+LET = "  let_next_launch_start();\n"
+WAIT = "  wait_for_launch_before();  // F and the bias are older than that; s is its work\n"
+WAIT_DY, WAIT_DX = "  if (!kXPass) wait_for_launch_before();\n", "  if (kXPass) wait_for_launch_before();\n"
+plant("wait: no instruction", "expand.cu", "chain forward", ('asm volatile("griddepcontrol.wait;\\n" ::: "memory")', 'asm volatile("" ::: "memory")'))
+plant("wait: lets the next start instead", "expand.cu", "chain forward", ("griddepcontrol.wait", "griddepcontrol.launch_dependents"))
+plant("wait: not for the first architecture that has it", "sum.cu", "chain backward", ("__CUDA_ARCH__ >= 900", "__CUDA_ARCH__ > 900"))
+plant("wait: does not order memory", "sum.cu", "chain backward", ('asm volatile("griddepcontrol.wait;\\n" ::: "memory")', 'asm("griddepcontrol.wait;\\n")'))
+plant("let: no instruction", "shrink.cu", "chain forward", ('asm volatile("griddepcontrol.launch_dependents;\\n");', ""))
+plant("let: waits instead", "shrink.cu", "chain forward", ("griddepcontrol.launch_dependents", "griddepcontrol.wait"))
+plant("early: kernels that do not wait", "expand.cu", "chain forward", ("attributes.ptxVersion >= 90", "attributes.ptxVersion >= 80"), architecture=80)
+plant("early: no kernel at its first launch", "expand.cu", "chain forward", ("  early = attributes.ptxVersion >= 90;\n", "  const bool able = attributes.ptxVersion >= 90;\n"), ("  if (early) state.early", "  if (able) state.early"))
+plant("early: every kernel at its first launch only", "expand.cu", "chain forward", ("  if (early) state.early.fetch_or(bit, std::memory_order_relaxed);\n", ""))
+plant("early: serialization is not allowed", "expand.cu", "chain forward", ("programmaticStreamSerializationAllowed = 1", "programmaticStreamSerializationAllowed = 0"))
+plant("early: who did not ask", "shrink.cu", "chain forward", ("early && able ? 1 : 0", "able ? 1 : 0"))
+plant("early: nobody", "expand.cu", "chain forward", ("early && able ? 1 : 0", "0"))
+plant("early: shrink, which does not wait", "shrink.cu", "chain forward", ("/*early=*/false", "/*early=*/true"), file="shrink.cu")
+plant("shrink: does not let the next start", "shrink.cu", "chain forward", (LET, ""), file="shrink.cu")
+plant("expand: does not wait", "expand.cu", "chain forward", (WAIT + LET, ""), file="expand.cu")
+plant("expand: waits after reading s", "expand.cu", "chain forward", (WAIT + LET, ""), ("      load_s(row0, 0);\n", "      load_s(row0, 0);\n      wait_for_launch_before();\n"), file="expand.cu")
+plant("expand: waits after reading few sums", "expand.cu", "chain forward", (WAIT + LET, ""), ("  for (int tile = tile0;", "  wait_for_launch_before();\n  for (int tile = tile0;"), file="expand.cu")
+plant("expand: lets the next start before it waits", "expand.cu", "chain", (WAIT + LET, LET + WAIT), file="expand.cu")
+plant("dy pass: does not wait", "backward.cu", "chain backward", (WAIT_DY, ""), (LET, ""), file="backward.cu")
+plant("dy pass: waits after it has asked for dy", "backward.cu", "chain backward", (WAIT_DY, ""), (WAIT_DX, "  wait_for_launch_before();\n"), file="backward.cu")
+plant("x pass: does not wait", "backward.cu", "chain backward", (WAIT_DX + LET, ""), file="backward.cu")
+plant("x pass: waits after reading ds", "backward.cu", "chain backward", (WAIT_DX + LET, ""), ("    Block<S> projected[kXPass", "    if (kXPass) wait_for_launch_before();\n    Block<S> projected[kXPass"), file="backward.cu")
+plant("x pass: lets the next start before it waits", "backward.cu", "chain backward", (WAIT_DX + LET, LET + WAIT_DX), file="backward.cu")
+plant("passes: do not let the next start", "backward.cu", "chain backward", (WAIT_DX + LET, WAIT_DX), file="backward.cu")
+plant("sum: does not wait", "sum.cu", "chain backward", ("  wait_for_launch_before();\n", ""), file="sum.cu")
+plant("sum: waits after it has read", "sum.cu", "chain backward", ("  wait_for_launch_before();\n" + LET, ""), ("  write_quad(one", "  wait_for_launch_before();\n  write_quad(one"), file="sum.cu")
+plant("sum: lets the next start before it waits", "sum.cu", "chain backward", ("  wait_for_launch_before();\n" + LET, LET + "  wait_for_launch_before();\n"), file="sum.cu")
 
 # fmt: on
 
 # Mutants of which nvcc 13.0 makes the same PTX, and why. They run all the same: another nvcc may not.
 EQUIVALENT = {
     "cp.async: waits do not order memory": "nvcc moves no access of memory over an asm volatile",
+    "wait: does not order memory": "nor over an asm without results, which is volatile",
 }
 
 
@@ -115,8 +148,10 @@ def examine(mutant, scratch, objects):
         root = Path(name)
         shutil.copytree(ROOT / "csrc", root / "csrc")
         mutant.apply(root / "csrc" / "cuda")
-        changed = compile_all(list(kernel_units(ARCHITECTURE, [root / "csrc" / "cuda" / mutant.source], root, root)))
-        rest = [path for path in objects if path.name != f"{mutant.source}.o"]
+        changed = compile_all(
+            list(kernel_units(mutant.architecture, [root / "csrc" / "cuda" / mutant.source], root, root))
+        )
+        rest = [path for path in objects[mutant.architecture] if path.name != f"{mutant.source}.o"]
         library = link(root / "kernels.so", [*changed, *rest])
         command = [sys.executable, HERE / "check.py", library, "--stop", "--share", str(SHARE), "--only", mutant.only]
         try:
@@ -139,9 +174,10 @@ def main():
         return 0
     start = time.perf_counter()
     chosen = [mutant for mutant in MUTANTS if any(name in mutant.name for name in options.only or [""])]
-    build([ARCHITECTURE])
-    kernels = kernel_units(ARCHITECTURE, sorted(CUDA.glob("*.cu")))
-    objects = [target for _, target, _ in (*kernels, *machine_units(), *host_units())]
+    architectures = sorted({mutant.architecture for mutant in chosen})
+    build(architectures)
+    sources, shared = sorted(CUDA.glob("*.cu")), (*machine_units(), *host_units())
+    objects = {a: [target for _, target, _ in (*kernel_units(a, sources), *shared)] for a in architectures}
     found, surviving = 0, []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(lambda mutant: examine(mutant, scratch, objects), chosen)

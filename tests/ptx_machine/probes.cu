@@ -23,8 +23,10 @@ __global__ void link(const __grid_constant__ Params p) {
   if (kBug == kWritesBeforeTheWait) p.out[i] = 0.f;
   float value = 0.f;
   if (kBug == kWaitsTooLate) value = p.in[i];
-  if (kBug != kNeverWaits) wait_for_launch_before();
-  let_next_launch_begin();
+  if (kBug != kNeverWaits) {
+    wait_for_launch_before();
+    let_next_launch_begin();
+  }
   if (kBug != kWaitsTooLate) value = p.in[i];
   p.out[i] = value + 1.f;
 }

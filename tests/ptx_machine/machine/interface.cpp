@@ -61,6 +61,7 @@ const char* ptx_error() {
 
 void ptx_statistics(uint64_t* out) {
   out[0] = ptx::statistics.launches, out[1] = ptx::statistics.instructions, out[2] = ptx::statistics.never_waited;
+  out[3] = ptx::statistics.overlapped;
 }
 
 int ptx_load(const char* text) {

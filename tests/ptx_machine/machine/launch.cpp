@@ -110,6 +110,7 @@ void flush() {
       const bool first = i == complete, before_complete = first || grids[i - 1].complete();
       const bool may_start = first || (launches[i].programmatic && grids[i - 1].triggered());
       if (grids[i].complete() || !(grids[i].started() ? grids[i].able(before_complete) : may_start)) continue;
+      statistics.overlapped += !grids[i].started() && !before_complete;
       grids[i].advance(before_complete);
       break;
     }

@@ -21,6 +21,7 @@ extern Config config;
 struct Statistics {
   uint64_t launches = 0, instructions = 0;
   uint64_t never_waited = 0;  // cp.async in flight when a kernel ended
+  uint64_t overlapped = 0;    // launches that began before the one before them was complete
 };
 extern Statistics statistics;
 

@@ -163,6 +163,8 @@ bool step(Warp& warp) {
       warp.dependent = false;
       break;
     case Kind::trigger: {
+      // device.h's rule: before its wait the next launch may read what any launch before this one has written.
+      if (lanes && warp.dependent) fail("launch_dependents before griddepcontrol.wait");
       ++warp.at;
       const bool pause = lanes && config.early && !block.triggered;
       block.triggered |= lanes != 0;
