@@ -76,35 +76,38 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
   const bool drops = kXPass && does<kVariant, kDropout>(p.threshold != 0);
   const bool accumulate = does<kVariant, kAccumulate>(p.accumulate);
 
-  const bool grouped = does<kVariant, kGroups>(p.groups.ends != nullptr);
+  const bool grouped = does<kVariant, kGrouped>(p.groups.ends != nullptr);
   S s_scale = p.s_scale, out_scale = p.out_scale;
-  Rows<const E> in = p.in;
-  Rows<E> dx = p.dx;
-  FactorParams of_rows = p.factor;
-  S* plane_of_grad = p.grad + static_cast<int64_t>(blockIdx.y) * p.factor.rank * p.in.cols;
+  OfRows<kVariant, Rows<const E>> in = p.in;
+  OfRows<kVariant, Rows<E>> dx = p.dx;
+  OfRows<kVariant, FactorParams> of_rows = p.factor;
+  int32_t group = 0, further = -1;  // whose gradient this is the first part of, or the plane of a further one
   // In the dy pass, everything may be the work of the launch before, which need not be ours. In the x pass only dS is,
   // and what is in dx already is as old as x.
   if (!kXPass) wait_for_launch_before();
-  if (grouped) {
-    const GroupRows rows = rows_of_block(p.groups, blockIdx.y, lane);
-    const bool nobody = rows.group == p.groups.count;
-    if (nobody || (rows.first == rows.last && rows.part > 0)) {
-      if (kXPass) wait_for_launch_before();
-      let_next_launch_start();
-      if (write_dx && !accumulate && !p.groups.rows && nobody) {
-        zero_rows(p.dx, rows.first, rows.last - rows.first, col0, p.column_tiles * kCols);
+  if constexpr (may_have_groups(kVariant)) {
+    if (grouped) {
+      const GroupRows rows = rows_of_block(p.groups, blockIdx.y, lane);
+      const bool nobody = rows.group == p.groups.count;
+      if (nobody || (rows.first == rows.last && rows.part > 0)) {
+        if (kXPass) wait_for_launch_before();
+        let_next_launch_start();
+        if (write_dx && !accumulate && !p.groups.rows && nobody) {
+          zero_rows(p.dx, rows.first, rows.last - rows.first, col0, p.column_tiles * kCols);
+        }
+        return;
       }
-      return;
+      first = rows.first, end = rows.last;
+      tile0 = 0, tile_end = static_cast<int>((end - first + kTileRows - 1) / kTileRows);
+      if (!kXPass) s_scale = out_scale = s_scale * scale_of<S>(p.groups, rows);
+      restrict_to(in, p.groups, rows);
+      restrict_to(dx, p.groups, rows);
+      restrict_to(of_rows, p.groups, rows);
+      group = rows.group;
+      if (rows.part > 0) {
+        further = static_cast<int>(divide(static_cast<uint32_t>(rows.begin), p.groups.by_part)) + rows.part - 1;
+      }
     }
-    first = rows.first, end = rows.last;
-    tile0 = 0, tile_end = static_cast<int>((end - first + kTileRows - 1) / kTileRows);
-    if (!kXPass) s_scale = out_scale = s_scale * scale_of<S>(p.groups, rows);
-    restrict_to(in, p.groups, rows);
-    restrict_to(dx, p.groups, rows);
-    restrict_to(of_rows, p.groups, rows);
-    const int64_t further = divide(static_cast<uint32_t>(rows.begin), p.groups.by_part) + rows.part - 1;
-    plane_of_grad =
-        (rows.part == 0 ? p.grads : p.grad) + (rows.part == 0 ? rows.group : further) * p.factor.rank * p.in.cols;
   }
   const auto row_of = [&](int tile) { return first + int64_t{tile} * kTileRows; };
   const auto has_rows = [&](int tile) { return !grouped || row_of(tile) + first_row < end; };  // this warp
@@ -219,14 +222,16 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
     }
   }
 
+  S* plane = grouped && further < 0 ? p.grads : p.grad;
+  plane += (!grouped ? static_cast<int64_t>(blockIdx.y) : further < 0 ? group : further) * p.factor.rank * p.in.cols;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
     if (t >= p.column_tiles) break;
 #pragma unroll
     for (int m = 0; m < kRankBlocks; ++m) {
       const int64_t col = col0 + t * kCols + warp * kWarpCols;
-      store_blocks<kVariant>(grad[t][m], plane_of_grad, p.factor.rank, p.in.cols, rank0 + m * 16, col, S(1), lane,
-                             of_rows.rank, p.in.cols);
+      store_blocks<kVariant>(grad[t][m], plane, p.factor.rank, p.in.cols, rank0 + m * 16, col, S(1), lane, of_rows.rank,
+                             p.in.cols);
     }
   }
 }
@@ -259,7 +264,7 @@ cudaError_t backward_as(const Matrix& in, const ConstPlanes& s, const Factor& fa
   constexpr int kBytes = BackwardShared<E, kRanks>::kBytes;
   const bool whole = M::kWholeVariant && params.in.whole() && params.factor.whole() && params.s.aligned &&
                      (!kXPass || (dx && params.dx.whole()));
-  const Variant wanted = variant_of(whole, bool(groups), dropout.threshold != 0, accumulate);
+  const Variant wanted = variant_of(whole, groups, dropout.threshold != 0, accumulate);
   return with_variant<M, kVariants>(wanted, [&](auto variant) {
     return launch<backward_kernel<M, kRanks, kXPass, decltype(variant)::value>>(
         kXPass ? "shrink_backward" : "expand_backward", M::kName, grid, kThreads, SharedBytes{kBytes, kBytes}, early,

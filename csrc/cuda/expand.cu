@@ -57,29 +57,31 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
   const DropoutRule rule(p.seed, drops ? p.threshold : 0);
   S* s_sum = blockIdx.x == 0 ? p.s_sum : nullptr;
   S scale = p.scale;
-  Rows<E> y_rows = p.y;
-  FactorParams of_rows = p.factor;
+  OfRows<kVariant, Rows<E>> y_rows = p.y;
+  OfRows<kVariant, FactorParams> of_rows = p.factor;
   bool few_in_order = false;
-  const bool grouped = does<kVariant, kGroups>(p.groups.ends != nullptr);
-  if (grouped) {
-    const GroupRows rows = rows_of_block(p.groups, blockIdx.y, lane);
-    const int count = rows.last - rows.first;
-    if (count == 0 || rows.group == p.groups.count) {
-      wait_for_launch_before();
-      let_next_launch_start();
-      if (!accumulate && !p.groups.rows) zero_rows(p.y, rows.first, count, col0, p.column_tiles * kExpandCols);
-      if (s_sum) {
-        s_sum += static_cast<int64_t>(rows.first) * p.s.rank;
-        for (int64_t i = threadIdx.x; i < static_cast<int64_t>(count) * p.s.rank; i += kThreads) s_sum[i] = S(0);
+  const bool grouped = does<kVariant, kGrouped>(p.groups.ends != nullptr);
+  if constexpr (may_have_groups(kVariant)) {
+    if (grouped) {
+      const GroupRows rows = rows_of_block(p.groups, blockIdx.y, lane);
+      const int count = rows.last - rows.first;
+      if (count == 0 || rows.group == p.groups.count) {
+        wait_for_launch_before();
+        let_next_launch_start();
+        if (!accumulate && !p.groups.rows) zero_rows(p.y, rows.first, count, col0, p.column_tiles * kExpandCols);
+        if (s_sum) {
+          s_sum += static_cast<int64_t>(rows.first) * p.s.rank;
+          for (int64_t i = threadIdx.x; i < static_cast<int64_t>(count) * p.s.rank; i += kThreads) s_sum[i] = S(0);
+        }
+        return;
       }
-      return;
+      first = rows.first, s_end = rows.last;
+      tile0 = 0, tile_end = (count + kTileRows - 1) / kTileRows;
+      scale *= scale_of<S>(p.groups, rows);
+      restrict_to(y_rows, p.groups, rows);
+      restrict_to(of_rows, p.groups, rows);
+      few_in_order = p.groups.invariant;
     }
-    first = rows.first, s_end = rows.last;
-    tile0 = 0, tile_end = (count + kTileRows - 1) / kTileRows;
-    scale *= scale_of<S>(p.groups, rows);
-    restrict_to(y_rows, p.groups, rows);
-    restrict_to(of_rows, p.groups, rows);
-    few_in_order = p.groups.invariant;
   }
 
   const auto load_s = [&](int64_t row0, int rank0) {
@@ -177,7 +179,7 @@ cudaError_t expand_as(const ConstPlanes& s, const Factor& factor, double scale, 
       M::kWholeVariant && params.y.whole() && params.factor.whole() && params.s.aligned && factor.rank <= kRanks;
   const SharedBytes shared{expand_shared(sizeof(E), kRanks, g.column_tiles),
                            expand_shared(sizeof(E), kRanks, max_expand_tiles(sizeof(E)))};
-  const Variant wanted = variant_of(whole, bool(groups), drops, options.accumulate, options.bias != nullptr);
+  const Variant wanted = variant_of(whole, groups, drops, options.accumulate, options.bias != nullptr);
   return with_variant<M, kExpandVariants>(wanted, [&](auto variant) {
     return launch<expand_kernel<M, kRanks, decltype(variant)::value>>("expand", M::kName, grid, kThreads, shared,
                                                                       options.early, stream, params);

@@ -148,17 +148,19 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
   const int64_t tile0 = blockIdx.y * p.tiles_of_part;
   int64_t row0 = blockIdx.x * static_cast<int64_t>(kRows);
   int tiles = static_cast<int>(min64(p.tiles_of_part, p.column_tiles - tile0));
-  Rows<const E> x_rows = p.x;
-  FactorParams of_rows = p.factor;
+  OfRows<kVariant, Rows<const E>> x_rows = p.x;
+  OfRows<kVariant, FactorParams> of_rows = p.factor;
   bool active = true;  // this warp has rows
-  if (does<kVariant, kGroups>(p.groups.ends != nullptr)) {
-    const GroupRows rows = rows_of_block(p.groups, blockIdx.x, lane);
-    if (rows.first == rows.last) return;
-    row0 = rows.first;
-    active = row0 + first_row < rows.last;
-    restrict_to(x_rows, p.groups, rows);
-    restrict_to(of_rows, p.groups, rows);
-    if (rank0 >= of_rows.rank) tiles = 0;
+  if constexpr (may_have_groups(kVariant)) {
+    if (does<kVariant, kGrouped>(p.groups.ends != nullptr)) {
+      const GroupRows rows = rows_of_block(p.groups, blockIdx.x, lane);
+      if (rows.first == rows.last) return;
+      row0 = rows.first;
+      active = row0 + first_row < rows.last;
+      restrict_to(x_rows, p.groups, rows);
+      restrict_to(of_rows, p.groups, rows);
+      if (rank0 >= of_rows.rank) tiles = 0;
+    }
   }
   const DropoutRule rule(p.seed, does<kVariant, kDropout>(p.threshold != 0) ? p.threshold : 0);
   let_next_launch_start();
@@ -246,7 +248,7 @@ cudaError_t shrink_as(const Matrix& x, const Factor& factor, const DeviceDropout
                            shrink_shared(sizeof(E), kRanks, max_pool_bytes(sizeof(E)))};
   const bool whole =
       M::kWholeVariant && params.x.whole() && f.whole() && min64(kRanks, f.rank) * f.shards_per_vector <= kTableEntries;
-  return with_variant<M, kShrinkVariants>(variant_of(whole, bool(groups), dropout.threshold != 0), [&](auto variant) {
+  return with_variant<M, kShrinkVariants>(variant_of(whole, groups, dropout.threshold != 0), [&](auto variant) {
     return launch<shrink_kernel<M, kRanks, decltype(variant)::value>>("shrink", M::kName, grid, kThreads, shared,
                                                                       /*early=*/false, stream, params);
   });

@@ -22,7 +22,7 @@ constexpr int kSumThreads = 256;
 
 // Blocks (x: elements; y: which sum; z, with groups: the first plane). Of the groups that begin in a part of rows only
 // the last can have rows beyond it, and those are summed up in as many planes from that part's on (backward.cu).
-template <class S>
+template <class S, bool kGrouped>
 __global__ void __launch_bounds__(kSumThreads, 4) sum_kernel(const __grid_constant__ SumParams<S> p) {
   const typename SumParams<S>::One& one = p.sum[blockIdx.y];
   const int64_t first = (blockIdx.x * static_cast<int64_t>(kSumThreads) + threadIdx.x) * kQuad;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kSumThreads, 4) sum_kernel(const __grid_consta
   int count = one.count;
   S sum[kQuad] = {};
   const int64_t live = one.elements - first;
-  if (one.groups.ends) {
+  if constexpr (kGrouped) {
     const GroupParams& g = one.groups;
     const GroupRows rows = find_group(g, blockIdx.z, false, threadIdx.x % kWarp);
     const int begin = static_cast<int>(divide(static_cast<uint32_t>(rows.begin), g.by_part));
@@ -68,8 +68,10 @@ cudaError_t sum_as(const Sum* sums, int count, bool early, const Groups& groups,
   if (most == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(ceil_div(most, kSumThreads * kQuad)), static_cast<unsigned>(count),
                   static_cast<unsigned>(parts));
-  return launch<sum_kernel<S>>("sum", sizeof(S) == 4 ? "float32" : "float64", grid, kSumThreads, SharedBytes{}, early,
-                               stream, params);
+  const char* arithmetic = sizeof(S) == 4 ? "float32" : "float64";
+  return groups
+             ? launch<sum_kernel<S, true>>("sum", arithmetic, grid, kSumThreads, SharedBytes{}, early, stream, params)
+             : launch<sum_kernel<S, false>>("sum", arithmetic, grid, kSumThreads, SharedBytes{}, early, stream, params);
 }
 
 }  // namespace

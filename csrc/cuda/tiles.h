@@ -71,17 +71,9 @@ struct Share {
 template <int kOwn, int kStep, class E>
 MOS_DEVICE void find_rows(int32_t (&row)[kOwn], const Rows<E>& m, int place, int left) {
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) row[j] = j * kStep < left ? place + j * kStep : -1;
-  if (m.map) {
+  for (int j = 0; j < kOwn; ++j) row[j] = j * kStep < left ? m.map[place + j * kStep] : -1;
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (row[j] >= 0) row[j] = m.map[row[j]];
-    }
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (static_cast<uint32_t>(row[j]) >= static_cast<uint32_t>(m.mapped)) row[j] = -1;
-    }
-  }
+  for (int j = 0; j < kOwn; ++j) row[j] = static_cast<uint32_t>(row[j]) < static_cast<uint32_t>(m.mapped) ? row[j] : -1;
 }
 
 // Columns [col, col + 8) of a row into shared memory, asynchronously where that is possible.
@@ -107,7 +99,7 @@ MOS_DEVICE void load_group(E* target, const Rows<const E>& m, int64_t row, int64
 template <Variant kVariant, class Share, class E>
 MOS_DEVICE void load_share(const SharedMatrix<E>& tile, const Share& share, const Rows<const E>& m, int64_t row0,
                            int64_t col0) {
-  if constexpr (kVariant & kGroups) {
+  if constexpr (kVariant & kMapped) {
     const bool inside = static_cast<int>(col0) + share.col < static_cast<int>(m.cols);
     const int place = static_cast<int>(row0) + share.row;
     int32_t row[Share::kOwn];
@@ -160,7 +152,7 @@ template <Variant kVariant, int kBatch, class Share, class E>
 MOS_DEVICE void fetch_share(const SharedMatrix<E>& tile, const Share& share, const Rows<E>& m, int64_t row0,
                             int64_t col0) {
   const int64_t col = col0 + share.col;
-  if constexpr (kVariant & kGroups) {
+  if constexpr (kVariant & kMapped) {
     const int place = static_cast<int>(row0) + share.row;
     int32_t row[Share::kOwn];
     find_rows<Share::kOwn, Share::kStep>(row, m, place, col < m.cols ? static_cast<int>(m.rows) - place : 0);
@@ -303,32 +295,27 @@ template <Variant kVariant, class Share, class E>
 MOS_DEVICE void store_share(const Rows<E>& m, int64_t row0, int64_t col0, const SharedMatrix<E>& tile,
                             const Share& share, const uint32_t* masks, bool accumulate) {
   const int64_t col = col0 + share.col;
-  if constexpr (kVariant & kGroups) {
+  if constexpr (kVariant & kMapped) {
     const int place = static_cast<int>(row0) + share.row;
     int32_t row[Share::kOwn];
     find_rows<Share::kOwn, Share::kStep>(row, m, place, col < m.cols ? static_cast<int>(m.rows) - place : 0);
-#pragma unroll((kVariant & kDropout) ? 2 : Share::kOwn)
+    static_assert(!(kVariant & kDropout), "a variant that nobody needs");
+#pragma unroll
     for (int j = 0; j < Share::kOwn; ++j) {
-      if (row[j] < 0) continue;
-      E* to = m.at(row[j], col);
-      const uint4 v = load_16(tile.at(share.row + j * Share::kStep, share.col));
-      if constexpr (kVariant & kDropout) {
-        store_16(to, merge(v, unpacked(masks[share.number(j)]), accumulate ? load_16(to) : uint4{0, 0, 0, 0}));
-      } else {
-        store_16(to, v);
-      }
+      if (row[j] >= 0) store_16(m.at(row[j], col), load_16(tile.at(share.row + j * Share::kStep, share.col)));
     }
   } else if constexpr (kVariant & kWhole) {
     const int rows = col < m.cols ? static_cast<int>(m.rows) - (static_cast<int>(row0) + share.row) : 0;
     E* target = m.at(row0 + share.row, col);
     const int step = static_cast<int>(m.stride) * Share::kStep;
-#pragma unroll(kVariant == (kWhole | kDropout | kAccumulate) ? 2 : Share::kOwn)
+#pragma unroll((kVariant & kDropout) && (kVariant & (kAccumulate | kGrouped)) ? 2 : Share::kOwn)
     for (int j = 0; j < Share::kOwn; ++j) {
       if (j * Share::kStep >= rows) continue;
       E* to = target + static_cast<int64_t>(j) * step;
       uint4 v = load_16(tile.at(share.row + j * Share::kStep, share.col));
       if constexpr (kVariant & kDropout) {
-        v = merge(v, unpacked(masks[share.number(j)]), kVariant & kAccumulate ? load_16(to) : uint4{0, 0, 0, 0});
+        const bool adds = does<kVariant, kAccumulate>(accumulate);
+        v = merge(v, unpacked(masks[share.number(j)]), adds ? load_16(to) : uint4{0, 0, 0, 0});
       }
       store_16(to, v);
     }
@@ -823,7 +810,7 @@ MOS_DEVICE void load_few_sums(const SharedMatrix<E>& target, const PlaneParams<S
 template <Variant kVariant, int kBlocks, class S>
 MOS_DEVICE void store_blocks(const Block<S> (&blocks)[kBlocks], S* plane, int64_t rows, int64_t cols, int64_t row0,
                              int64_t col0, S scale, int lane, int64_t live_rows, int64_t live_cols) {
-  constexpr bool kAsks = !(kVariant & kWhole) || (kVariant & kGroups) != 0;
+  constexpr bool kAsks = !(kVariant & kWhole) || (kVariant & kGrouped) != 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t row = row0 + block_row(lane, 2 * half), col = col0 + block_col(lane, 0, 0);

@@ -12,18 +12,19 @@
 // | expand  | whole; whole bias; whole accumulate                        | forward; with a bias; over an opaque base |
 // | dy pass | whole                                                      | backward                                  |
 // | x pass  | whole; whole dropout; whole accumulate; both               | backward; both over an opaque base        |
-// | shrink  | whole groups; whole dropout groups                         | experts, adapters of a batch: forward     |
-// | expand  | whole groups                                               | the same; writing or accumulating         |
-// | dy pass | whole groups                                               | backward of experts                       |
-// | x pass  | whole groups; whole dropout groups                         | the same; writing or accumulating         |
+// | shrink  | whole groups; whole dropout groups; whole groups rows      | experts, adapters of a batch              |
+// | expand  | whole groups; whole groups rows; writing or accumulating   | experts, adapters of a batch              |
+// | dy pass | whole groups                                               | experts                                   |
+// | x pass  | whole groups; whole dropout groups; writing or accumulating| experts                                   |
 // clang-format on
-//
-// With groups a kernel asks at run time whether it accumulates, once for a tile, and whether rows stand elsewhere: what
-// variants of their own would save of a tile is not worth their number (RESOURCES.md has both).
 //
 // "Whole" promises aligned groups of eight columns, float pools whose shards hold whole groups, ranks in quads and in
 // one block, and strides and shards that 32 bits reach. All else, float32 and float64 included, takes the variant that
 // asks. A kernel costs about 20 KB for each architecture.
+//
+// "Groups" are of rows with factors of their own, "rows" says that those stand elsewhere, as do the sequences of a
+// batch when adapters are served; that in backward, or with dropout, is nobody's main road. Whether it accumulates a
+// kernel with groups asks at run time, once for a tile: variants for both would save less than their number costs.
 #pragma once
 
 #include <cstddef>
@@ -34,26 +35,37 @@
 namespace mos::cuda {
 
 using Variant = unsigned;
-constexpr Variant kAny = 0, kWhole = 1, kDropout = 2, kAccumulate = 4, kBias = 8, kGroups = 16;
+constexpr Variant kAny = 0, kWhole = 1, kDropout = 2, kAccumulate = 4, kBias = 8, kGrouped = 16, kMapped = 32;
 
-constexpr Variant kShrinkVariants[] = {kWhole, kWhole | kDropout, kWhole | kGroups, kWhole | kDropout | kGroups};
-constexpr Variant kExpandVariants[] = {kWhole, kWhole | kBias, kWhole | kAccumulate, kWhole | kGroups};
-constexpr Variant kDyPassVariants[] = {kWhole, kWhole | kGroups};
-constexpr Variant kXPassVariants[] = {
-    kWhole,           kWhole | kDropout,          kWhole | kAccumulate, kWhole | kDropout | kAccumulate,
-    kWhole | kGroups, kWhole | kDropout | kGroups};
+constexpr Variant kShrinkVariants[] = {kWhole, kWhole | kDropout, kWhole | kGrouped, kWhole | kDropout | kGrouped,
+                                       kWhole | kGrouped | kMapped};
+constexpr Variant kExpandVariants[] = {kWhole, kWhole | kBias, kWhole | kAccumulate, kWhole | kGrouped,
+                                       kWhole | kGrouped | kMapped};
+constexpr Variant kDyPassVariants[] = {kWhole, kWhole | kGrouped};
+constexpr Variant kXPassVariants[] = {kWhole,
+                                      kWhole | kDropout,
+                                      kWhole | kAccumulate,
+                                      kWhole | kDropout | kAccumulate,
+                                      kWhole | kGrouped,
+                                      kWhole | kDropout | kGrouped};
 
 // Whether a variant does `part`: known when it is compiled, or what the call asked for.
 template <Variant kVariant, Variant kPart>
 MOS_HOST_DEVICE constexpr bool does(bool asked) {
-  const bool asks = !(kVariant & kWhole) || (kPart == kAccumulate && (kVariant & kGroups) != 0);
+  const bool asks = !(kVariant & kWhole) || (kPart == kAccumulate && (kVariant & kGrouped) != 0);
   return asks ? asked : (kVariant & kPart) != 0;
 }
 
+// What is of the rows of a block where a variant may have groups, and of the launch where it has none.
+constexpr bool may_have_groups(Variant variant) { return !(variant & kWhole) || (variant & kGrouped) != 0; }
+template <Variant kVariant, class T>
+using OfRows = std::conditional_t<may_have_groups(kVariant), T, const T&>;
+
 // What a launch wants. Where it is not whole it asks at run time.
-constexpr Variant variant_of(bool whole, bool groups, bool dropout, bool accumulate = false, bool bias = false) {
+inline Variant variant_of(bool whole, const Groups& groups, bool dropout, bool accumulate = false, bool bias = false) {
   if (!whole) return kAny;
-  const Variant more = groups ? kGroups : (accumulate ? kAccumulate : 0) | (bias ? kBias : 0);
+  const Variant more =
+      groups ? kGrouped | (groups.rows ? kMapped : 0) : (accumulate ? kAccumulate : 0) | (bias ? kBias : 0);
   return kWhole | (dropout ? kDropout : 0) | more;
 }
 
