@@ -65,7 +65,7 @@ def dump(library, *options):
     return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
 
 
-PARTS = {1: "whole", 2: "dropout", 4: "accumulate", 8: "bias"}  # csrc/cuda/variants.h
+PARTS = {1: "whole", 2: "dropout", 4: "accumulate", 8: "bias", 16: "groups", 32: "rows"}  # csrc/cuda/variants.h
 
 
 def short_name(text):
@@ -160,17 +160,19 @@ def tile_counts(name, code):
     """Warp instructions of a whole variant for each tile, and for each tile of rows beside that (None: no such part).
 
     Everything between a loop's ends is counted, executed or not, but: loops that add planes stand for one batch of them
-    in the count of rows; products and dropout that are not unrolled count as often as they run.
+    in the count of rows; products and dropout that are not unrolled count as often as they run. Of the loops that a
+    variant with groups has for writing and for accumulating, the longer.
     """
     kernel, _, ranks, _ = name
     every = loops(code)
     products = [loop for loop in every if loop.count("HMMA")]
     outer = [loop for loop in products if not any(other.holds(loop) for other in products)]
     if kernel == "expand":
-        (tile,) = [loop for loop in products if not any(loop.holds(other) for other in products)]
+        tiles = [loop for loop in products if not any(loop.holds(other) for other in products)]
         rows = max(outer, key=lambda loop: len(loop.code))
-        return len(tile.code), len(rows.code) - len(tile.code)
-    (main,) = outer
+        inside = sum(len(tile.code) for tile in tiles if rows.holds(tile))
+        return max(len(tile.code) for tile in tiles), len(rows.code) - inside
+    main = max(outer, key=lambda loop: len(loop.code))
     if kernel == "shrink":
         return len(main.code), None
     # Tiles begin where a warp waits for its copies; what is before that happens once for all of them.

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
   // In the dy pass, everything may be the work of the launch before, which need not be ours. In the x pass only dS is,
   // and what is in dx already is as old as x.
   if (!kXPass) wait_for_launch_before();
-  if constexpr (may_have_groups(kVariant)) {
+  if constexpr (kMayHaveGroups<kVariant>) {
     if (grouped) {
       const GroupRows rows = rows_of_block(p.groups, blockIdx.y, lane);
       const bool nobody = rows.group == p.groups.count;

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
   OfRows<kVariant, FactorParams> of_rows = p.factor;
   bool few_in_order = false;
   const bool grouped = does<kVariant, kGrouped>(p.groups.ends != nullptr);
-  if constexpr (may_have_groups(kVariant)) {
+  if constexpr (kMayHaveGroups<kVariant>) {
     if (grouped) {
       const GroupRows rows = rows_of_block(p.groups, blockIdx.y, lane);
       const int count = rows.last - rows.first;

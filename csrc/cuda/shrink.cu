@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
   OfRows<kVariant, Rows<const E>> x_rows = p.x;
   OfRows<kVariant, FactorParams> of_rows = p.factor;
   bool active = true;  // this warp has rows
-  if constexpr (may_have_groups(kVariant)) {
+  if constexpr (kMayHaveGroups<kVariant>) {
     if (does<kVariant, kGrouped>(p.groups.ends != nullptr)) {
       const GroupRows rows = rows_of_block(p.groups, blockIdx.x, lane);
       if (rows.first == rows.last) return;

@@ -57,9 +57,10 @@ MOS_HOST_DEVICE constexpr bool does(bool asked) {
 }
 
 // What is of the rows of a block where a variant may have groups, and of the launch where it has none.
-constexpr bool may_have_groups(Variant variant) { return !(variant & kWhole) || (variant & kGrouped) != 0; }
+template <Variant kVariant>
+constexpr bool kMayHaveGroups = !(kVariant & kWhole) || (kVariant & kGrouped) != 0;
 template <Variant kVariant, class T>
-using OfRows = std::conditional_t<may_have_groups(kVariant), T, const T&>;
+using OfRows = std::conditional_t<kMayHaveGroups<kVariant>, T, const T&>;
 
 // What a launch wants. Where it is not whole it asks at run time.
 inline Variant variant_of(bool whole, const Groups& groups, bool dropout, bool accumulate = false, bool bias = false) {
