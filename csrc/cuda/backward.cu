@@ -109,6 +109,8 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
       }
     }
   }
+  const int ranks =
+      kVariant & kGrouped ? ranks_needed<kRanks>(of_rows.rank - rank0) : kRanks;  // of a block, that exist
   const auto row_of = [&](int tile) { return first + int64_t{tile} * kTileRows; };
   const auto has_rows = [&](int tile) { return !grouped || row_of(tile) + first_row < end; };  // this warp
 
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
 
 #pragma unroll
   for (int stage = 0; stage < kAhead; ++stage) load_next(stage);
-  if (!grouped || tile_end > 0) load_factor<kVariant>(factor, of_rows, rank0, kRanks, col0, p.column_tiles * kCols);
+  if (!grouped || tile_end > 0) load_factor<kVariant>(factor, of_rows, rank0, ranks, col0, p.column_tiles * kCols);
   if (kXPass) wait_for_launch_before();
   let_next_launch_start();
   const DropoutRule rule(p.seed, drops ? p.threshold : 0);
@@ -171,6 +173,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
             const typename M::A a = M::a_rows(tile, first_row, k, lane);
 #pragma unroll
             for (int n = 0; n < kRankBlocks; ++n) {
+              if (n > 0 && n * 16 >= ranks) break;
               M::multiply(projected[n], a, M::b_rows(factor, n * 16, t * kCols + k, lane));
             }
           }
@@ -184,6 +187,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
         for (int n = 0; n < kGradBlocks; ++n) b[n] = M::b_cols(tile, k, warp * kWarpCols + n * 16, lane);
 #pragma unroll
         for (int m = 0; m < kRankBlocks; ++m) {
+          if (m > 0 && m * 16 >= ranks) break;
           const typename M::A a = M::a_cols(s, k, m * 16, lane);
 #pragma unroll
           for (int n = 0; n < kGradBlocks; ++n) M::multiply(grad[t][m][n], a, b[n]);
@@ -205,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
           Block<S> sums[kAtOnce];
 #pragma unroll
           for (auto& block : sums) clear(block);
-          multiply_columns<M, kRanks>(sums, a, s, factor, first_row, t * kCols + col, lane);
+          multiply_columns<M, kRanks>(sums, a, s, factor, first_row, t * kCols + col, lane, ranks);
           write_columns<kAtOnce, E, S>(sums, tile, first_row, col, lane, accumulate, nullptr);
         }
         __syncwarp();

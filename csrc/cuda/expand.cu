@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
     }
   }
 
+  const int ranks = kVariant & kGrouped ? ranks_needed<kRanks>(of_rows.rank) : kRanks;  // of a step, that exist
   const auto load_s = [&](int64_t row0, int rank0) {
     load_sums<kVariant, kTileRows, kRanks, kThreads>(s, p.s, row0, s_end, 0, rank0, scale, s_sum,
                                                      static_cast<int>(threadIdx.x));
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
       bias[i] = col0 + i < p.y.cols ? to_sum(p.bias[col0 + i]) : S(0);
     }
   }
-  if (one_step) load_factor<kVariant>(factor, of_rows, 0, kRanks, col0, p.column_tiles * kExpandCols);
+  if (one_step) load_factor<kVariant>(factor, of_rows, 0, ranks, col0, p.column_tiles * kExpandCols);
   wait_for_launch_before();  // F and the bias are older than that; s is its work
   let_next_launch_start();
   const int column_tiles =
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
 #pragma unroll
       for (auto& block : sums) clear(block);
       if (one_step) {
-        multiply_columns<M, kRanks>(sums, a, s, factor, first_row, tile_col, lane);
+        multiply_columns<M, kRanks>(sums, a, s, factor, first_row, tile_col, lane, ranks);
       } else {
         for (int rank0 = 0; rank0 < p.factor.rank; rank0 += kRanks) {
           __syncthreads();  // everyone is done with the step before
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename M::E) == 8 ? 2
           load_s(row0, rank0);
           __syncthreads();
           a.load(s, first_row, lane);
-          multiply_columns<M, kRanks>(sums, a, s, factor, first_row, 0, lane);
+          multiply_columns<M, kRanks>(sums, a, s, factor, first_row, 0, lane, kRanks);
         }
       }
 

@@ -88,6 +88,7 @@ struct FactorStream {
       const float* source = static_cast<const float*>(f.pool) + (col - part * f.shard_size);
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
+        if ((kVariant & kGrouped) && h * kHalfStep >= ranks) break;  // nobody wants their sums
         const int rank = half_rank() + h * kHalfStep;
         const bool inside = rank < ranks && col < static_cast<uint32_t>(f.cols);
         const uint32_t shard = static_cast<uint32_t>(table[inside ? rank * f.shards_per_vector + part : 0]);
@@ -121,6 +122,7 @@ struct FactorStream {
       const unsigned char* source = raw(number) + threadIdx.x * kVector;
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
+        if ((kVariant & kGrouped) && h * kHalfStep >= ranks) break;
         store_floats(target.at(half_rank() + h * kHalfStep, half_col()), load_16(source + h * kThreads * kVector));
       }
     } else {
@@ -162,6 +164,11 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
       if (rank0 >= of_rows.rank) tiles = 0;
     }
   }
+  [[maybe_unused]] int32_t row[Own::kOwn];
+  if constexpr (kVariant & kMapped) {
+    const int place = static_cast<int>(row0) + own.row;
+    find_rows<Own::kOwn, Own::kStep>(row, x_rows, place, static_cast<int>(x_rows.rows) - place);
+  }
   const DropoutRule rule(p.seed, does<kVariant, kDropout>(p.threshold != 0) ? p.threshold : 0);
   let_next_launch_start();
   FactorStream<M, kRanks, kVariant> factor(of_rows, shared, rank0);
@@ -171,7 +178,11 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
   };
   const auto load = [&](int tile) {
     const int64_t col0 = (tile0 + tile) * kCols;
-    if (active) load_share<kVariant>(x_tile(tile), own, x_rows, row0, col0);
+    if constexpr (kVariant & kMapped) {
+      if (active) load_rows(x_tile(tile), own, x_rows, row, col0);
+    } else {
+      if (active) load_share<kVariant>(x_tile(tile), own, x_rows, row0, col0);
+    }
     factor.load(tile, col0);
   };
 
@@ -204,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
       for (int m = 0; m < kOwnRows / 16; ++m) a[m] = M::a_rows(x, first_row + m * 16, k, lane);
 #pragma unroll
       for (int n = 0; n < kRanks / 16; ++n) {
+        if ((kVariant & kGrouped) && n > 0 && n * 16 >= factor.ranks) break;
         const typename M::B b = M::b_rows(f, n * 16, k, lane);
 #pragma unroll
         for (int m = 0; m < kOwnRows / 16; ++m) M::multiply(sums[m][n], a[m], b);

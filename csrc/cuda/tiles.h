@@ -99,20 +99,7 @@ MOS_DEVICE void load_group(E* target, const Rows<const E>& m, int64_t row, int64
 template <Variant kVariant, class Share, class E>
 MOS_DEVICE void load_share(const SharedMatrix<E>& tile, const Share& share, const Rows<const E>& m, int64_t row0,
                            int64_t col0) {
-  if constexpr (kVariant & kMapped) {
-    const bool inside = static_cast<int>(col0) + share.col < static_cast<int>(m.cols);
-    const int place = static_cast<int>(row0) + share.row;
-    int32_t row[Share::kOwn];
-    find_rows<Share::kOwn, Share::kStep>(row, m, place, inside ? static_cast<int>(m.rows) - place : 0);
-    const E* source = m.data + (col0 + share.col);
-    const uint32_t target = shared_address(tile.at(share.row, share.col));
-#pragma unroll
-    for (int j = 0; j < Share::kOwn; ++j) {
-      const bool exists = row[j] >= 0;
-      cp_async_16(target + j * Share::kStep * tile.pitch, exists ? source + int64_t{row[j]} * m.stride : m.data,
-                  exists ? kVector : 0);
-    }
-  } else if constexpr (kVariant & kWhole) {
+  if constexpr (kVariant & kWhole) {
     // One address and one count of rows; what steps down from them is known when compiled, but for the stride.
     const int rows = static_cast<int>(m.rows) - (static_cast<int>(row0) + share.row);
     const bool inside = static_cast<int>(col0) + share.col < static_cast<int>(m.cols);
@@ -131,6 +118,20 @@ MOS_DEVICE void load_share(const SharedMatrix<E>& tile, const Share& share, cons
       const int row = share.row + j * Share::kStep;
       load_group(tile.at(row, share.col), m, row0 + row, col0 + share.col);
     }
+  }
+}
+
+// The same, whole, of rows that find_rows has found.
+template <class Share, class E>
+MOS_DEVICE void load_rows(const SharedMatrix<E>& tile, const Share& share, const Rows<const E>& m,
+                          const int32_t (&row)[Share::kOwn], int64_t col0) {
+  const bool inside = static_cast<int>(col0) + share.col < static_cast<int>(m.cols);
+  const E* source = m.data + (col0 + share.col);
+  const uint32_t target = shared_address(tile.at(share.row, share.col));
+#pragma unroll
+  for (int j = 0; j < Share::kOwn; ++j) {
+    cp_async_16(target + j * Share::kStep * tile.pitch, source + int64_t{max(row[j], 0)} * m.stride,
+                inside && row[j] >= 0 ? kVector : 0);
   }
 }
 
@@ -481,6 +482,12 @@ inline FactorParams factor_params(const Factor& f) {
           static_cast<int32_t>(f.shards_per_vector),
           size,
           f.shard_size % kGroup == 0 && bits % kVector == 0};
+}
+
+// Of a block's kRanks ranks as many as products need where the group has `live` of them: they go in steps of 16.
+template <int kRanks>
+MOS_DEVICE int ranks_needed(int live) {
+  return min(kRanks, max(16, (live + 15) / 16 * 16));
 }
 
 // The factor of a group: what lies beyond its rank is read as zeros.
@@ -847,14 +854,15 @@ struct RowsOf {
   }
 };
 
-// sums += the warp's rows of s times 16 * kBlocks columns of F, from `col` on.
+// sums += the warp's rows of s times 16 * kBlocks columns of F, from `col` on; of `live` ranks.
 template <class M, int kRanks, int kBlocks>
 MOS_DEVICE void multiply_columns(Block<typename M::S> (&sums)[kBlocks], RowsOf<M, kRanks>& a,
                                  const SharedMatrix<typename M::E>& s, const SharedMatrix<typename M::E>& factor,
-                                 int first_row, int col, int lane) {
+                                 int first_row, int col, int lane, int live) {
   constexpr bool kHeld = RowsOf<M, kRanks>::kHeld;
 #pragma unroll(kHeld ? kRanks / M::kStep : 1)
   for (int k = 0; k < kRanks; k += M::kStep) {
+    if (k > 0 && k >= live) break;
     if constexpr (!kHeld) a.held[0] = M::a_rows(s, first_row, k, lane);
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {

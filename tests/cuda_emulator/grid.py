@@ -323,6 +323,7 @@ GROUPED = [
     (Case("bf16", "f32", 0, 16, 9, 12, p=0.5), grouped([300, 0, 250, 131, 40], beyond=9)),
     (Case("bf16", "f32", 0, 16, 9, 12, p=0.5, pad=3), grouped([0, 33, 130, 5], beyond=1, optional=ALL, r=12)),
     (Case("bf16", "f32", 0, 8, 3, 64), grouped([200, 0, 141], beyond=3, optional=("ranks",), r=64)),
+    (Case("bf16", "f32", 0, 8, 5, 144), grouped([33, 0, 70], beyond=1, optional=("ranks",), r=144)),
     (Case("bf16", "bf16", 0, 8, 5, 70, p=0.5), grouped([33, 0, 2], beyond=3, optional=ALL, r=70)),
     (Case("f32", "f32", 0, 13, 3, 17, p=0.5), grouped([0, 150, 1, 30], beyond=3, optional=ALL, r=17)),
     (Case("f32", "f32", 0, 16, 4, 12, tf32=True), grouped([20, 0, 64, 7], optional=("scales",))),
