@@ -74,6 +74,7 @@ struct FactorStream {
   // Whole variants move half a group of floats, 16 bytes, at a time: kHalves of a thread's, below each other.
   static constexpr int kHalf = kGroup / 2, kRowHalves = kCols / kHalf, kHalfStep = kThreads / kRowHalves;
   static constexpr int kHalves = kRanks / kHalfStep;
+  static constexpr bool kCutsRanks = (kVariant & kGrouped) != 0 && kRanks > 16;
   MOS_DEVICE int half_rank() const { return threadIdx.x / kRowHalves; }
   MOS_DEVICE int half_col() const { return threadIdx.x % kRowHalves * kHalf; }
 
@@ -88,7 +89,7 @@ struct FactorStream {
       const float* source = static_cast<const float*>(f.pool) + (col - part * f.shard_size);
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        if ((kVariant & kGrouped) && h * kHalfStep >= ranks) break;  // nobody wants their sums
+        if (kCutsRanks && h * kHalfStep >= ranks) break;  // nobody wants their sums
         const int rank = half_rank() + h * kHalfStep;
         const bool inside = rank < ranks && col < static_cast<uint32_t>(f.cols);
         const uint32_t shard = static_cast<uint32_t>(table[inside ? rank * f.shards_per_vector + part : 0]);
@@ -122,7 +123,7 @@ struct FactorStream {
       const unsigned char* source = raw(number) + threadIdx.x * kVector;
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        if ((kVariant & kGrouped) && h * kHalfStep >= ranks) break;
+        if (kCutsRanks && h * kHalfStep >= ranks) break;
         store_floats(target.at(half_rank() + h * kHalfStep, half_col()), load_16(source + h * kThreads * kVector));
       }
     } else {

@@ -31,18 +31,18 @@ __global__ void __launch_bounds__(kSumThreads, 4) sum_kernel(const __grid_consta
   const S* planes = one.planes;
   S* out = one.out;
   int count = one.count;
-  S sum[kQuad] = {};
-  const int64_t live = one.elements - first;
   if constexpr (kGrouped) {
     const GroupParams& g = one.groups;
     const GroupRows rows = find_group(g, blockIdx.z, false, threadIdx.x % kWarp);
-    const int begin = static_cast<int>(divide(static_cast<uint32_t>(rows.begin), g.by_part));
     count = (rows.end - rows.begin - 1) / g.part;  // beyond the first part
-    if (rows.group == g.count || begin != static_cast<int>(blockIdx.z) || count < 1) return;
+    const uint32_t begin = divide(static_cast<uint32_t>(rows.begin), g.by_part);
+    if (rows.group == g.count || begin != blockIdx.z || count < 1) return;
     planes += blockIdx.z * one.elements, out += rows.group * one.elements;
-    if (first < one.elements) add_planes<8>(sum, out + first, 0, 1, one.aligned, live);
   }
   if (first >= one.elements) return;
+  S sum[kQuad] = {};
+  const int64_t live = one.elements - first;
+  if constexpr (kGrouped) add_planes<8>(sum, out + first, 0, 1, one.aligned, live);
   add_planes<8>(sum, planes + first, one.elements, count, one.aligned, live);
   write_quad(out + first, sum, one.aligned, live);
 }

@@ -8,7 +8,8 @@ using namespace mos::cuda;
 namespace {
 // Whether launches may start early, as they do when an operator makes several.
 bool early = false;
-// The groups that rows of all launches are in, and where the gradients of their factors go: of the dy pass, of the x pass.
+// The groups that rows of all launches are in, and where the gradients of their factors go: of the dy pass, of the x
+// pass.
 Groups groups;
 void *grads_b = nullptr, *grads_a = nullptr;
 }  // namespace
@@ -24,9 +25,8 @@ void mos_in_groups(const Groups* all, void* of_dy_pass, void* of_x_pass) {
 
 // So that kernels.py can tell whether its mirrors are exact.
 void mos_struct_sizes(int64_t* out) {
-  const size_t sizes[] = {sizeof(Matrix),        sizeof(Factor), sizeof(FactorGradient),
-                          sizeof(DeviceDropout), sizeof(Planes), sizeof(ExpandOptions),
-                          sizeof(Groups)};
+  const size_t sizes[] = {sizeof(Matrix), sizeof(Factor),        sizeof(FactorGradient), sizeof(DeviceDropout),
+                          sizeof(Planes), sizeof(ExpandOptions), sizeof(Groups)};
   for (int i = 0; i < 7; ++i) out[i] = static_cast<int64_t>(sizes[i]);
 }
 

@@ -11,7 +11,7 @@ place of the dtype that operands are rounded to, 64 in float64.
 
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import emulator
 import numpy as np
@@ -473,6 +473,39 @@ def check_impossible_ends(kernels, seeds, resident_blocks=6):
             check_grouped(kernels, case, groups, [seed], resident_blocks)
 
 
+def check_wrong_rows(kernels):
+    """A row that does not exist is read as zeros, and nothing is written for it."""
+    for case in (Case("bf16", "f32", 0, 8, 2, 4), Case("f32", "f32", 0, 3, 3, 5, p=0.5)):
+        groups = grouped([3, 0, 70], beyond=2, optional=("rows",))
+        given = grouped_inputs(case, groups, False, number=0)
+        rows, wrong = list(groups.rows), {1: -1, 40: len(given.x), 72: 2**31 - 1}
+        for place in wrong:
+            given.x[rows[place]] = given.dy[rows[place]] = 0
+        expected = grouped_results(kernels, case, groups, given, early=False, sum_first=False)
+        for place, row in wrong.items():
+            expected["y +="][rows[place]] = encode(given.y[rows[place]], case.dtype)
+            expected["dx +="][rows[place]] = encode(given.y[rows[place]], case.dtype)
+            expected["y"][rows[place]] = expected["dx"][rows[place]] = 0
+            rows[place] = row
+        got = grouped_results(kernels, case, replace(groups, rows=tuple(rows)), given, early=False, sum_first=False)
+        for name, stored in got.items():
+            assert np.array_equal(stored, expected[name]), f"{case} {name}"
+
+
+def check_invariance(kernels):
+    """A row's result has the same bits alone and among others, in another place, wherever sums are cut."""
+    case = Case("bf16", "f32", 0, 264, 16, 12)
+    many = grouped([5, 0, 200, 1], optional=("scales",), invariant=True)
+    given = grouped_inputs(case, many, False, number=0)
+    y = grouped_results(kernels, case, many, given, early=False, sum_first=False)["y"]
+    for place, ends in ((4, (1, 1, 1, 1)), (5, (0, 0, 1, 1)), (204, (0, 0, 1, 1)), (205, (0, 0, 0, 1))):
+        one = replace(many, ends=ends, places=1)
+        own = {name: getattr(given, name)[place : place + 1] for name in ("x", "y", "dy")}
+        alone = replace(given, s=given.s[:, place : place + 1], **own)
+        got = grouped_results(kernels, case, one, alone, early=False, sum_first=False)["y"]
+        assert np.array_equal(got[0], y[place]), f"row {place} depends on others"
+
+
 # ---------------------------------------------------------------------------------------------- chains
 
 # Launches that follow each other: whole variants and others, several planes, dropout, ranks whose dx is a launch of its
@@ -591,3 +624,6 @@ if __name__ == "__main__":
             check_grouped(kernels, case, groups, range(min(seeds, 2)), resident)
     if first == min(1, step - 1):
         check_impossible_ends(kernels, range(1), resident)
+        check_wrong_rows(kernels)
+    if first == 0 and flavour == "plain":
+        check_invariance(kernels)
