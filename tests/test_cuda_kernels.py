@@ -88,7 +88,7 @@ def test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned, dtype
 
 # What computes on tensors; the rest of the suite is about files, sources and builds.
 SUITES = {
-    "operators": ["test_ops.py", "test_functional.py", "cuda_emulator/operator_tests.py"],
+    "operators": ["test_ops.py", "test_functional.py", "test_grouped.py", "cuda_emulator/operator_tests.py"],
     "models": ["test_pools.py", "test_adapt.py", "test_checkpoint.py", "test_compile.py", "test_finetune.py"],
 }
 

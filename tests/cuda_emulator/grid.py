@@ -289,11 +289,16 @@ class Groups:
     scales: tuple | None = None
     invariant: bool = False
 
+    @property
+    def own(self):
+        """The row of x at each place."""
+        return np.arange(self.places) if self.rows is None else np.array(self.rows, int)
+
     def ranges(self):
         """(group, its places) of every group that has some. Ends that cannot be are taken for the nearest that can."""
         begin = 0
         for g, end in enumerate(self.ends):
-            begin, end = begin, min(max(end, begin), self.places)
+            end = min(max(end, begin), self.places)
             if begin < end:
                 yield g, slice(begin, end)
             begin = end
@@ -359,34 +364,27 @@ def grouped_inputs(case, groups, integers, number):
         return decode(encode(rng.standard_normal(shape), dtype), dtype)
 
     shards = 2 * case.r * case.l + 1
+    tables = [rng.permutation(shards - 1)[: case.r * case.l] for _ in range(count)]
     given = GroupedInputs(
         *(draw(case.dtype, rows, case.cols) for _ in range(3)),
         s=draw(sums_type(case.dtype), 1, groups.places, case.r),
         pool=draw(case.pool_dtype, shards, case.shard),
-        index=1 + np.stack([rng.permutation(shards - 1)[: case.r * case.l] for _ in range(count)]).reshape(
-            count, case.r, case.l
-        )
-        if count
-        else np.zeros((0, case.r, case.l), np.int64),
+        index=1 + np.array(tables, np.int64).reshape(count, case.r, case.l),
         seed=int(rng.integers(2**62)),
     )
     given.pool[0] = np.nan
     # What belongs to nobody must not matter, whatever it holds.
-    where = np.ones(rows, bool)
-    where[[np.arange(rows) if groups.rows is None else np.array(groups.rows, int)][0][_owned(groups)]] = False
-    given.x[where] = given.dy[where] = np.nan
+    nobody = np.ones(rows, bool)
+    for _, where in groups.ranges():
+        nobody[groups.own[where]] = False
+    given.x[nobody] = given.dy[nobody] = np.nan
     return given
-
-
-def _owned(groups):
-    """The places that some group has."""
-    return [t for _, where in groups.ranges() for t in range(where.start, where.stop)]
 
 
 def grouped_products(case, groups, given, rounded):
     """What the chains of ops.cpp should return: y, y +=, S, dx, dx +=, and the gradients of all groups' factors."""
     sums, (rows, cols) = sums_type(case.dtype), given.x.shape
-    own = np.arange(groups.places) if groups.rows is None else np.array(groups.rows, int).reshape(-1)
+    own = groups.own
     keep = keep_mask(groups.places, cols, case.p, given.seed) if case.p else np.ones((groups.places, cols), bool)
     s, delta = np.zeros((groups.places, case.r)), np.zeros((rows, cols))
     dx, grads = np.zeros((rows, cols)), np.zeros((2, len(groups.ends), case.r, cols))
@@ -398,7 +396,9 @@ def grouped_products(case, groups, given, rounded):
         s[where, :r] = rounded(rounded(dropped @ factor.T, case.dtype), sums)
         delta[own[where]] = rounded(rounded(s[where, :r] * scale, case.dtype) @ factor, case.dtype)
         ds = rounded(rounded(given.dy[own[where]] @ factor.T, case.dtype) * scale, sums)
-        grads[1, g, :r] = rounded(rounded(given.s[0, where, :r] * scale, case.dtype).T @ given.dy[own[where]], case.dtype)
+        grads[1, g, :r] = rounded(
+            rounded(given.s[0, where, :r] * scale, case.dtype).T @ given.dy[own[where]], case.dtype
+        )
         low = rounded(rounded(ds, case.dtype) @ factor, case.dtype)
         dx[own[where]] = np.where(keep[where], low / (1 - case.p), 0.0)
         grads[0, g, :r] = rounded(rounded(ds, case.dtype).T @ dropped, case.dtype)

@@ -270,56 +270,50 @@ class Kernels:
                 out[...] = 0  # the operator does this first
             total = self.emulator.buffer(shape=s.shape[1:], dtype=s.dtype)
             options = ExpandOptions(None if bias is None else self.emulator.buffer(bias).ctypes.data, y is not None)
-            self._launch_low_rank(matrix, factor_a, factor_b, planes, total, target, options, dtype, scale, p, seed, sum_first, early, tf32)  # fmt: skip
+            with self._chain(early):
+                self._call("mos_shrink", matrix, factor_a, self._dropout(p, seed), planes, C.c_int(tf32))
+                if sum_first:
+                    self._call("mos_sum", planes, total, C.c_int(DTYPES[sums_type(dtype)]))
+                    planes = Planes(total.ctypes.data, 1, *total.shape)
+                else:
+                    options.s_sum = total.ctypes.data
+                self._call("mos_expand", planes, factor_b, float(scale), target, options, C.c_int(tf32))
         return self._done(out, total)
-
-    def _launch_low_rank(self, matrix, factor_a, factor_b, planes, total, target, options, dtype, scale, p, seed, sum_first, early, tf32):  # fmt: skip
-        with self._chain(early):
-            self._call("mos_shrink", matrix, factor_a, self._dropout(p, seed), planes, C.c_int(tf32))
-            if sum_first:
-                self._call("mos_sum", planes, total, C.c_int(DTYPES[sums_type(dtype)]))
-                planes = Planes(total.ctypes.data, 1, *total.shape)
-            else:
-                options.s_sum = total.ctypes.data
-            self._call("mos_expand", planes, factor_b, float(scale), target, options, C.c_int(tf32))
 
     def low_rank_backward(self, dy, dtype, s, x, a, b, scale, p=0.0, seed=0, *, dx=None, sum_first=False, early=True, tf32=False, pad=0, groups=None):  # fmt: skip
         """dx (T, C) and both factor gradients (r, C): dy pass, a launch that adds the planes of ds into the first if
         ``sum_first``, x pass, and the sums of both gradients, of all ``groups`` where there are some."""
         with self._in_groups(groups, a, b, sums_type(dtype)) as grads:
-            return self._launch_low_rank_backward(dy, dtype, s, x, a, b, scale, p, seed, dx, sum_first, early, tf32, pad, groups, grads)  # fmt: skip
-
-    def _launch_low_rank_backward(self, dy, dtype, s, x, a, b, scale, p, seed, dx, sum_first, early, tf32, pad, groups, grads):  # fmt: skip
-        rank = a[2].shape[-2]
-        (dy_matrix, _), (x_matrix, _) = self._matrix(dy, dtype, pad), self._matrix(x, dtype, pad)
-        factor_a, factor_b = self._factor(*a), self._factor(*b)
-        target, out = self._matrix(dx, dtype, pad, fill=x.shape)
-        if groups and groups.rows is not None and dx is None:
-            out[...] = 0
-        count, b_count, b_part = self._backward_parts(dy_matrix, rank)
-        _, a_count, a_part = self._backward_parts(x_matrix, rank)
-        ds, ds_planes = self._planes(dtype, count, *s.shape[1:])
-        grad_b, _ = self._planes(dtype, b_count, rank, dy.shape[1])
-        grad_a, _ = self._planes(dtype, a_count, rank, x.shape[1])
-        sums = grads or [self.emulator.buffer(shape=(g.rows, g.cols), dtype=s.dtype) for g in (grad_a, grad_b)]
-        of_sums = C.c_int(DTYPES[sums_type(dtype)])
-        with self._chain(early):
-            self._call(
-                "mos_expand_backward",
-                *(dy_matrix, self._given_planes(s), factor_b, float(scale), ds, grad_b, C.c_int(tf32)),
-            )
-            if sum_first:
-                self._call("mos_sum", ds, ds_planes, of_sums)
-                ds = Planes(ds.data, 1, ds.rows, ds.cols)
-            self._call(
-                "mos_shrink_backward",
-                *(x_matrix, ds, factor_a, self._dropout(p, seed), target, C.c_int(dx is not None), grad_a),
-                C.c_int(tf32),
-            )
-            if not groups:
-                self._call("mos_sums", grad_a, grad_b, *sums, of_sums)
-            elif a_count or b_count:
-                self._call("mos_sums_of_groups", grad_a, grad_b, a_part, b_part, of_sums)
+            rank = a[2].shape[-2]
+            (dy_matrix, _), (x_matrix, _) = self._matrix(dy, dtype, pad), self._matrix(x, dtype, pad)
+            factor_a, factor_b = self._factor(*a), self._factor(*b)
+            target, out = self._matrix(dx, dtype, pad, fill=x.shape)
+            if groups and groups.rows is not None and dx is None:
+                out[...] = 0
+            count, b_count, b_part = self._backward_parts(dy_matrix, rank)
+            _, a_count, a_part = self._backward_parts(x_matrix, rank)
+            ds, ds_planes = self._planes(dtype, count, *s.shape[1:])
+            grad_b, _ = self._planes(dtype, b_count, rank, dy.shape[1])
+            grad_a, _ = self._planes(dtype, a_count, rank, x.shape[1])
+            sums = grads or [self.emulator.buffer(shape=(g.rows, g.cols), dtype=s.dtype) for g in (grad_a, grad_b)]
+            of_sums = C.c_int(DTYPES[sums_type(dtype)])
+            with self._chain(early):
+                self._call(
+                    "mos_expand_backward",
+                    *(dy_matrix, self._given_planes(s), factor_b, float(scale), ds, grad_b, C.c_int(tf32)),
+                )
+                if sum_first:
+                    self._call("mos_sum", ds, ds_planes, of_sums)
+                    ds = Planes(ds.data, 1, ds.rows, ds.cols)
+                self._call(
+                    "mos_shrink_backward",
+                    *(x_matrix, ds, factor_a, self._dropout(p, seed), target, C.c_int(dx is not None), grad_a),
+                    C.c_int(tf32),
+                )
+                if not groups:
+                    self._call("mos_sums", grad_a, grad_b, *sums, of_sums)
+                elif a_count or b_count:
+                    self._call("mos_sums_of_groups", grad_a, grad_b, a_part, b_part, of_sums)
         return self._done(out, *sums)
 
     # ------------------------------------------------------------------------------------------ K5
