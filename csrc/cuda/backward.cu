@@ -240,8 +240,6 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 2 : 3)
   }
 }
 
-int64_t places_of(const Matrix& in, const Groups& groups) { return groups ? groups.places : in.rows; }
-
 // Rows of a block, at least a tile.
 int64_t part_of(const BackwardGeometry& g) { return max64(1, g.rows.tiles) * kTileRows; }
 

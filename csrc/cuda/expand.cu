@@ -190,14 +190,13 @@ cudaError_t expand_as(const ConstPlanes& s, const Factor& factor, double scale, 
 }  // namespace
 
 int64_t expand_readers(const Matrix& y, int64_t rank, const Groups& groups) {
-  const int64_t rows = groups ? groups.places : y.rows;
-  return expand_geometry(rows, y.cols, rank, size_of(y.dtype), grouping_of(groups)).column_blocks;
+  return expand_geometry(places_of(y, groups), y.cols, rank, size_of(y.dtype), grouping_of(groups)).column_blocks;
 }
 
 cudaError_t launch_expand(const ConstPlanes& s, const Factor& factor, double scale, const Matrix& y,
                           const ExpandOptions& options, Float32 float32, cudaStream_t stream, const Groups& groups) {
   if (s.rows == 0) return cudaSuccess;
-  if (s.rows != (groups ? groups.places : y.rows) || (groups && options.bias) || !representable(factor, groups)) {
+  if (s.rows != places_of(y, groups) || (groups && options.bias) || !representable(factor, groups)) {
     return cudaErrorInvalidValue;
   }
   return with_arithmetic(y.dtype, float32, factor.rank, [&](auto arithmetic, auto ranks) {

@@ -121,6 +121,8 @@ struct Grouping {
 inline Grouping grouping_of(const Groups& groups) {
   return groups ? Grouping{max64(1, groups.count), groups.invariant} : Grouping{};
 }
+// Rows of S for a matrix.
+inline int64_t places_of(const Matrix& m, const Groups& groups) { return groups ? groups.places : m.rows; }
 // The most tiles with rows: every group may begin a new one, and each has a row.
 inline int64_t busy_tiles(int64_t rows, int64_t tile, const Grouping& in) {
   return min64(rows, ceil_div(rows, tile) + in.count - 1);

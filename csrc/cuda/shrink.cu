@@ -234,8 +234,6 @@ __global__ void __launch_bounds__(kThreads, kRanks == 64 ? 3 : 4)
   }
 }
 
-int64_t places_of(const Matrix& x, const Groups& groups) { return groups ? groups.places : x.rows; }
-
 template <class M, int kRanks>
 cudaError_t shrink_as(const Matrix& x, const Factor& factor, const DeviceDropout& dropout, const Planes& s,
                       const Groups& groups, cudaStream_t stream) {
