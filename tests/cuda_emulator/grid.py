@@ -289,6 +289,10 @@ class Groups:
     scales: tuple | None = None
     invariant: bool = False
 
+    def __str__(self):
+        given = [name for name in ("rows", "ranks", "scales", "invariant") if getattr(self, name) not in (None, False)]
+        return f"{len(self.ends)} groups to {self.ends[:3]} of {self.places} {' '.join(given)}".strip()
+
     @property
     def own(self):
         """The row of x at each place."""
