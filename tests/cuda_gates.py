@@ -77,7 +77,8 @@ def short_name(text):
     kernel, arguments = KERNEL.search(text).groups()
     arguments = re.sub(r"mos::cuda::", "", arguments)
     if kernel not in LOW_RANK:
-        return kernel, re.sub(r"mos::|unsigned ", "", arguments), None, None
+        arguments = re.sub(r"mos::|unsigned |, (false|\(bool\)0)$", "", arguments)
+        return kernel, re.sub(r", (true|\(bool\)1)$", " groups", arguments), None, None
     arithmetic, ranks, *others = (part.strip() for part in re.split(r", (?![^<]*>)", arguments))
     bits = int(re.search(r"(\d+)u?$", others[-1]).group(1))
     which = [] if kernel != "backward" else ["x pass" if re.search(r"true|1$", others[0]) else "dy pass"]
@@ -297,7 +298,7 @@ def problems(library):
             if not blocks_per_multiprocessor(architecture, registers, shared, THREADS[kernel]):
                 yield f"{where}: a block of {registers} registers and {shared} bytes of shared memory does not fit"
             ops = [op for _, op, _ in sass[name]]
-            adds_planes = kernel in ("expand", "backward", "sum") and arithmetic not in ("float64", "double")
+            adds_planes = kernel in ("expand", "backward", "sum") and arithmetic.split()[0] not in ("float64", "double")
             if adds_planes and loads_in_flight(ops) < 4:
                 yield f"{where}: planes are added one load at a time"
             if kernel not in LOW_RANK:

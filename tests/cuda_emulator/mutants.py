@@ -534,7 +534,7 @@ plant("backward.cu", "groups: early: the x pass of nobody does not wait", ("    
 plant("sum.cu", "groups: the first plane alone", ("first, one.elements, count, one.aligned", "first, one.elements, 1, one.aligned"))
 plant("sum.cu", "groups: planes of another", ("begin != blockIdx.z || count < 1", "count < 1"))
 plant("sum.cu", "groups: not onto what is there", ("if constexpr (kGrouped) add_planes<8>", "if constexpr (false) add_planes<8>"))
-plant("sum.cu", "groups: onto the first", ("out += rows.group * one.elements;", ""))
+plant("sum.cu", "groups: onto the first", (", out += rows.group * one.elements;", ";"))
 plant("heuristics.h", "groups: a block too few", ("return ceil_div(rows, part) + groups;", "return ceil_div(rows, part) + groups - 1;"))
 plant("heuristics.h", "groups: sums are cut by rows", ("in.invariant ? split(column_tiles, rank_blocks, kInvariantPlanes)", "false ? split(column_tiles, rank_blocks, kInvariantPlanes)"))
 
