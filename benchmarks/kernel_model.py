@@ -210,7 +210,7 @@ def read_resources(path: Path = RESOURCES) -> Resources:
 
     Registers and blocks are the table with a column for each architecture. Instructions are the one with the columns
     kernel, variant (of the words accumulate, dropout and bias), dtype, ranks, and two that speak of a tile and of a row
-    of tiles. Rows of other dtypes, and of the variants that take anything, are passed over.
+    of tiles. Rows of other dtypes, of variants that take anything, and of those with groups, are passed over.
     """
     instructions: Counts = {}
     resident: dict[tuple[str, int], int] = {}
@@ -218,7 +218,7 @@ def read_resources(path: Path = RESOURCES) -> Resources:
         for row in table:
             words = set(re.findall(r"\w+", " ".join(row.get(name, "") for name in ("kernel", "variant", "dtype"))))
             kernel = next((k for k in KERNELS if set(k.words) <= words or k.name in words), None)
-            if kernel is None or "bfloat16" not in words or "any" in words:
+            if kernel is None or "bfloat16" not in words or words & {"any", "groups"}:
                 continue
             if "variant" in row:
                 key = kernel.name, FLAGS & words, _number(row["ranks"])

@@ -88,7 +88,7 @@ def test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned, dtype
 
 # What computes on tensors; the rest of the suite is about files, sources and builds.
 SUITES = {
-    "operators": ["test_ops.py", "test_functional.py", "cuda_emulator/operator_tests.py"],
+    "operators": ["test_ops.py", "test_functional.py", "test_grouped.py", "cuda_emulator/operator_tests.py"],
     "models": ["test_pools.py", "test_adapt.py", "test_checkpoint.py", "test_compile.py", "test_finetune.py"],
 }
 
@@ -198,6 +198,22 @@ def test_sums_get_a_launch_of_their_own_where_rereading_costs_more(kernels):
     assert not sum_first(8, 8, 2048, 16)
     assert sum_first(16, 16, 8192, 64)
     assert sum_first(28, 8, 8192, 16)
+
+
+def test_launches_do_not_know_where_groups_end(kernels):
+    """A captured graph is replayed with other ends: as many blocks for any, one for each group beside those of all rows."""
+    case = grid.Case("bf16", "f32", 0, 8, 2, 4)
+    for places, count in ((512, 512), (300, 3)):
+        launches = set()
+        for at in (0, count // 2, count):
+            groups = grid.Groups((0,) * at + (places,) * (count - at), places)
+            given = grid.grouped_inputs(case, groups, False, 0)
+            factor = (encode(given.pool, "f32"), "f32", given.index)
+            kernels.low_rank(encode(given.x, "bf16"), "bf16", factor, factor, 1.0, early=False, groups=groups)
+            launches.add(kernels.last_launch())
+        ((name, size, _, _),) = launches
+        _, _, column_blocks, _, tiles = kernels.geometry("expand", places, case.cols, case.r, 2)
+        assert (name, size) == ("expand", (column_blocks, -(-places // (64 * tiles)) + count, 1))
 
 
 def test_a_wrong_number_of_planes_is_refused(kernels):

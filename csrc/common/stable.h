@@ -118,7 +118,7 @@ inline Factor factor_of(const Tensor& pool, const Tensor& index, bool grouped = 
 
 // The tensors behind a view of groups, contiguous, kept alive together with it. `rows_of_x` are the rows of
 // activations.
-class GroupsArgument {
+class __attribute__((visibility("hidden"))) GroupsArgument {
  public:
   GroupsArgument(int64_t rows_of_x, int64_t groups, const Tensor& ends, const std::optional<Tensor>& rows,
                  const std::optional<Tensor>& ranks, const std::optional<Tensor>& scales, bool invariant)

@@ -409,10 +409,7 @@ std::tuple<Tensor, Tensor> grouped_low_rank_backward_inplace_op(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mos_ext, CPU, m) {
-  MOS_EXT_IMPLEMENT_OPERATORS(m);
-  MOS_EXT_IMPLEMENT_GROUPED_OPERATORS(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(mos_ext, CPU, m) { MOS_EXT_IMPLEMENT_OPERATORS(m); }
 
 }  // namespace mos::cpu
 

@@ -23,6 +23,12 @@ constexpr int kGroup = 8;
 // for a second wave. A constant, since the sums of a split must not depend on the GPU.
 constexpr int64_t kTargetBlocks = 264;
 
+// Rows in groups are cut into parts of at most `part` rows, each of one group. Part j of the group that begins at row b
+// is block b / part + g + j: no two are the same, whatever the ends, and ceil(rows / part) + groups are enough. Where
+// groups are few or even, some of them have nothing to do.
+constexpr int64_t kMaxGroups = 65000, kMaxPlaces = int64_t{1} << 30;
+inline int64_t group_blocks(int64_t rows, int64_t part, int64_t groups) { return ceil_div(rows, part) + groups; }
+
 // shrink: rows and columns of a tile of x, 8 KiB; cp.async stages in flight. With 64 ranks the way of F through L2 and
 // shared memory costs more than that of x: twice the rows share it.
 MOS_HOST_DEVICE constexpr int shrink_rows(int element_size, int ranks) {
@@ -108,17 +114,40 @@ constexpr int backward_shared(int size, int ranks) {
          mask_bytes(cols);
 }
 
+// What geometry may know of rows in groups: how many groups there are, never where one ends. One group is cut as rows
+// without groups are.
+struct Grouping {
+  int64_t count = 1;
+  bool invariant = false;  // sums of a row are cut by columns and ranks alone
+};
+inline Grouping grouping_of(const Groups& groups) {
+  return groups ? Grouping{max64(1, groups.count), groups.invariant} : Grouping{};
+}
+// Rows of S for a matrix.
+inline int64_t places_of(const Matrix& m, const Groups& groups) { return groups ? groups.places : m.rows; }
+// The most tiles with rows: every group may begin a new one, and each has a row.
+inline int64_t busy_tiles(int64_t rows, int64_t tile, const Grouping& in) {
+  return min64(rows, ceil_div(rows, tile) + in.count - 1);
+}
+// Where a row's result may not depend on others its sums over columns are cut into so many parts, for one row and for
+// thousands: enough that a few sequences keep a GPU busy, and few enough that many do not drown in planes.
+constexpr int64_t kInvariantPlanes = 8;
+
 struct ShrinkGeometry {
   int ranks;            // of a block
   int64_t row_tiles;    // grid x
   Parts columns;        // grid y, in tiles of shrink_cols
   int64_t rank_blocks;  // grid z
 };
-inline ShrinkGeometry shrink_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
+inline ShrinkGeometry shrink_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size,
+                                      const Grouping& in = {}) {
   const int ranks = ranks_for(rank, element_size);
-  const int64_t row_tiles = ceil_div(rows, shrink_rows(element_size, ranks)), rank_blocks = ceil_div(rank, ranks);
+  const int64_t rank_blocks = ceil_div(rank, ranks);
+  const int64_t row_tiles = busy_tiles(rows, shrink_rows(element_size, ranks), in);
   const int64_t column_tiles = ceil_div(cols, shrink_cols(element_size, ranks));
-  return {ranks, row_tiles, split(column_tiles, row_tiles * rank_blocks, max_shrink_planes(rows)), rank_blocks};
+  const Parts columns = in.invariant ? split(column_tiles, rank_blocks, kInvariantPlanes)
+                                     : split(column_tiles, row_tiles * rank_blocks, max_shrink_planes(rows));
+  return {ranks, row_tiles, columns, rank_blocks};
 }
 
 struct ExpandGeometry {
@@ -127,13 +156,15 @@ struct ExpandGeometry {
   int64_t column_blocks;
   Parts rows;  // in tiles of kTileRows
 };
-inline ExpandGeometry expand_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
+inline ExpandGeometry expand_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size,
+                                      const Grouping& in = {}) {
   const int ranks = ranks_for(rank, element_size);
   const int64_t row_tiles = ceil_div(rows, kTileRows), column_tiles = ceil_div(cols, kExpandCols);
   // Wide blocks share the sums of s; but first there must be blocks for every multiprocessor. A factor of more ranks
   // than one step is read again for every tile, so there sharing is of no use.
-  const int64_t shared =
-      rank > ranks ? 1 : min64(max_expand_tiles(element_size), ceil_div(column_tiles * row_tiles, kTargetBlocks));
+  const int64_t shared = rank > ranks ? 1
+                                      : min64(max_expand_tiles(element_size),
+                                              ceil_div(column_tiles * busy_tiles(rows, kTileRows, in), kTargetBlocks));
   const int64_t tiles = max64(1, shared), column_blocks = max64(1, ceil_div(column_tiles, tiles));
   return {ranks, static_cast<int>(tiles), column_blocks, split(row_tiles, column_blocks, row_tiles)};
 }
@@ -145,7 +176,8 @@ struct BackwardGeometry {
   Parts rows;             // grid y, in tiles of kTileRows: planes of dF
   int64_t rank_blocks;    // grid z
 };
-inline BackwardGeometry backward_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size) {
+inline BackwardGeometry backward_geometry(int64_t rows, int64_t cols, int64_t rank, int element_size,
+                                          const Grouping& in = {}) {
   const int ranks = ranks_for(rank, element_size);
   const int64_t column_tiles = max64(1, ceil_div(cols, backward_cols(element_size)));
   const int64_t row_tiles = ceil_div(rows, kTileRows), rank_blocks = ceil_div(rank, ranks);
@@ -153,8 +185,10 @@ inline BackwardGeometry backward_geometry(int64_t rows, int64_t cols, int64_t ra
   // multiprocessors idle, the width shrinks before the rows are cut: a plane of dS weighs rows * rank, one of dF
   // cols * rank, and there are fewer rows.
   int64_t width = backward_tiles(element_size, ranks);
-  const int64_t most_parts = max64(1, row_tiles / kMinBackwardTiles);
-  while (width > 1 && 2 * ceil_div(column_tiles, width) * most_parts * rank_blocks <= kTargetBlocks) width /= 2;
+  const int64_t most_parts = max64(1, row_tiles / kMinBackwardTiles) + in.count - 1;
+  while (!in.invariant && width > 1 && 2 * ceil_div(column_tiles, width) * most_parts * rank_blocks <= kTargetBlocks) {
+    width /= 2;
+  }
   const int64_t column_blocks = ceil_div(column_tiles, width);
   return {ranks, static_cast<int>(width), column_blocks,
           split(row_tiles, column_blocks * rank_blocks, max64(1, row_tiles), kMinBackwardTiles), rank_blocks};
@@ -189,8 +223,11 @@ MOS_HOST_DEVICE uint32_t divide(uint32_t n, const Divider& by) {
   return static_cast<uint32_t>(static_cast<uint64_t>(n) * by.multiplier >> by.shift);
 }
 
-// Columns are counted in 31 bits within a row; rows and pools in 64.
-inline bool representable(const Factor& f) { return f.cols() <= INT32_MAX && f.rank <= 65535; }
+// Columns are counted in 31 bits within a row; rows and pools in 64. In groups, rows are counted in 31 bits too, as
+// their ends are, and a block for each must fit in a grid beside those of split rows.
+inline bool representable(const Factor& f, const Groups& groups = {}) {
+  return f.cols() <= INT32_MAX && f.rank <= 65535 && groups.count <= kMaxGroups && groups.places <= kMaxPlaces;
+}
 
 // Threads of a block that walks `elements` contiguous elements, one each: whole warps, 64 to 256. Below 64 a block no
 // longer hides the latency of its first load; above 256 the last, partly idle block costs more than the wider ones

@@ -43,8 +43,8 @@ struct FactorArgument {
   Tensor pool, index;
   Factor view;
 
-  FactorArgument(const Tensor& pool_in, const Tensor& index_in, int32_t device)
-      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index)) {
+  FactorArgument(const Tensor& pool_in, const Tensor& index_in, int32_t device, bool grouped = false)
+      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index, grouped)) {
     check_device(pool, device, "pool");
     check_device(index, device, "index");
   }
@@ -65,9 +65,30 @@ DeviceDropout dropout_of(double p, const std::optional<Tensor>& seed, int32_t de
 
 Float32 float32_of(bool tf32) { return tf32 ? Float32::tf32 : Float32::exact; }
 
-Tensor sums_on(const Launcher& to, const Tensor& s, const Tensor& x, int64_t rank) {
+Tensor sums_on(const Launcher& to, const Tensor& s, const Tensor& x, int64_t rank, const Groups& groups = {}) {
   check_device(s, to.device, "s");
-  return sums_contiguous(s, x, rank);
+  if (!groups) return sums_contiguous(s, x, rank);
+  STD_TORCH_CHECK(
+      s.dim() == 2 && s.size(0) == groups.places && s.size(1) == rank && s.scalar_type() == accumulate_type(x),
+      "s must be (places, rank) in the accumulation type of x");
+  return as_contiguous(s);
+}
+
+// Groups as kernels want them, and what they are told of.
+GroupsArgument groups_on(const Launcher& to, const Tensor& x, const Tensor& index_a, const Tensor& index_b,
+                         const Tensor& ends, const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+                         const std::optional<Tensor>& scales, bool invariant) {
+  STD_TORCH_CHECK(index_a.dim() == 3 && index_b.dim() == 3 && index_a.size(0) == index_b.size(0),
+                  "index_a and index_b must have a table for each group");
+  check_device(ends, to.device, "ends");
+  if (rows) check_device(*rows, to.device, "rows");
+  if (ranks) check_device(*ranks, to.device, "ranks");
+  if (scales) check_device(*scales, to.device, "scales");
+  GroupsArgument groups(x.size(0), index_a.size(0), ends, rows, ranks, scales, invariant);
+  STD_TORCH_CHECK(groups.view.count <= kMaxGroups && groups.view.places <= kMaxPlaces, "there must be at most ",
+                  kMaxGroups, " groups of at most ", kMaxPlaces, " rows, got ", groups.view.count, " of ",
+                  groups.view.places);
+  return groups;
 }
 
 // `count` planes of the accumulation type of `like`. A single one is a matrix (rows, cols), ready to be returned.
@@ -104,34 +125,55 @@ Tensor summed(const PlanesTensor& planes, const Launcher& to) {
 // ---------------------------------------------------------------------------------------------- the four passes
 
 PlanesTensor shrink_into_planes(const Tensor& x, const Factor& factor, const DeviceDropout& dropout, Float32 float32,
-                                const Launcher& to) {
+                                const Launcher& to, const Groups& groups = {}) {
   const Matrix view = matrix_of(x);
-  PlanesTensor s(x, shrink_planes(view, factor), view.rows, factor.rank);
-  check_launch(launch_shrink(view, factor, dropout, s.view, float32, to.stream));
+  PlanesTensor s(x, shrink_planes(view, factor, groups), groups ? groups.places : view.rows, factor.rank);
+  check_launch(launch_shrink(view, factor, dropout, s.view, float32, to.stream, groups));
   return s;
 }
 
+// The gradient of a factor, (rank, columns), as planes; or of the factors of all groups, one below the other, and what
+// is yet to be added to them (launch.h).
+struct FactorGradientTensor {
+  PlanesTensor planes;
+  std::optional<Tensor> of_groups;
+  int64_t part;
+
+  FactorGradientTensor(const Tensor& like, const BackwardPlanes& counts, int64_t rank, int64_t cols,
+                       const Groups& groups)
+      : planes(like, counts.factor_grad, rank, cols), part(counts.part) {
+    if (groups) of_groups = new_matrix(like, groups.count * rank, cols, accumulate_type(like));
+  }
+
+  void* grads() const { return of_groups ? of_groups->mutable_data_ptr() : nullptr; }
+  Tensor result() const { return of_groups ? *of_groups : planes.result(); }
+  bool to_add() const { return planes.view.count > (of_groups ? 0 : 1); }
+  Sum sum(const Tensor& result) const { return {planes.read(), result.mutable_data_ptr(), part}; }
+};
+
 struct ExpandBackwardResult {
-  PlanesTensor ds, factor_grad;
+  PlanesTensor ds;
+  FactorGradientTensor factor_grad;
 };
 ExpandBackwardResult expand_backward_into_planes(const Tensor& dy, const Tensor& s, const Factor& factor, double scale,
-                                                 Float32 float32, const Launcher& to) {
+                                                 Float32 float32, const Launcher& to, const Groups& groups = {}) {
   const Matrix view = matrix_of(dy);
-  const BackwardPlanes counts = backward_planes(view, factor.rank);
-  ExpandBackwardResult out{{dy, counts.projected, view.rows, factor.rank},
-                           {dy, counts.factor_grad, factor.rank, view.cols}};
-  check_launch(
-      launch_expand_backward(view, one_plane(s), factor, scale, out.ds.view, out.factor_grad.view, float32, to.stream));
+  const BackwardPlanes counts = backward_planes(view, factor.rank, groups);
+  ExpandBackwardResult out{{dy, counts.projected, s.size(0), factor.rank},
+                           {dy, counts, factor.rank, view.cols, groups}};
+  check_launch(launch_expand_backward(view, one_plane(s), factor, scale, out.ds.view, out.factor_grad.planes.view,
+                                      float32, to.stream, groups, out.factor_grad.grads()));
   return out;
 }
 
-PlanesTensor shrink_backward_into_planes(const Tensor& x, const ConstPlanes& ds, const Factor& factor,
-                                         const DeviceDropout& dropout, const Tensor& dx, bool accumulate, bool early,
-                                         Float32 float32, const Launcher& to) {
+FactorGradientTensor shrink_backward_into_planes(const Tensor& x, const ConstPlanes& ds, const Factor& factor,
+                                                 const DeviceDropout& dropout, const Tensor& dx, bool accumulate,
+                                                 bool early, Float32 float32, const Launcher& to,
+                                                 const Groups& groups = {}) {
   const Matrix view = matrix_of(x);
-  PlanesTensor grad(x, backward_planes(view, factor.rank).factor_grad, factor.rank, view.cols);
-  check_launch(launch_shrink_backward(view, ds, factor, dropout, output_matrix_of(dx), accumulate, grad.view, early,
-                                      float32, to.stream));
+  FactorGradientTensor grad(x, backward_planes(view, factor.rank, groups), factor.rank, view.cols, groups);
+  check_launch(launch_shrink_backward(view, ds, factor, dropout, output_matrix_of(dx), accumulate, grad.planes.view,
+                                      early, float32, to.stream, groups, grad.grads()));
   return grad;
 }
 
@@ -188,7 +230,7 @@ std::tuple<Tensor, Tensor> expand_backward_op(const Tensor& dy, const Tensor& s,
   factor.check(dy);
   const Tensor dy_c = rows_contiguous(dy), s_c = sums_on(to, s, dy, factor.view.rank);
   const auto planes = expand_backward_into_planes(dy_c, s_c, factor.view, scale, float32_of(tf32), to);
-  return {summed(planes.ds, to), summed(planes.factor_grad, to)};
+  return {summed(planes.ds, to), summed(planes.factor_grad.planes, to)};
 }
 
 std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x, const Tensor& pool,
@@ -199,20 +241,24 @@ std::tuple<Tensor, Tensor> shrink_backward_op(const Tensor& ds, const Tensor& x,
   factor.check(x);
   const Tensor x_c = rows_contiguous(x), ds_c = sums_on(to, ds, x, factor.view.rank);
   Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
-  const PlanesTensor grad =
-      shrink_backward_into_planes(x_c, one_plane(ds_c), factor.view, dropout_of(p, seed, to.device), dx,
-                                  /*accumulate=*/false, /*early=*/false, float32_of(tf32), to);
-  return {dx, summed(grad, to)};
+  const auto grad = shrink_backward_into_planes(x_c, one_plane(ds_c), factor.view, dropout_of(p, seed, to.device), dx,
+                                                /*accumulate=*/false, /*early=*/false, float32_of(tf32), to);
+  return {dx, summed(grad.planes, to)};
 }
 
 // ---------------------------------------------------------------------------------------------- both factors at once
 
+// Kernels do not touch rows that `rows` does not name, of which there may be none.
+void zero_if_written_in_part(Tensor out, bool accumulate, const Groups& groups) {
+  if (groups && (groups.rows || groups.places == 0) && !accumulate) torch::stable::zero_(out);
+}
+
 // shrink and expand in two launches: the planes of S go straight into expand, which also writes their sum.
 Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tensor>& bias, const Tensor& x,
                      const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b, const Tensor& index_b,
-                     double scale, double p, const std::optional<Tensor>& seed, bool tf32) {
-  const Launcher to(x);
-  const FactorArgument a(pool_a, index_a, to.device), b(pool_b, index_b, to.device);
+                     double scale, double p, const std::optional<Tensor>& seed, bool tf32, const Launcher& to,
+                     const Groups& groups = {}) {
+  const FactorArgument a(pool_a, index_a, to.device, bool(groups)), b(pool_b, index_b, to.device, bool(groups));
   check_device(y, to.device, "y");
   a.check(x);
   b.check(y);
@@ -230,36 +276,42 @@ Tensor low_rank_into(const Tensor& y, bool accumulate, const std::optional<Tenso
     options.bias = bias_c->const_data_ptr();
   }
   const Tensor x_c = rows_contiguous(x);
-  const PlanesTensor planes = shrink_into_planes(x_c, a.view, dropout_of(p, seed, to.device), float32_of(tf32), to);
+  zero_if_written_in_part(y, accumulate, groups);
+  const PlanesTensor planes =
+      shrink_into_planes(x_c, a.view, dropout_of(p, seed, to.device), float32_of(tf32), to, groups);
   const bool split = planes.view.count > 1;
   Tensor s = planes.result();
   const Matrix out = output_matrix_of(y);
   ConstPlanes sums = planes.read();
   const int64_t elements = sums.rows * sums.cols;
-  if (split && sum_first(sums.count, expand_readers(out, a.view.rank), elements, few_sums(elements))) {
+  const bool shared = few_sums(elements) && !groups.invariant;
+  if (split && sum_first(sums.count, expand_readers(out, a.view.rank, groups), elements, shared)) {
     sum_into(s.mutable_data_ptr(), sums, dtype_of(s), to);
     sums = one_plane(s);
   } else if (split) {
     options.s_sum = s.mutable_data_ptr();
   }
-  check_launch(launch_expand(sums, b.view, scale, out, options, float32_of(tf32), to.stream));
+  check_launch(launch_expand(sums, b.view, scale, out, options, float32_of(tf32), to.stream, groups));
   return s;
 }
 
 std::tuple<Tensor, Tensor> low_rank_op(const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
                                        const Tensor& pool_b, const Tensor& index_b, const std::optional<Tensor>& bias,
                                        double scale, double p, const std::optional<Tensor>& seed, bool tf32) {
+  const Launcher to(x);
   Tensor y = new_matrix(x, x.size(0), index_b.size(1) * pool_b.size(1), x.scalar_type());
-  Tensor s = low_rank_into(y, /*accumulate=*/false, bias, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32);
+  Tensor s =
+      low_rank_into(y, /*accumulate=*/false, bias, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32, to);
   return {y, s};
 }
 
 Tensor low_rank_inplace_op(Tensor y, const Tensor& x, const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b,
                            const Tensor& index_b, double scale, double p, const std::optional<Tensor>& seed,
                            bool tf32) {
+  const Launcher to(x);
   const Tensor y_c = rows_contiguous(y);
-  Tensor s =
-      low_rank_into(y_c, /*accumulate=*/true, std::nullopt, x, pool_a, index_a, pool_b, index_b, scale, p, seed, tf32);
+  Tensor s = low_rank_into(y_c, /*accumulate=*/true, std::nullopt, x, pool_a, index_a, pool_b, index_b, scale, p, seed,
+                           tf32, to);
   if (y_c.get() != y.get()) torch::stable::copy_(y, y_c);
   return s;
 }
@@ -268,9 +320,9 @@ Tensor low_rank_inplace_op(Tensor y, const Tensor& x, const Tensor& pool_a, cons
 std::tuple<Tensor, Tensor> low_rank_backward_into(const Tensor& dx, bool accumulate, const Tensor& dy, const Tensor& s,
                                                   const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
                                                   const Tensor& pool_b, const Tensor& index_b, double scale, double p,
-                                                  const std::optional<Tensor>& seed, bool tf32) {
-  const Launcher to(x);
-  const FactorArgument a(pool_a, index_a, to.device), b(pool_b, index_b, to.device);
+                                                  const std::optional<Tensor>& seed, bool tf32, const Launcher& to,
+                                                  const Groups& groups = {}) {
+  const FactorArgument a(pool_a, index_a, to.device, bool(groups)), b(pool_b, index_b, to.device, bool(groups));
   check_device(dy, to.device, "dy");
   check_device(dx, to.device, "dx");
   a.check(x);
@@ -279,23 +331,24 @@ std::tuple<Tensor, Tensor> low_rank_backward_into(const Tensor& dx, bool accumul
   STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.scalar_type() == x.scalar_type(), "dy must have x's rows and dtype");
   STD_TORCH_CHECK(dx.size(0) == x.size(0) && dx.size(1) == x.size(1) && dx.scalar_type() == x.scalar_type(),
                   "dx must have the shape and dtype of x");
-  const Tensor x_c = rows_contiguous(x), dy_c = rows_contiguous(dy), s_c = sums_on(to, s, x, a.view.rank);
+  const Tensor x_c = rows_contiguous(x), dy_c = rows_contiguous(dy), s_c = sums_on(to, s, x, a.view.rank, groups);
   const Float32 float32 = float32_of(tf32);
-  const auto first = expand_backward_into_planes(dy_c, s_c, b.view, scale, float32, to);
+  zero_if_written_in_part(dx, accumulate, groups);
+  const auto first = expand_backward_into_planes(dy_c, s_c, b.view, scale, float32, to, groups);
   ConstPlanes ds = first.ds.read();
-  if (sum_first(ds.count, shrink_backward_readers(matrix_of(x_c), a.view.rank), ds.rows * ds.cols,
+  if (sum_first(ds.count, shrink_backward_readers(matrix_of(x_c), a.view.rank, groups), ds.rows * ds.cols,
                 /*shared=*/false)) {
     sum_into(first.ds.view.data, ds, dtype_of(s_c), to);  // the sum becomes the first plane
     ds.count = 1;
   }
-  const PlanesTensor second = shrink_backward_into_planes(x_c, ds, a.view, dropout_of(p, seed, to.device), dx,
-                                                          accumulate, /*early=*/true, float32, to);
+  const auto second = shrink_backward_into_planes(x_c, ds, a.view, dropout_of(p, seed, to.device), dx, accumulate,
+                                                  /*early=*/true, float32, to, groups);
   Tensor grad_a = second.result(), grad_b = first.factor_grad.result();
   Sum sums[kSums];
   int count = 0;
-  if (second.view.count > 1) sums[count++] = {second.read(), grad_a.mutable_data_ptr()};
-  if (first.factor_grad.view.count > 1) sums[count++] = {first.factor_grad.read(), grad_b.mutable_data_ptr()};
-  if (count) check_launch(launch_sum(sums, count, dtype_of(s_c), /*early=*/true, to.stream));
+  if (second.to_add()) sums[count++] = second.sum(grad_a);
+  if (first.factor_grad.to_add()) sums[count++] = first.factor_grad.sum(grad_b);
+  if (count) check_launch(launch_sum(sums, count, dtype_of(s_c), /*early=*/true, to.stream, groups));
   return {grad_a, grad_b};
 }
 
@@ -303,9 +356,10 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_backward_op(const Tensor& dy, const 
                                                         const Tensor& pool_a, const Tensor& index_a,
                                                         const Tensor& pool_b, const Tensor& index_b, double scale,
                                                         double p, const std::optional<Tensor>& seed, bool tf32) {
+  const Launcher to(x);
   Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
   auto [grad_a, grad_b] = low_rank_backward_into(dx, /*accumulate=*/false, dy, s, x, pool_a, index_a, pool_b, index_b,
-                                                 scale, p, seed, tf32);
+                                                 scale, p, seed, tf32, to);
   return {dx, grad_a, grad_b};
 }
 
@@ -313,11 +367,77 @@ std::tuple<Tensor, Tensor> low_rank_backward_inplace_op(Tensor dx, const Tensor&
                                                         const Tensor& pool_a, const Tensor& index_a,
                                                         const Tensor& pool_b, const Tensor& index_b, double scale,
                                                         double p, const std::optional<Tensor>& seed, bool tf32) {
+  const Launcher to(x);
   const Tensor dx_c = rows_contiguous(dx);
   auto grads = low_rank_backward_into(dx_c, /*accumulate=*/true, dy, s, x, pool_a, index_a, pool_b, index_b, scale, p,
-                                      seed, tf32);
+                                      seed, tf32, to);
   if (dx_c.get() != dx.get()) torch::stable::copy_(dx, dx_c);
   return grads;
+}
+
+// ---------------------------------------------------------------------------------------------- in groups of rows
+
+// The gradients of the factors of all groups, which were computed one below the other.
+Tensor of_groups(const Tensor& grads, const Tensor& index) {
+  const int64_t sizes[] = {index.size(0), index.size(1), grads.size(1)};
+  const int64_t strides[] = {index.size(1) * grads.size(1), grads.size(1), 1};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(grads.get(), 3, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
+std::tuple<Tensor, Tensor> grouped_low_rank_op(const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+                                               const Tensor& pool_b, const Tensor& index_b, double scale, double p,
+                                               const std::optional<Tensor>& seed, const Tensor& ends,
+                                               const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+                                               const std::optional<Tensor>& scales, bool invariant, bool tf32) {
+  const Launcher to(x);
+  const GroupsArgument groups = groups_on(to, x, index_a, index_b, ends, rows, ranks, scales, invariant);
+  Tensor y = new_matrix(x, x.size(0), index_b.size(2) * pool_b.size(1), x.scalar_type());
+  Tensor s = low_rank_into(y, /*accumulate=*/false, std::nullopt, x, pool_a, index_a, pool_b, index_b, scale, p, seed,
+                           tf32, to, groups.view);
+  return {y, s};
+}
+
+Tensor grouped_low_rank_inplace_op(Tensor y, const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+                                   const Tensor& pool_b, const Tensor& index_b, double scale, double p,
+                                   const std::optional<Tensor>& seed, const Tensor& ends,
+                                   const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+                                   const std::optional<Tensor>& scales, bool invariant, bool tf32) {
+  const Launcher to(x);
+  const GroupsArgument groups = groups_on(to, x, index_a, index_b, ends, rows, ranks, scales, invariant);
+  const Tensor y_c = rows_contiguous(y);
+  Tensor s = low_rank_into(y_c, /*accumulate=*/true, std::nullopt, x, pool_a, index_a, pool_b, index_b, scale, p, seed,
+                           tf32, to, groups.view);
+  if (y_c.get() != y.get()) torch::stable::copy_(y, y_c);
+  return s;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_low_rank_backward_op(
+    const Tensor& dy, const Tensor& s, const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+    const Tensor& pool_b, const Tensor& index_b, double scale, double p, const std::optional<Tensor>& seed,
+    const Tensor& ends, const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+    const std::optional<Tensor>& scales, bool invariant, bool tf32) {
+  const Launcher to(x);
+  const GroupsArgument groups = groups_on(to, x, index_a, index_b, ends, rows, ranks, scales, invariant);
+  Tensor dx = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
+  auto [grad_a, grad_b] = low_rank_backward_into(dx, /*accumulate=*/false, dy, s, x, pool_a, index_a, pool_b, index_b,
+                                                 scale, p, seed, tf32, to, groups.view);
+  return {dx, of_groups(grad_a, index_a), of_groups(grad_b, index_b)};
+}
+
+std::tuple<Tensor, Tensor> grouped_low_rank_backward_inplace_op(
+    Tensor dx, const Tensor& dy, const Tensor& s, const Tensor& x, const Tensor& pool_a, const Tensor& index_a,
+    const Tensor& pool_b, const Tensor& index_b, double scale, double p, const std::optional<Tensor>& seed,
+    const Tensor& ends, const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks,
+    const std::optional<Tensor>& scales, bool invariant, bool tf32) {
+  const Launcher to(x);
+  const GroupsArgument groups = groups_on(to, x, index_a, index_b, ends, rows, ranks, scales, invariant);
+  const Tensor dx_c = rows_contiguous(dx);
+  auto [grad_a, grad_b] = low_rank_backward_into(dx_c, /*accumulate=*/true, dy, s, x, pool_a, index_a, pool_b, index_b,
+                                                 scale, p, seed, tf32, to, groups.view);
+  if (dx_c.get() != dx.get()) torch::stable::copy_(dx, dx_c);
+  return {of_groups(grad_a, index_a), of_groups(grad_b, index_b)};
 }
 
 // ---------------------------------------------------------------------------------------------- the whole layer

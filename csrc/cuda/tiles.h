@@ -23,6 +23,9 @@ struct Rows {
   E* data;
   int64_t rows, cols, stride;
   bool aligned;  // every group of eight columns starts at a multiple of 16 bytes
+  // Of rows in groups: places are counted, up to `rows`; place t is row map[t] of `mapped`, or row t.
+  const int32_t* map = nullptr;
+  int32_t mapped = 0;
 
   // For whole variants: rows are counted, and the rows of a tile reached, in 31 bits.
   bool whole() const {
@@ -30,6 +33,13 @@ struct Rows {
     return aligned && cols % kGroup == 0 && rows <= INT32_MAX - 2 * kTileRows && stride <= kReach;
   }
   MOS_DEVICE E* at(int64_t row, int64_t col) const { return data + row * stride + col; }
+
+  // The row of a place below `rows`; -1 where there is none, for a map may be wrong.
+  MOS_DEVICE int64_t row_of(int64_t place) const {
+    if (!map) return place;
+    const int32_t row = map[place];
+    return static_cast<uint32_t>(row) < static_cast<uint32_t>(mapped) ? row : -1;
+  }
 };
 template <class E>
 Rows<E> rows_of(const Matrix& m) {
@@ -56,10 +66,21 @@ struct Share {
   MOS_DEVICE int number(int j) const { return (row + j * kStep) * kGroups + col / kGroup; }
 };
 
+// The rows of places `place` and on, kStep apart, of which `left` exist; -1 for those that do not. All are looked up
+// before any is used, for their trips to L2 overlap.
+template <int kOwn, int kStep, class E>
+MOS_DEVICE void find_rows(int32_t (&row)[kOwn], const Rows<E>& m, int place, int left) {
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) row[j] = j * kStep < left ? m.map[place + j * kStep] : -1;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) row[j] = static_cast<uint32_t>(row[j]) < static_cast<uint32_t>(m.mapped) ? row[j] : -1;
+}
+
 // Columns [col, col + 8) of a row into shared memory, asynchronously where that is possible.
 template <class E>
 MOS_DEVICE void load_group(E* target, const Rows<const E>& m, int64_t row, int64_t col) {
-  const bool inside = row < m.rows && col < m.cols;
+  bool inside = row < m.rows && col < m.cols;
+  if (inside) row = m.row_of(row), inside = row >= 0;
   const E* source = m.at(row, col);
   if (m.aligned && (col + kGroup <= m.cols || !inside)) {
     const uint32_t shared = shared_address(target);
@@ -100,6 +121,20 @@ MOS_DEVICE void load_share(const SharedMatrix<E>& tile, const Share& share, cons
   }
 }
 
+// The same, whole, of rows that find_rows has found.
+template <class Share, class E>
+MOS_DEVICE void load_rows(const SharedMatrix<E>& tile, const Share& share, const Rows<const E>& m,
+                          const int32_t (&row)[Share::kOwn], int64_t col0) {
+  const bool inside = static_cast<int>(col0) + share.col < static_cast<int>(m.cols);
+  const E* source = m.data + (col0 + share.col);
+  const uint32_t target = shared_address(tile.at(share.row, share.col));
+#pragma unroll
+  for (int j = 0; j < Share::kOwn; ++j) {
+    cp_async_16(target + j * Share::kStep * tile.pitch, source + int64_t{max(row[j], 0)} * m.stride,
+                inside && row[j] >= 0 ? kVector : 0);
+  }
+}
+
 // Eight elements between global and shared memory, either way; or as many as are left of a row of a global matrix.
 template <class E>
 MOS_DEVICE void copy_group(E* target, const E* source, bool aligned, int64_t left) {
@@ -118,7 +153,21 @@ template <Variant kVariant, int kBatch, class Share, class E>
 MOS_DEVICE void fetch_share(const SharedMatrix<E>& tile, const Share& share, const Rows<E>& m, int64_t row0,
                             int64_t col0) {
   const int64_t col = col0 + share.col;
-  if constexpr (kVariant & kWhole) {
+  if constexpr (kVariant & kMapped) {
+    const int place = static_cast<int>(row0) + share.row;
+    int32_t row[Share::kOwn];
+    find_rows<Share::kOwn, Share::kStep>(row, m, place, col < m.cols ? static_cast<int>(m.rows) - place : 0);
+#pragma unroll
+    for (int first = 0; first < Share::kOwn; first += kBatch) {
+      uint4 old[kBatch] = {};
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (row[first + j] >= 0) old[j] = load_16(m.at(row[first + j], col));
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) store_16(tile.at(share.row + (first + j) * Share::kStep, share.col), old[j]);
+    }
+  } else if constexpr (kVariant & kWhole) {
     const int rows = col < m.cols ? static_cast<int>(m.rows) - (static_cast<int>(row0) + share.row) : 0;
     const E* source = m.at(row0 + share.row, col);
     const int step = static_cast<int>(m.stride) * Share::kStep;
@@ -135,10 +184,10 @@ MOS_DEVICE void fetch_share(const SharedMatrix<E>& tile, const Share& share, con
   } else {
 #pragma unroll 1
     for (int j = 0; j < Share::kOwn; ++j) {
-      const int row = share.row + j * Share::kStep;
-      if (row0 + row < m.rows && col < m.cols) {
-        copy_group(tile.at(row, share.col), m.at(row0 + row, col), m.aligned, m.cols - col);
-      }
+      const int down = share.row + j * Share::kStep;
+      if (row0 + down >= m.rows || col >= m.cols) continue;
+      const int64_t row = m.row_of(row0 + down);
+      if (row >= 0) copy_group(tile.at(down, share.col), m.at(row, col), m.aligned, m.cols - col);
     }
   }
 }
@@ -224,6 +273,12 @@ MOS_DEVICE void drop_share(const SharedMatrix<E>& tile, const Share& share, cons
 
 // ---------------------------------------------------------------------------------------------- the way out
 
+// Kept elements of a group, and the others' from another.
+MOS_DEVICE uint4 merge(const uint4& kept, const KeepMask& mask, const uint4& other) {
+  return {(kept.x & mask.word[0]) | (other.x & ~mask.word[0]), (kept.y & mask.word[1]) | (other.y & ~mask.word[1]),
+          (kept.z & mask.word[2]) | (other.z & ~mask.word[2]), (kept.w & mask.word[3]) | (other.w & ~mask.word[3])};
+}
+
 // A share of a tile from shared memory into the tile at (row0, col0) of a matrix, in whole groups. With the `masks`
 // that drop_share left, dropped elements leave as zeros, or, where the tile was added to what is there, as what is
 // there.
@@ -231,31 +286,38 @@ template <Variant kVariant, class Share, class E>
 MOS_DEVICE void store_share(const Rows<E>& m, int64_t row0, int64_t col0, const SharedMatrix<E>& tile,
                             const Share& share, const uint32_t* masks, bool accumulate) {
   const int64_t col = col0 + share.col;
-  if constexpr (kVariant & kWhole) {
+  if constexpr (kVariant & kMapped) {
+    const int place = static_cast<int>(row0) + share.row;
+    int32_t row[Share::kOwn];
+    find_rows<Share::kOwn, Share::kStep>(row, m, place, col < m.cols ? static_cast<int>(m.rows) - place : 0);
+    static_assert(!(kVariant & kDropout), "a variant that nobody needs");
+#pragma unroll
+    for (int j = 0; j < Share::kOwn; ++j) {
+      if (row[j] >= 0) store_16(m.at(row[j], col), load_16(tile.at(share.row + j * Share::kStep, share.col)));
+    }
+  } else if constexpr (kVariant & kWhole) {
     const int rows = col < m.cols ? static_cast<int>(m.rows) - (static_cast<int>(row0) + share.row) : 0;
     E* target = m.at(row0 + share.row, col);
     const int step = static_cast<int>(m.stride) * Share::kStep;
-#pragma unroll(kVariant == (kWhole | kDropout | kAccumulate) ? 2 : Share::kOwn)
+#pragma unroll((kVariant & kDropout) && (kVariant & (kAccumulate | kGrouped)) ? 2 : Share::kOwn)
     for (int j = 0; j < Share::kOwn; ++j) {
       if (j * Share::kStep >= rows) continue;
       E* to = target + static_cast<int64_t>(j) * step;
       uint4 v = load_16(tile.at(share.row + j * Share::kStep, share.col));
       if constexpr (kVariant & kDropout) {
-        const KeepMask mask = unpacked(masks[share.number(j)]);
-        const uint4 other = kVariant & kAccumulate ? load_16(to) : uint4{0, 0, 0, 0};
-        v.x = (v.x & mask.word[0]) | (other.x & ~mask.word[0]);
-        v.y = (v.y & mask.word[1]) | (other.y & ~mask.word[1]);
-        v.z = (v.z & mask.word[2]) | (other.z & ~mask.word[2]);
-        v.w = (v.w & mask.word[3]) | (other.w & ~mask.word[3]);
+        const bool adds = does<kVariant, kAccumulate>(accumulate);
+        v = merge(v, unpacked(masks[share.number(j)]), adds ? load_16(to) : uint4{0, 0, 0, 0});
       }
       store_16(to, v);
     }
   } else {
 #pragma unroll 1
     for (int j = 0; j < Share::kOwn; ++j) {
-      const int row = share.row + j * Share::kStep;
-      if (row0 + row >= m.rows || col >= m.cols) continue;
-      E *source = tile.at(row, share.col), *target = m.at(row0 + row, col);
+      const int down = share.row + j * Share::kStep;
+      if (row0 + down >= m.rows || col >= m.cols) continue;
+      const int64_t row = m.row_of(row0 + down);
+      if (row < 0) continue;
+      E *source = tile.at(down, share.col), *target = m.at(row, col);
       if (masks) {
         const uint32_t mask = masks[share.number(j)];
 #pragma unroll 1
@@ -266,6 +328,115 @@ MOS_DEVICE void store_share(const Rows<E>& m, int64_t row0, int64_t col0, const 
       copy_group(target, source, m.aligned, m.cols - col);
     }
   }
+}
+
+// Zeros in `rows` rows from row0 on, columns [col0, col0 + cols): all threads of the block together.
+template <class E>
+MOS_DEVICE void zero_rows(const Rows<E>& m, int64_t row0, int rows, int64_t col0, int cols) {
+  const int groups = static_cast<int>(ceil_div(min64(cols, m.cols - col0), kGroup));
+  for (int i = threadIdx.x; i < rows * groups; i += kThreads) {
+    const int64_t col = col0 + i % groups * kGroup;
+    E* target = m.at(row0 + i / groups, col);
+    if (m.aligned && m.cols - col >= kGroup) {
+      constexpr int kStep = kVector / sizeof(E);
+#pragma unroll
+      for (int k = 0; k < kGroup; k += kStep) store_16(target + k, {0, 0, 0, 0});
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < min64(kGroup, m.cols - col); ++k) target[k] = E{};
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- groups
+
+// Groups (params.h) as a kernel sees them, and how long a part of their rows is. Where there are none, ends is null.
+struct GroupParams {
+  const int32_t *ends, *rows, *ranks;
+  const float* scales;
+  int32_t count, places, part;
+  Divider by_part;
+  int64_t table;   // entries of a group's
+  bool invariant;  // no sum may depend on how many rows there are
+};
+inline GroupParams group_params(const Groups& g, const Factor& f, int64_t part) {
+  if (!g) return {};
+  part = max64(1, min64(part, INT32_MAX));
+  return {g.ends,
+          g.rows,
+          g.ranks,
+          g.scales,
+          static_cast<int32_t>(g.count),
+          static_cast<int32_t>(g.places),
+          static_cast<int32_t>(part),
+          divider(static_cast<uint32_t>(part)),
+          f.rank * f.shards_per_vector,
+          g.invariant};
+}
+
+// The rows of a block: those of part `part` of a group, [first, last), of its rows [begin, end). Behind the last group
+// is one more, `count`: nobody's.
+struct GroupRows {
+  int32_t group, begin, end, part, first, last;
+};
+
+// The last group that begins before row `row * part` or, with `numbered`, before row (row - its number) * part: of the
+// blocks of a launch that of block `row` (group_blocks). 32 groups are looked at together, then those between two of
+// them, so of a thousand groups twice. Each warp does it for itself, without a barrier.
+//
+// Ends that decrease, or leave the places, are taken for the nearest that do not: whatever they are, rows belong to one
+// group, and each to one block.
+MOS_DEVICE GroupRows find_group(const GroupParams& g, uint32_t row, bool numbered, int lane) {
+  GroupRows found{0, 0, g.places, 0, 0, 0};
+  int size = g.count + 1;
+  do {
+    const int step = (size + kWarp - 1) / kWarp, own = found.group + lane * step;
+    const bool exists = lane * step < size;
+    int begin = exists ? found.begin : found.end;
+    if (exists && own > 0) begin = min(max(g.ends[own - 1], found.begin), found.end);
+#pragma unroll
+    for (int down = 1; down < kWarp; down *= 2) {
+      const int before = __shfl_sync(0xFFFFFFFFu, begin, lane - down);
+      if (lane >= down) begin = max(begin, before);
+    }
+    const uint32_t key = divide(static_cast<uint32_t>(begin), g.by_part) + (numbered ? static_cast<uint32_t>(own) : 0u);
+    const int last = __popc(__ballot_sync(0xFFFFFFFFu, exists && key <= row)) - 1;
+    const int next = __shfl_sync(0xFFFFFFFFu, begin, last + 1);
+    found.begin = __shfl_sync(0xFFFFFFFFu, begin, last);
+    if (last + 1 < kWarp) found.end = next;
+    found.group += last * step;
+    size = min(step, size - last * step);
+  } while (size > 1);
+  return found;
+}
+
+// Of block `block` of a launch. No rows: first == last.
+MOS_DEVICE GroupRows rows_of_block(const GroupParams& g, uint32_t block, int lane) {
+  GroupRows rows = find_group(g, block, true, lane);
+  rows.part = static_cast<int>(block - divide(static_cast<uint32_t>(rows.begin), g.by_part)) - rows.group;
+  rows.first = min(rows.begin + rows.part * g.part, rows.end);
+  rows.last = min(rows.first + g.part, rows.end);
+  return rows;
+}
+
+// How many ranks a group has, of the `rank` of its table; nobody's has none.
+MOS_DEVICE int rank_of(const GroupParams& g, const GroupRows& rows, int rank) {
+  if (rows.group == g.count) return 0;
+  return g.ranks ? min(max(g.ranks[rows.group], 0), rank) : rank;
+}
+
+// What the scale is multiplied by.
+template <class S>
+MOS_DEVICE S scale_of(const GroupParams& g, const GroupRows& rows) {
+  return g.scales && rows.group < g.count ? static_cast<S>(g.scales[rows.group]) : S(1);
+}
+
+// A matrix up to the last row of a block.
+template <class E>
+MOS_DEVICE void restrict_to(Rows<E>& m, const GroupParams& g, const GroupRows& rows) {
+  m.map = g.rows;
+  m.mapped = static_cast<int32_t>(min64(m.rows, INT32_MAX));
+  m.rows = rows.last;
 }
 
 // ---------------------------------------------------------------------------------------------- factors
@@ -301,6 +472,18 @@ inline FactorParams factor_params(const Factor& f) {
           static_cast<int32_t>(f.shards_per_vector),
           size,
           f.shard_size % kGroup == 0 && bits % kVector == 0};
+}
+
+// Of a block's kRanks ranks as many as products need where the group has `live` of them: they go in steps of 16.
+template <int kRanks>
+MOS_DEVICE int ranks_needed(int live) {
+  return min(kRanks, max(16, (live + 15) / 16 * 16));
+}
+
+// The factor of a group: what lies beyond its rank is read as zeros.
+MOS_DEVICE void restrict_to(FactorParams& f, const GroupParams& g, const GroupRows& rows) {
+  f.rank = rank_of(g, rows, f.rank);
+  f.index += rows.group * g.table;
 }
 
 // Where column `col` of rank vector `rank` is stored, as an element number of the pool. An index out of range sets
@@ -529,12 +712,12 @@ MOS_DEVICE void write_quad(S* target, const S (&sum)[kQuad], bool aligned, int64
   }
 }
 
-// kRows rows from first_row of a tile at row0, and ranks [rank0, rank0 + kRanks), of the sum of all planes, times
-// scale, rounded to E in shared memory. Where sum_out is not null the unscaled sum is written there too. The work of
-// kWorkers threads, of which this is number `worker`.
+// kRows rows from first_row of a tile at row0, up to row `end`, and ranks [rank0, rank0 + kRanks), of the sum of all
+// planes, times scale, rounded to E in shared memory. Where sum_out is not null the unscaled sum is written there too.
+// The work of kWorkers threads, of which this is number `worker`.
 template <Variant kVariant, int kRows, int kRanks, int kWorkers, class E, class S>
-MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, int64_t row0, int first_row,
-                          int rank0, S scale, S* sum_out, int worker) {
+MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, int64_t row0, int64_t end,
+                          int first_row, int rank0, S scale, S* sum_out, int worker) {
   constexpr int kQuads = kRanks / kQuad, kOwn = kRows * kQuads / kWorkers;
   if constexpr (kVariant & kWhole) {
     // A few quads at a time, so that their trips to L2 overlap; where there are planes to add, two or four of each,
@@ -542,7 +725,7 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
     constexpr int kAtOnce = kOwn < 4 || kWorkers == kWarp ? 2 : 4, kBatch = kOwn < 4 ? 4 : 2, kStep = kWorkers / kQuads;
     static_assert(kOwn % kAtOnce == 0);
     const int quad = worker % kQuads * kQuad, top = first_row + worker / kQuads;
-    const int rows = rank0 + quad < p.rank ? static_cast<int>(p.rows) - (static_cast<int>(row0) + top) : 0;
+    const int rows = rank0 + quad < p.rank ? static_cast<int>(end) - (static_cast<int>(row0) + top) : 0;
     const int64_t plane = p.rows * p.rank, at = (row0 + top) * p.rank + (rank0 + quad);
     const int step = kStep * p.rank;
 #pragma unroll
@@ -575,7 +758,7 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
       const int64_t row = row0 + r, at = row * p.rank + rank0 + quad;
       const int live = p.rank - rank0 - quad;
       S sum[kQuad] = {};
-      if (row < p.rows && live > 0) {
+      if (row < end && live > 0) {
         add_planes<4>(sum, p.data + at, p.rows * p.rank, p.count, p.aligned, live);
         if (sum_out) write_quad(sum_out + at, sum, p.aligned, live);
       }
@@ -588,15 +771,16 @@ MOS_DEVICE void load_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p
 // of sums: several share one, each adds a range of planes, and the first of them adds these sums in order. `scratch`
 // holds 16 bytes for each thread; nobody reads target or scratch yet, and all threads come.
 template <int kRows, int kRanks, class E, class S>
-MOS_DEVICE void load_few_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, S scale, S* sum_out,
-                              unsigned char* scratch) {
-  const int quads = p.rank / kQuad, items = static_cast<int>(p.rows) * quads;
+MOS_DEVICE void load_few_sums(const SharedMatrix<E>& target, const PlaneParams<S>& p, int64_t row0, int rows, S scale,
+                              S* sum_out, unsigned char* scratch) {
+  const int quads = p.rank / kQuad, items = rows * quads;
   const int parts = kThreads / items, part = threadIdx.x / items, item = threadIdx.x % items;
   const int size = static_cast<int>(ceil_div(p.count, parts)), first = part * size;
   S sum[kQuad] = {};
   if (part < parts) {
     const int64_t plane = p.rows * p.rank;
-    add_planes<8>(sum, p.data + item * kQuad + first * plane, plane, min(size, p.count - first), true, kQuad);
+    add_planes<8>(sum, p.data + row0 * p.rank + item * kQuad + first * plane, plane, min(size, p.count - first), true,
+                  kQuad);
   }
   store_quad(reinterpret_cast<S*>(scratch) + threadIdx.x * kQuad, sum[0], sum[1], sum[2], sum[3]);
   for (int i = threadIdx.x; i < kRows * kRanks / kQuad; i += kThreads) {
@@ -610,29 +794,33 @@ MOS_DEVICE void load_few_sums(const SharedMatrix<E>& target, const PlaneParams<S
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) sum[j] += of_part[j];
     }
-    if (sum_out) write_quad(sum_out + item * kQuad, sum, true, kQuad);
+    if (sum_out) write_quad(sum_out + row0 * p.rank + item * kQuad, sum, true, kQuad);
     store_quad(target.at(item / quads, item % quads * kQuad), sum[0] * scale, sum[1] * scale, sum[2] * scale,
                sum[3] * scale);
   }
 }
 
 // Blocks of sums, side by side, into a plane (rows, cols) at (row0, col0), times scale. Whole variants have even
-// columns.
+// columns. Of groups, what lies beyond the first live_rows and live_cols is zero: nobody computed it, but an infinity
+// that met the zeros there is not one.
 template <Variant kVariant, int kBlocks, class S>
 MOS_DEVICE void store_blocks(const Block<S> (&blocks)[kBlocks], S* plane, int64_t rows, int64_t cols, int64_t row0,
-                             int64_t col0, S scale, int lane) {
+                             int64_t col0, S scale, int lane, int64_t live_rows, int64_t live_cols) {
+  constexpr bool kAsks = !(kVariant & kWhole) || (kVariant & kGrouped) != 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t row = row0 + block_row(lane, 2 * half), col = col0 + block_col(lane, 0, 0);
     if (row >= rows) continue;
     S* target = plane + row * cols + col;
+    const int live = row < live_rows ? static_cast<int>(min64(live_cols - col, INT32_MAX)) : 0;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int right = 16 * n + 8 * j;
-        write_sums<kVariant>(target + right, cols - col - right, blocks[n].sum[j][2 * half] * scale,
-                             blocks[n].sum[j][2 * half + 1] * scale, cols);
+        const S first = blocks[n].sum[j][2 * half] * scale, second = blocks[n].sum[j][2 * half + 1] * scale;
+        write_sums<kVariant>(target + right, cols - col - right, !kAsks || right < live ? first : S(0),
+                             !kAsks || right + 1 < live ? second : S(0), cols);
       }
     }
   }
@@ -655,14 +843,15 @@ struct RowsOf {
   }
 };
 
-// sums += the warp's rows of s times 16 * kBlocks columns of F, from `col` on.
+// sums += the warp's rows of s times 16 * kBlocks columns of F, from `col` on; of `live` ranks.
 template <class M, int kRanks, int kBlocks>
 MOS_DEVICE void multiply_columns(Block<typename M::S> (&sums)[kBlocks], RowsOf<M, kRanks>& a,
                                  const SharedMatrix<typename M::E>& s, const SharedMatrix<typename M::E>& factor,
-                                 int first_row, int col, int lane) {
+                                 int first_row, int col, int lane, int live) {
   constexpr bool kHeld = RowsOf<M, kRanks>::kHeld;
 #pragma unroll(kHeld ? kRanks / M::kStep : 1)
   for (int k = 0; k < kRanks; k += M::kStep) {
+    if (k > 0 && k >= live) break;
     if constexpr (!kHeld) a.held[0] = M::a_rows(s, first_row, k, lane);
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {

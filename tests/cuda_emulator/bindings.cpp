@@ -8,45 +8,55 @@ using namespace mos::cuda;
 namespace {
 // Whether launches may start early, as they do when an operator makes several.
 bool early = false;
+// The groups that rows of all launches are in, and where the gradients of their factors go: of the dy pass, of the x
+// pass.
+Groups groups;
+void *grads_b = nullptr, *grads_a = nullptr;
 }  // namespace
 
 extern "C" {
 
 void mos_launch_early(int on) { early = on != 0; }
+void mos_in_groups(const Groups* all, void* of_dy_pass, void* of_x_pass) {
+  groups = all ? *all : Groups{};
+  grads_b = of_dy_pass;
+  grads_a = of_x_pass;
+}
 
 // So that kernels.py can tell whether its mirrors are exact.
 void mos_struct_sizes(int64_t* out) {
-  const size_t sizes[] = {sizeof(Matrix),        sizeof(Factor), sizeof(FactorGradient),
-                          sizeof(DeviceDropout), sizeof(Planes), sizeof(ExpandOptions)};
-  for (int i = 0; i < 6; ++i) out[i] = static_cast<int64_t>(sizes[i]);
+  const size_t sizes[] = {sizeof(Matrix), sizeof(Factor),        sizeof(FactorGradient), sizeof(DeviceDropout),
+                          sizeof(Planes), sizeof(ExpandOptions), sizeof(Groups)};
+  for (int i = 0; i < 7; ++i) out[i] = static_cast<int64_t>(sizes[i]);
 }
 
-int64_t mos_shrink_planes(const Matrix* x, const Factor* factor) { return shrink_planes(*x, *factor); }
+int64_t mos_shrink_planes(const Matrix* x, const Factor* factor) { return shrink_planes(*x, *factor, groups); }
 int mos_shrink(const Matrix* x, const Factor* factor, const DeviceDropout* dropout, const Planes* s, int tf32) {
-  return launch_shrink(*x, *factor, *dropout, *s, tf32 ? Float32::tf32 : Float32::exact, nullptr);
+  return launch_shrink(*x, *factor, *dropout, *s, tf32 ? Float32::tf32 : Float32::exact, nullptr, groups);
 }
 
 int mos_expand(const ConstPlanes* s, const Factor* factor, double scale, const Matrix* y, const ExpandOptions* options,
                int tf32) {
   ExpandOptions all = *options;
   all.early = early;
-  return launch_expand(*s, *factor, scale, *y, all, tf32 ? Float32::tf32 : Float32::exact, nullptr);
+  return launch_expand(*s, *factor, scale, *y, all, tf32 ? Float32::tf32 : Float32::exact, nullptr, groups);
 }
 
 void mos_backward_planes(const Matrix* activations, int64_t rank, int64_t* out) {
-  const BackwardPlanes planes = backward_planes(*activations, rank);
+  const BackwardPlanes planes = backward_planes(*activations, rank, groups);
   out[0] = planes.projected;
   out[1] = planes.factor_grad;
+  out[2] = planes.part;
 }
 int mos_expand_backward(const Matrix* dy, const ConstPlanes* s, const Factor* factor, double scale, const Planes* ds,
                         const Planes* factor_grad, int tf32) {
   return launch_expand_backward(*dy, *s, *factor, scale, *ds, *factor_grad, tf32 ? Float32::tf32 : Float32::exact,
-                                nullptr);
+                                nullptr, groups, grads_b);
 }
 int mos_shrink_backward(const Matrix* x, const ConstPlanes* ds, const Factor* factor, const DeviceDropout* dropout,
                         const Matrix* dx, int accumulate, const Planes* factor_grad, int tf32) {
   return launch_shrink_backward(*x, *ds, *factor, *dropout, *dx, accumulate != 0, *factor_grad, early,
-                                tf32 ? Float32::tf32 : Float32::exact, nullptr);
+                                tf32 ? Float32::tf32 : Float32::exact, nullptr, groups, grads_a);
 }
 
 int mos_sum(const ConstPlanes* planes, void* out, int dtype) {
@@ -56,6 +66,11 @@ int mos_sum(const ConstPlanes* planes, void* out, int dtype) {
 int mos_sums(const ConstPlanes* a, const ConstPlanes* b, void* out_a, void* out_b, int dtype) {
   const Sum sums[] = {{*a, out_a}, {*b, out_b}};
   return launch_sum(sums, 2, static_cast<DType>(dtype), early, nullptr);
+}
+// Of what is beyond the first parts of groups, onto the gradients.
+int mos_sums_of_groups(const ConstPlanes* a, const ConstPlanes* b, int64_t part_a, int64_t part_b, int dtype) {
+  const Sum sums[] = {{*a, grads_a, part_a}, {*b, grads_b, part_b}};
+  return launch_sum(sums, 2, static_cast<DType>(dtype), early, nullptr, groups);
 }
 int mos_gather_concat(const Factor* factor, const Matrix* out) { return launch_gather_concat(*factor, *out, nullptr); }
 int mos_scatter_add(const FactorGradient* modules, int count, const Matrix* pool_grad) {

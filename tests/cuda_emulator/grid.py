@@ -11,7 +11,7 @@ place of the dtype that operands are rounded to, 64 in float64.
 
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import emulator
 import numpy as np
@@ -279,6 +279,250 @@ def check_isolation(kernels, case):
         assert np.array_equal(finite, np.isfinite(exact[name])), f"{case} {name}: an infinity spreads"
 
 
+# ---------------------------------------------------------------------------------------------- rows in groups
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What kernels are told of groups (csrc/common/params.h)."""
+
+    ends: tuple
+    places: int
+    rows: tuple | None = None
+    ranks: tuple | None = None
+    scales: tuple | None = None
+    invariant: bool = False
+
+    def __str__(self):
+        given = [name for name in ("rows", "ranks", "scales", "invariant") if getattr(self, name) not in (None, False)]
+        return f"{len(self.ends)} groups to {self.ends[:3]} of {self.places} {' '.join(given)}".strip()
+
+    @property
+    def own(self):
+        """The row of x at each place."""
+        return np.arange(self.places) if self.rows is None else np.array(self.rows, int)
+
+    def ranges(self):
+        """(group, its places) of every group that has some. Ends that cannot be are taken for the nearest that can."""
+        begin = 0
+        for g, end in enumerate(self.ends):
+            end = min(max(end, begin), self.places)
+            if begin < end:
+                yield g, slice(begin, end)
+            begin = end
+
+
+def grouped(counts, beyond=0, *, optional=(), r=0, invariant=False, seed=0):
+    """Groups of so many rows, and rows beyond that belong to nobody; ``optional``: of rows, ranks, scales."""
+    rng, places = np.random.default_rng(seed), sum(counts) + beyond
+    return Groups(
+        tuple(np.cumsum(counts).tolist()),
+        places,
+        tuple(rng.permutation(places + 3)[:places].tolist()) if "rows" in optional else None,
+        tuple(rng.integers(0, r + 1, len(counts)).tolist()) if "ranks" in optional else None,
+        tuple(rng.choice((0.5, 1.0, 2.0), len(counts)).tolist()) if "scales" in optional else None,
+        invariant,
+    )
+
+
+ALL = ("rows", "ranks", "scales")
+# Groups without rows at every place, one row in each, all rows in one, several parts of a group, rows of nobody; whole
+# variants and others; tables searched in one step and in two; more ranks than a block has.
+GROUPED = [
+    (Case("bf16", "f32", 0, 24, 11, 16), grouped([0, 5, 0, 0, 9, 0], beyond=70)),
+    (Case("bf16", "f32", 0, 24, 11, 16, p=0.5), grouped([1] * 24)),
+    (Case("f16", "f32", 0, 24, 11, 40, p=0.5), grouped([0, 0, 200, 0], beyond=2, optional=ALL, r=40)),
+    (Case("bf16", "f32", 0, 40, 5, 16), grouped([3, 129, 17, 1, 64], optional=ALL, r=16, invariant=True)),
+    (Case("bf16", "f32", 0, 16, 9, 12, p=0.5), grouped([300, 0, 250, 131, 48], beyond=9)),
+    (Case("bf16", "f32", 0, 16, 9, 12, p=0.5, pad=3), grouped([0, 32, 130, 5], beyond=1, optional=ALL, r=12)),
+    (Case("bf16", "f32", 0, 8, 3, 64), grouped([200, 0, 141], beyond=3, optional=("ranks",), r=64)),
+    (Case("bf16", "f32", 0, 8, 5, 144), grouped([33, 0, 70], beyond=1, optional=("ranks",), r=144)),
+    (Case("bf16", "bf16", 0, 8, 5, 70, p=0.5), grouped([33, 0, 2], beyond=3, optional=ALL, r=70)),
+    (Case("f32", "f32", 0, 13, 3, 17, p=0.5), grouped([0, 150, 1, 30], beyond=3, optional=ALL, r=17)),
+    (Case("f32", "f32", 0, 16, 4, 12, tf32=True), grouped([20, 0, 64, 7], optional=("scales",))),
+    (Case("f64", "f32", 0, 8, 5, 20, p=0.5), grouped([10, 0, 70], beyond=1, optional=ALL, r=20)),
+    (Case("bf16", "f32", 0, 8, 2, 4), grouped([0, 1] * 40, optional=("ranks", "rows"), r=4)),
+    (Case("bf16", "f32", 0, 8, 1, 4), grouped([1] * 512)),
+    (Case("bf16", "f32", 0, 8, 2, 4), grouped([7])),
+    (Case("bf16", "f32", 0, 8, 2, 4), grouped([], beyond=7)),
+    (Case("f32", "f32", 0, 8, 2, 4), grouped([0, 0], optional=ALL, r=4)),
+    (Case("bf16", "f32", 0, 72, 8, 12), grouped([0, 2, 0, 70, 1], beyond=3, optional=ALL, r=12, invariant=True)),
+]
+IMPOSSIBLE = [(5, 3, 9), (-4, 2, 40), (40, 40, 40), (-1, -1, -1), (2**31 - 1, 0, -(2**31)), (9, 0, 4), (300, 7, 299)]
+
+
+@dataclass
+class GroupedInputs:
+    x: np.ndarray
+    y: np.ndarray
+    dy: np.ndarray
+    s: np.ndarray
+    pool: np.ndarray
+    index: np.ndarray
+    seed: int
+
+
+def grouped_inputs(case, groups, integers, number):
+    rng = np.random.default_rng([number, groups.places])
+    rows, count = groups.places + (3 if groups.rows is not None else 0), len(groups.ends)
+
+    def draw(dtype, *shape):
+        if integers:
+            return rng.integers(-2, 3, shape).astype(np.float64)
+        return decode(encode(rng.standard_normal(shape), dtype), dtype)
+
+    shards = 2 * case.r * case.l + 1
+    tables = [rng.permutation(shards - 1)[: case.r * case.l] for _ in range(count)]
+    given = GroupedInputs(
+        *(draw(case.dtype, rows, case.cols) for _ in range(3)),
+        s=draw(sums_type(case.dtype), 1, groups.places, case.r),
+        pool=draw(case.pool_dtype, shards, case.shard),
+        index=1 + np.array(tables, np.int64).reshape(count, case.r, case.l),
+        seed=int(rng.integers(2**62)),
+    )
+    given.pool[0] = np.nan
+    # What belongs to nobody must not matter, whatever it holds.
+    nobody = np.ones(rows, bool)
+    for _, where in groups.ranges():
+        nobody[groups.own[where]] = False
+    given.x[nobody] = given.dy[nobody] = np.nan
+    return given
+
+
+def grouped_products(case, groups, given, rounded):
+    """What the chains of ops.cpp should return: y, y +=, S, dx, dx +=, and the gradients of all groups' factors."""
+    sums, (rows, cols) = sums_type(case.dtype), given.x.shape
+    own = groups.own
+    keep = keep_mask(groups.places, cols, case.p, given.seed) if case.p else np.ones((groups.places, cols), bool)
+    s, delta = np.zeros((groups.places, case.r)), np.zeros((rows, cols))
+    dx, grads = np.zeros((rows, cols)), np.zeros((2, len(groups.ends), case.r, cols))
+    for g, where in groups.ranges():
+        r = case.r if groups.ranks is None else groups.ranks[g]
+        scale = SCALE * (1.0 if groups.scales is None else groups.scales[g])
+        factor = rounded(given.pool[given.index[g, :r]].reshape(r, cols), case.dtype)
+        dropped = rounded(np.where(keep[where], given.x[own[where]] / (1 - case.p), 0.0), case.dtype)
+        s[where, :r] = rounded(rounded(dropped @ factor.T, case.dtype), sums)
+        delta[own[where]] = rounded(rounded(s[where, :r] * scale, case.dtype) @ factor, case.dtype)
+        ds = rounded(rounded(given.dy[own[where]] @ factor.T, case.dtype) * scale, sums)
+        grads[1, g, :r] = rounded(
+            rounded(given.s[0, where, :r] * scale, case.dtype).T @ given.dy[own[where]], case.dtype
+        )
+        low = rounded(rounded(ds, case.dtype) @ factor, case.dtype)
+        dx[own[where]] = np.where(keep[where], low / (1 - case.p), 0.0)
+        grads[0, g, :r] = rounded(rounded(ds, case.dtype).T @ dropped, case.dtype)
+    return {
+        "y": rounded(delta, case.dtype),
+        "y +=": rounded(given.y + rounded(delta, case.dtype), case.dtype),
+        "s": s,
+        "dx": rounded(dx, case.dtype),
+        "dx +=": rounded(given.y + rounded(dx, case.dtype), case.dtype),
+        "grad_a": grads[0],
+        "grad_b": grads[1],
+    }
+
+
+def grouped_results(kernels, case, groups, given, early, sum_first):
+    x, y, dy = (encode(v, case.dtype) for v in (given.x, given.y, given.dy))
+    factor = (encode(given.pool, case.pool_dtype), case.pool_dtype, given.index)
+    more = {"tf32": case.tf32, "pad": case.pad, "groups": groups, "early": early, "sum_first": sum_first}
+    forward = (x, case.dtype, factor, factor, SCALE, case.p, given.seed)
+    backward = (dy, case.dtype, encode(given.s, sums_type(case.dtype)), x, factor, factor, SCALE, case.p, given.seed)
+    out = {}
+    out["y"], out["s"] = kernels.low_rank(*forward, **more)
+    out["y +="], again = kernels.low_rank(*forward, y=y, **more)
+    assert np.array_equal(out["s"], again)
+    out["dx"], out["grad_a"], out["grad_b"] = kernels.low_rank_backward(*backward, **more)
+    out["dx +="], *again = kernels.low_rank_backward(*backward, dx=y, **more)
+    assert np.array_equal(out["grad_a"], again[0])
+    assert np.array_equal(out["grad_b"], again[1])
+    return out
+
+
+def check_grouped(kernels, case, groups, seeds, resident_blocks=6):
+    """As check(), of chains of launches with rows in groups: those of the first seed one after the other, then early."""
+    kernels.shift = kernels.gap = kernels.s_shift = 0
+    for integers in (True, False):
+        given = grouped_inputs(case, groups, integers, number=int(integers))
+        exact = grouped_products(case, groups, given, lambda values, dtype: values)
+        plain = grouped_products(case, groups, given, lambda values, dtype: decode(encode(values, dtype), dtype))
+        first = None
+        for number, seed in enumerate(seeds):
+            kernels.emulator.config(seed=seed, schedule=SCHEDULES[seed % 4], resident_blocks=resident_blocks)
+            # Where groups of few rows add planes in another order, a launch for that has other bits.
+            sum_first = number == 1 and groups.invariant
+            got = grouped_results(kernels, case, groups, given, early=number > 0, sum_first=sum_first)
+            for name, stored in got.items():
+                where = f"{case} {groups} {name} seed {seed}"
+                dtype = "f64" if stored.dtype == np.float64 else "f32" if stored.dtype == np.float32 else case.dtype
+                values = decode(stored, dtype)
+                assert np.isfinite(values).all(), f"{where}: not finite"
+                # S and dS are rounded on their way to the second product, which is not exact then.
+                if integers and name in ("s", "grad_b"):
+                    wrong = np.argwhere(values != exact[name])
+                    assert not len(wrong), f"{where}: {len(wrong)} of {stored.size} differ, first at {wrong[0]}"
+                elif not integers:
+                    error, allowed = relative_error(values, exact[name]), 2 * relative_error(plain[name], exact[name])
+                    allowed += FLOOR["tf32" if case.tf32 else case.dtype]
+                    assert error <= allowed, f"{where}: error {error:.2e}, allowed {allowed:.2e}"
+                    nothing = exact[name.split()[0]] == 0
+                    there = given.y[nothing] if name.endswith("=") else 0
+                    assert (values[nothing] == there).all(), f"{where}: something where there is nothing"
+                if first is not None:
+                    assert np.array_equal(stored, first[name]), f"{where}: differs from the first seed"
+            first = first or got
+    kernels.emulator.config(resident_blocks=2)
+
+
+def check_impossible_ends(kernels, seeds, resident_blocks=6):
+    """They are taken for the nearest possible, by every block alike: nothing is out of bounds, nothing computed twice."""
+    for ends, seed in itertools.product(IMPOSSIBLE, seeds):
+        for case, places in ((Case("bf16", "f32", 0, 8, 2, 4), 9), (Case("f32", "f32", 0, 3, 3, 5), 300)):
+            groups = Groups(ends, places)
+            check_grouped(kernels, case, groups, [seed], resident_blocks)
+    # Of more groups than a warp looks at at once, which end is the nearest depends on which it looks at.
+    for ends in (range(290, 0, -4), [-5 if i % 3 == 2 else 4 * i for i in range(70)]):
+        groups = Groups(tuple(ends), 300)
+        given = replace(grouped_inputs(case, groups, False, 0), **dict.fromkeys(("x", "dy"), np.ones((300, case.cols))))
+        for stored in grouped_results(kernels, case, groups, given, early=False, sum_first=False).values():
+            assert np.isfinite(stored).all(), groups
+
+
+def check_wrong_rows(kernels):
+    """A row that does not exist is read as zeros, and nothing is written for it."""
+    for case in (Case("bf16", "f32", 0, 8, 2, 4), Case("f32", "f32", 0, 3, 3, 5, p=0.5)):
+        groups = grouped([3, 0, 70], beyond=2, optional=("rows",))
+        given = grouped_inputs(case, groups, False, number=0)
+        rows, wrong = list(groups.rows), {1: -1, 40: len(given.x), 72: 2**31 - 1}
+        for place in wrong:
+            given.x[rows[place]] = given.dy[rows[place]] = 0
+        expected = grouped_results(kernels, case, groups, given, early=False, sum_first=False)
+        for place, row in wrong.items():
+            expected["y +="][rows[place]] = encode(given.y[rows[place]], case.dtype)
+            expected["dx +="][rows[place]] = encode(given.y[rows[place]], case.dtype)
+            expected["y"][rows[place]] = expected["dx"][rows[place]] = 0
+            rows[place] = row
+        got = grouped_results(kernels, case, replace(groups, rows=tuple(rows)), given, early=False, sum_first=False)
+        for name, stored in got.items():
+            assert np.array_equal(stored, expected[name]), f"{case} {name}"
+
+
+def check_invariance(kernels):
+    """A row's result has the same bits alone and among others, in another place, wherever sums are cut."""
+    case = Case("bf16", "f32", 0, 264, 16, 12)
+    many = grouped([21, 0, 130, 1], optional=("scales",), invariant=True)
+    given = grouped_inputs(case, many, False, number=0)
+    among = grouped_results(kernels, case, many, given, early=False, sum_first=False)
+    for place, ends in ((20, (1, 1, 1, 1)), (21, (0, 0, 1, 1)), (150, (0, 0, 1, 1)), (151, (0, 0, 0, 1))):
+        one = replace(many, ends=ends, places=1)
+        own = {name: getattr(given, name)[place : place + 1] for name in ("x", "y", "dy")}
+        alone = replace(given, s=given.s[:, place : place + 1], **own)
+        got = grouped_results(kernels, case, one, alone, early=False, sum_first=False)
+        for name in ("y", "s", "dx"):
+            assert np.array_equal(got[name][0], among[name][place]), f"{name} of row {place} depends on others"
+
+
+# ---------------------------------------------------------------------------------------------- chains
+
 # Launches that follow each other: whole variants and others, several planes, dropout, ranks whose dx is a launch of its
 # own.
 CHAINS = [
@@ -389,3 +633,12 @@ if __name__ == "__main__":
     if first == 1:
         # ThreadSanitizer knows no more than 8128 threads.
         check_chains(kernels, range(seeds), 2 if flavour == "tsan" else 6)
+    resident = 2 if flavour == "tsan" else 6
+    for case, groups in GROUPED[first::step]:
+        if flavour == "plain" or len(groups.ends) < 100:
+            check_grouped(kernels, case, groups, range(min(seeds, 2)), resident)
+    if first == min(1, step - 1):
+        check_impossible_ends(kernels, range(1), resident)
+        check_wrong_rows(kernels)
+    if first == 0 and flavour == "plain":
+        check_invariance(kernels)

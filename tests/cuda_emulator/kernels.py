@@ -64,7 +64,14 @@ class ExpandOptions(C.Structure):
     ]
 
 
-STRUCTS = (Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions)
+class Groups(C.Structure):
+    _fields_ = [
+        *((name, C.c_void_p) for name in ("ends", "rows", "ranks", "scales")),
+        *(("count", C.c_int64), ("places", C.c_int64), ("invariant", C.c_bool)),
+    ]
+
+
+STRUCTS = (Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions, Groups)
 
 
 class Kernels:
@@ -110,7 +117,8 @@ class Kernels:
             ...
         ] = pool
         table = self.emulator.buffer(index.astype(np.int32))
-        return Factor(frame.ctypes.data, DTYPES[dtype], rows, cols, cols + self.gap, table.ctypes.data, *index.shape)
+        stride = cols + self.gap
+        return Factor(frame.ctypes.data, DTYPES[dtype], rows, cols, stride, table.ctypes.data, *index.shape[-2:])
 
     def _dropout(self, p, seed):
         threshold = int(p * 65536 + 0.5)
@@ -144,6 +152,30 @@ class Kernels:
             self.emulator.config(early=False)
             self.library.mos_launch_early(C.c_int(0))
             self.library.emulator_synchronize()  # what a refused launch has left behind
+
+    @contextmanager
+    def _in_groups(self, groups, a, b, sums):
+        """Launches inside are of rows in ``groups`` (grid.Groups), or of rows without; yields the gradients of all groups'
+        factors, whose shapes are those of the tables and the columns of ``a`` and ``b``: (pool, its dtype, tables)."""
+        if groups is None:
+            yield None
+            return
+        array = {
+            name: None if value is None else self.emulator.buffer(np.asarray(value, dtype))
+            for name, dtype in (("ends", "i4"), ("rows", "i4"), ("ranks", "i4"), ("scales", "f4"))
+            for value in (getattr(groups, name),)
+        }
+        addresses = (None if a is None else a.ctypes.data for a in array.values())
+        view = Groups(*addresses, len(groups.ends), groups.places, groups.invariant)
+        grads = [
+            self.emulator.buffer(shape=(*index.shape[:2], index.shape[2] * pool.shape[1]), dtype=STORAGE[sums])
+            for pool, _, index in (a, b)
+        ]
+        self.library.mos_in_groups(C.byref(view), *(C.c_void_p(g.ctypes.data) for g in reversed(grads)))
+        try:
+            yield grads
+        finally:
+            self.library.mos_in_groups(None, None, None)
 
     def last_launch(self):
         """The last kernel's name, grid, threads and bytes of shared memory."""
@@ -180,9 +212,13 @@ class Kernels:
         return self._done(out, total) if want_sum else self._done(out)
 
     def _backward_planes(self, matrix, rank):
-        out = (C.c_int64 * 2)()
+        return self._backward_parts(matrix, rank)[:2]
+
+    def _backward_parts(self, matrix, rank):
+        """Planes of ds, of the factor gradient, and the rows of one of those."""
+        out = (C.c_int64 * 3)()
         self.library.mos_backward_planes(C.byref(matrix), C.c_int64(rank), out)
-        return out[0], out[1]
+        return tuple(out)
 
     def expand_backward(self, dy, dtype, s, pool, pool_dtype, index, scale, *, tf32=False, pad=0):
         """Planes of ds (count, T, r) and of the factor gradient (count, r, C)."""
@@ -222,51 +258,62 @@ class Kernels:
 
     # ------------------------------------------------------------------------------------------ as ops.cpp calls them
 
-    def low_rank(self, x, dtype, a, b, scale, p=0.0, seed=0, *, y=None, bias=None, sum_first=False, early=True, tf32=False, pad=0):  # fmt: skip
+    def low_rank(self, x, dtype, a, b, scale, p=0.0, seed=0, *, y=None, bias=None, sum_first=False, early=True, tf32=False, pad=0, groups=None):  # fmt: skip
         """y (T, C) and s (T, r): shrink, a launch that adds its planes if ``sum_first``, and expand. The factors ``a``
-        and ``b`` are (pool, its dtype, index)."""
-        (matrix, _), factor_a, factor_b = self._matrix(x, dtype, pad), self._factor(*a), self._factor(*b)
-        count = self.library.mos_shrink_planes(C.byref(matrix), C.byref(factor_a))
-        planes, s = self._planes(dtype, count, len(x), len(a[2]))
-        target, out = self._matrix(y, dtype, pad, fill=(len(x), b[2].shape[1] * b[0].shape[1]))
-        total = self.emulator.buffer(shape=s.shape[1:], dtype=s.dtype)
-        options = ExpandOptions(None if bias is None else self.emulator.buffer(bias).ctypes.data, y is not None)
-        with self._chain(early):
-            self._call("mos_shrink", matrix, factor_a, self._dropout(p, seed), planes, C.c_int(tf32))
-            if sum_first:
-                self._call("mos_sum", planes, total, C.c_int(DTYPES[sums_type(dtype)]))
-                planes = Planes(total.ctypes.data, 1, *total.shape)
-            else:
-                options.s_sum = total.ctypes.data
-            self._call("mos_expand", planes, factor_b, float(scale), target, options, C.c_int(tf32))
+        and ``b`` are (pool, its dtype, index), with a table for each of the ``groups`` where there are some."""
+        with self._in_groups(groups, a, b, sums_type(dtype)):
+            (matrix, _), factor_a, factor_b = self._matrix(x, dtype, pad), self._factor(*a), self._factor(*b)
+            count = self.library.mos_shrink_planes(C.byref(matrix), C.byref(factor_a))
+            planes, s = self._planes(dtype, count, groups.places if groups else len(x), a[2].shape[-2])
+            target, out = self._matrix(y, dtype, pad, fill=(len(x), b[2].shape[-1] * b[0].shape[1]))
+            if groups and groups.rows is not None and y is None:
+                out[...] = 0  # the operator does this first
+            total = self.emulator.buffer(shape=s.shape[1:], dtype=s.dtype)
+            options = ExpandOptions(None if bias is None else self.emulator.buffer(bias).ctypes.data, y is not None)
+            with self._chain(early):
+                self._call("mos_shrink", matrix, factor_a, self._dropout(p, seed), planes, C.c_int(tf32))
+                if sum_first:
+                    self._call("mos_sum", planes, total, C.c_int(DTYPES[sums_type(dtype)]))
+                    planes = Planes(total.ctypes.data, 1, *total.shape)
+                else:
+                    options.s_sum = total.ctypes.data
+                self._call("mos_expand", planes, factor_b, float(scale), target, options, C.c_int(tf32))
         return self._done(out, total)
 
-    def low_rank_backward(self, dy, dtype, s, x, a, b, scale, p=0.0, seed=0, *, dx=None, sum_first=False, early=True, tf32=False, pad=0):  # fmt: skip
+    def low_rank_backward(self, dy, dtype, s, x, a, b, scale, p=0.0, seed=0, *, dx=None, sum_first=False, early=True, tf32=False, pad=0, groups=None):  # fmt: skip
         """dx (T, C) and both factor gradients (r, C): dy pass, a launch that adds the planes of ds into the first if
-        ``sum_first``, x pass, and the sums of both gradients."""
-        (dy_matrix, _), (x_matrix, _) = self._matrix(dy, dtype, pad), self._matrix(x, dtype, pad)
-        factor_a, factor_b = self._factor(*a), self._factor(*b)
-        target, out = self._matrix(dx, dtype, pad, fill=x.shape)
-        count, b_count = self._backward_planes(dy_matrix, len(b[2]))
-        ds, ds_planes = self._planes(dtype, count, *s.shape[1:])
-        grad_b, _ = self._planes(dtype, b_count, len(b[2]), dy.shape[1])
-        grad_a, _ = self._planes(dtype, self._backward_planes(x_matrix, len(a[2]))[1], len(a[2]), x.shape[1])
-        sums = [self.emulator.buffer(shape=(g.rows, g.cols), dtype=s.dtype) for g in (grad_a, grad_b)]
-        of_sums = C.c_int(DTYPES[sums_type(dtype)])
-        with self._chain(early):
-            self._call(
-                "mos_expand_backward",
-                *(dy_matrix, self._given_planes(s), factor_b, float(scale), ds, grad_b, C.c_int(tf32)),
-            )
-            if sum_first:
-                self._call("mos_sum", ds, ds_planes, of_sums)
-                ds = Planes(ds.data, 1, ds.rows, ds.cols)
-            self._call(
-                "mos_shrink_backward",
-                *(x_matrix, ds, factor_a, self._dropout(p, seed), target, C.c_int(dx is not None), grad_a),
-                C.c_int(tf32),
-            )
-            self._call("mos_sums", grad_a, grad_b, *sums, of_sums)
+        ``sum_first``, x pass, and the sums of both gradients, of all ``groups`` where there are some."""
+        with self._in_groups(groups, a, b, sums_type(dtype)) as grads:
+            rank = a[2].shape[-2]
+            (dy_matrix, _), (x_matrix, _) = self._matrix(dy, dtype, pad), self._matrix(x, dtype, pad)
+            factor_a, factor_b = self._factor(*a), self._factor(*b)
+            target, out = self._matrix(dx, dtype, pad, fill=x.shape)
+            if groups and groups.rows is not None and dx is None:
+                out[...] = 0
+            count, b_count, b_part = self._backward_parts(dy_matrix, rank)
+            _, a_count, a_part = self._backward_parts(x_matrix, rank)
+            ds, ds_planes = self._planes(dtype, count, *s.shape[1:])
+            grad_b, _ = self._planes(dtype, b_count, rank, dy.shape[1])
+            grad_a, _ = self._planes(dtype, a_count, rank, x.shape[1])
+            sums = grads or [self.emulator.buffer(shape=(g.rows, g.cols), dtype=s.dtype) for g in (grad_a, grad_b)]
+            of_sums = C.c_int(DTYPES[sums_type(dtype)])
+            with self._chain(early):
+                self._call(
+                    "mos_expand_backward",
+                    *(dy_matrix, self._given_planes(s), factor_b, float(scale), ds, grad_b, C.c_int(tf32)),
+                )
+                if sum_first:
+                    self._call("mos_sum", ds, ds_planes, of_sums)
+                    ds = Planes(ds.data, 1, ds.rows, ds.cols)
+                self._call(
+                    "mos_shrink_backward",
+                    *(x_matrix, ds, factor_a, self._dropout(p, seed), target, C.c_int(dx is not None), grad_a),
+                    C.c_int(tf32),
+                )
+                if not groups:
+                    self._call("mos_sums", grad_a, grad_b, *sums, of_sums)
+                elif a_count or b_count:
+                    self._call("mos_sums_of_groups", grad_a, grad_b, a_part, b_part, of_sums)
         return self._done(out, *sums)
 
     # ------------------------------------------------------------------------------------------ K5

@@ -43,6 +43,40 @@ def test_operands_that_do_not_fit_are_refused(case):
         ops.low_rank_(torch.empty(36, 96), case.x, *a, *b, 1.0, 0.0, None)
 
 
+def test_groups_that_do_not_fit_are_refused(case):
+    def run(x=case.x, index_a=case.index_a[None], index_b=case.index_b[None], ends=(37,), **changed):
+        given = {"rows": None, "ranks": None, "scales": None, **changed}
+        values = {k: None if v is None else torch.tensor(v) for k, v in given.items()}
+        ends = torch.tensor(ends, dtype=torch.int32)
+        branch = (case.pool_a, index_a, case.pool_b, index_b, 1.0, 0.0, None)
+        return ops.grouped_low_rank(x, *branch, ends, *values.values(), False)
+
+    many = (
+        case.index_a.expand(65001, *case.index_a.shape)[:, :1],
+        case.index_b.expand(65001, *case.index_b.shape)[:, :1],
+    )
+    for changed, message in [
+        ({"index_a": case.index_a}, "index_a and index_b must have a table for each group"),
+        ({"index_b": case.index_b[None].expand(2, -1, -1)}, "index_a and index_b must have a table for each group"),
+        ({"ends": (1, 2)}, "ends must be one for each group, int32"),
+        ({"ranks": [1.5]}, "ranks must be one for each group, int32"),
+        ({"scales": [1]}, "scales must be one for each group, int32"),
+        ({"rows": [[1]]}, "rows must be one for each place, int32"),
+        (
+            {"index_a": many[0], "index_b": many[1], "ends": (0,) * 65001},
+            "at most 65000 groups of at most 1073741824 rows",
+        ),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            run(**changed)
+    y, s = run()
+    with pytest.raises(RuntimeError, match="s must be \\(places, rank\\) in the accumulation type of x"):
+        ops.grouped_low_rank_backward(
+            y, s[:36], case.x, case.pool_a, case.index_a[None], case.pool_b, case.index_b[None], 1.0, 0.0, None,
+            torch.tensor([37], dtype=torch.int32), None, None, None, False,
+        )  # fmt: skip
+
+
 def test_tf32_rounds_operands_and_nothing_else(case):
     """Ten bits of fraction: each operand of a product is off by at most 2^-11 of itself, S passes through two products."""
     allowed = 2 * 2 * 2.0**-11

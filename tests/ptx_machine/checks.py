@@ -8,6 +8,7 @@ from cases import modes_of, products
 from chains import chain_checks
 from device import OUTPUT, PRODUCED, Trouble
 from formats import load, store
+from groups import group_checks
 from mirrors import DTYPES, STORAGE, Factor, FactorGradient, Planes, sums_type
 from products import KERNELS, Case, Product, in_order
 
@@ -202,6 +203,7 @@ def case_checks(rows, cols, rank, l, dtype, pool_dtype, p="0"):
 def all_checks(share):
     """One product in `share`, and everything else."""
     yield from chain_checks()
+    yield from group_checks()
     yield from gather_and_scatter_checks()
     yield "gather with rows far apart", gather_far_apart
     yield "scatter with rows far apart", scatter_far_apart

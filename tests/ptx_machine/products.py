@@ -199,7 +199,7 @@ class Product:
         return out, dtype
 
     def backward_planes(self, device, activations):
-        counts = (C.c_int64 * 2)()
+        counts = (C.c_int64 * 3)()
         device.library.mos_backward_planes(C.byref(activations), C.c_int64(self.case.rank), counts)
         return counts[0], counts[1]
 
