@@ -16,7 +16,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ...functional import add
-from ...linear import BASE_ALONE, AdaptedLayer, is_fresh, mark
+from ...linear import BASE_ALONE, AdaptedLayer, is_fresh
 from ...ops.checks import check_number
 from ...planner import device_of, features_of, is_conv1d, why_opaque
 from ...pools import ShardPool
@@ -286,8 +286,7 @@ class MoSLinear(nn.Module, MoSLayer):
             else:
                 self.set_base_weight(self.difference(self.get_base_weight(), merge))
             del self.merged_adapters[-len(merge.names) :]
-            if self._merges:
-                self._merges[-1].weight = mark(self.merged_weight())
+            self.mark_merged(self.merged_weight())
 
     def _readable_weight(self) -> Tensor:
         """The base's weight, dequantised; with PEFT's warning that the merged one will be quantised anew."""
