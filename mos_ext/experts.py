@@ -279,8 +279,13 @@ class AdaptedExperts(AdaptedLayer):
                 check_finite((weight + self._delta(names, parameter, e, weight.device)).to(weight.dtype), names)
 
     @torch.no_grad()
-    def add_to_weights(self, names: Sequence[Any]) -> None:
-        """Adds adapters, expert by expert: no second copy of the weights. Keeps what rounding loses."""
+    def add_to_weights(self, names: Sequence[Any], check: bool) -> None:
+        """Adds adapters, expert by expert: no second copy of the weights. Keeps what rounding loses.
+
+        With ``check``, after :meth:`check_sums`.
+        """
+        if check:
+            self.check_sums(names)
         undo: dict[str, list[Any]] = {}
         for parameter in self._parameters_of(names):
             undo[parameter] = []
@@ -371,7 +376,7 @@ class MoSExperts(AdaptedExperts, nn.Module):
     def merge(self) -> None:
         """Adds the adapters to the weights, expert by expert: no second copy of them. Keeps what rounding loses."""
         if not self.merged:
-            self.add_to_weights([None])
+            self.add_to_weights([None], check=False)
 
     def check_unmergeable(self) -> None:
         """ValueError when a merge cannot be undone: pools, tables or weights are not what they were."""
