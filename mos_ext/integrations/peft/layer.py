@@ -427,12 +427,13 @@ class MoSExperts(AdaptedExperts, MoSLayer, nn.Module):
         return self.base_layer
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if adapter_names is not None and any(name in self.mos_layer for name in adapter_names):
+        mixed = adapter_names is not None and not self.disable_adapters
+        if mixed and (self.merged or any(name in self.mos_layer for name in adapter_names or ())):
             raise ValueError(
                 f"adapter_names must be None where experts are adapted, since a router mixes the rows of a batch, got "
                 f"{adapter_names}: use set_adapter and one batch for each adapter"
             )
-        names = self.names_in_use()
+        names = () if mixed else self.names_in_use()
         if not names:
             return self.base_alone(*args, **kwargs)
         check_experts(self.base_layer)

@@ -26,6 +26,7 @@ from ...checkpoint import (
     tables_to_keep,
     take_digest,
 )
+from ...config import matching_patterns
 from ...linear import AdaptedLayer
 from ...planner import (
     LinearType,
@@ -102,7 +103,9 @@ class MoSModel(BaseTuner):
         # BaseTuner restores requires_grad of parameters that were there before, but looks for them below self.model.
         before = [(p, p.requires_grad) for _, pool in self._named_pools() for p in pool.parameters()]
         self._injected = adapter_name, torch.device("meta") if low_cpu_mem_usage else None
-        self._placed: dict[str, tuple[str, int]] = {}  # module name -> its pools' attribute, its number in them
+        # Name of a module or parameter -> its pools' attribute, its number in them.
+        self._placed: dict[str, tuple[str, int]] = {}
+        self._aside: dict[str, Any] = {}
         try:
             super().inject_adapter(
                 model,
@@ -116,7 +119,8 @@ class MoSModel(BaseTuner):
                 pools.update(earlier.get(key, {}))
             raise
         finally:
-            del self._injected, self._placed
+            vars(self.peft_config[adapter_name]).update(self._aside)
+            del self._injected, self._placed, self._aside
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         keep_calling(model, {module for module in model.modules() if isinstance(module, MoSLayer)})
@@ -278,6 +282,11 @@ class MoSModel(BaseTuner):
             outer, _, target = module.rpartition(".")
             base, parent = model.get_submodule(module), model.get_submodule(outer)
             self._create_and_replace(peft_config, adapter_name, base, target, parent, name, parameter)
+        for field in ("rank_pattern", "alpha_pattern"):
+            # PEFT looks for them among modules alone, and would warn that they were ignored.
+            patterns = self._aside[field] = getattr(peft_config, field)
+            of_stacks = {pattern for name in names for pattern in matching_patterns(patterns, name)}
+            setattr(peft_config, field, {pattern: patterns[pattern] for pattern in patterns.keys() - of_stacks})
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
