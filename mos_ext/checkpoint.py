@@ -747,7 +747,7 @@ def _check_read_as_meant(model: nn.Module, config: Mapping[str, Any]) -> None:
     the experts' ``gate_up_proj`` then, also where it is a dense block's or a shared expert's. The installed PEFT is
     asked.
     """
-    if not expert_stacks(dict(model.named_modules())):
+    if not expert_stacks(model):
         return
     try:
         from peft import LoraConfig

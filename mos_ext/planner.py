@@ -182,8 +182,13 @@ def stack_of(module: nn.Module, parameter: str) -> tuple[int, int, int] | None:
     return shape if module.is_transposed else (shape[0], shape[2], shape[1])  # type: ignore[return-value]
 
 
-def expert_stacks(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
-    """Every parameter of a model's modules that stacks experts, by its name: the module, and its name there."""
+def expert_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every parameter of a model that stacks experts, by its name: the module, and its name there."""
+    return stacks_among(dict(model.named_modules()))
+
+
+def stacks_among(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """:func:`expert_stacks` of a model's modules."""
     return {
         f"{name}.{parameter}": (module, parameter)
         for name, module in modules.items()
@@ -200,7 +205,7 @@ def select_stacks(modules: Mapping[str, nn.Module], config: MoSConfig) -> dict[s
     """
     if not config.target_parameters:
         return {}
-    stacks = expert_stacks(modules)
+    stacks = stacks_among(modules)
     named = [(f"{name}.{own}", p) for name, m in modules.items() if name for own, p in m._parameters.items()]
     selected = [
         name
@@ -416,7 +421,7 @@ def stacks_left_out(modules: Mapping[str, nn.Module], config: MoSConfig) -> dict
     chosen = select_stacks(modules, config)
     return {
         name: f"it stacks experts, which target_parameters=[{role_of(name).rpartition('*.')[2]!r}] includes"
-        for name in expert_stacks(modules)
+        for name in stacks_among(modules)
         if name not in chosen
     }
 

@@ -396,13 +396,17 @@ def test_parameters_are_selected_as_lora_selects_them():
 
 def test_what_all_linear_leaves_out_is_said(caplog):
     caplog.set_level("WARNING", "mos_ext")
-    wrapped(target_modules="all-linear", target_parameters=None, expert_equivalent_rank=None)
+    model = wrapped(target_modules="all-linear", target_parameters=None, expert_equivalent_rank=None)
+    explained = mos_ext.explain(model)
+    assert {name.partition("mlp.")[2] for name in explained.left_out} == set(STACKS)
+    assert "not adapted: model.layers.*.mlp.experts.down_proj (2 modules: it stacks" in str(explained)
     assert "layers.*.mlp.experts.down_proj (2 modules: it stacks experts, which target_parameters=['mlp.experts.d" in (
         caplog.text
     )
     caplog.clear()
-    wrapped(target_modules="all-linear")
+    model.add_adapter("other", config(target_modules="all-linear"))
     assert "experts" not in caplog.text
+    assert mos_ext.explain(model).left_out == {}
 
 
 def test_a_base_that_gets_a_second_adapter():

@@ -64,6 +64,7 @@ class MoSModel(BaseTuner):
     tuner_layer_cls = MoSLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     uses_shared_state: bool = True
+    left_out: dict[str, str]  # experts that "all-linear" did not reach: parameter -> which argument would include it
 
     # ---------------------------------------------------------------------------------------------- injection
 
@@ -148,7 +149,8 @@ class MoSModel(BaseTuner):
                 peft_config.target_modules = {name for name, _ in named}
             peft_config.rank_pattern = dict(fitted.rank_pattern)
             if all_linear:
-                others = {**others, **stacks_left_out(bases, method)}
+                self.left_out = stacks_left_out(bases, method)
+                others = {**others, **self.left_out}
             tell_of_fitting(method, fitted, named, others)
         return peft_config
 
