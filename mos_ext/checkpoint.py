@@ -32,6 +32,7 @@ from .planner import (
     Kind,
     LinearType,
     device_of,
+    expert_stacks,
     is_sharded,
     kinds_of,
     linear_type,
@@ -600,8 +601,9 @@ def export_lora(
     """Writes the adapter as a PEFT LoRA checkpoint, which PEFT and LoRA servers load; the logits are the same.
 
     ``lora_A = A``, ``lora_B = scale * B`` and ``lora_alpha = r``, so that the result does not depend on how a server
-    scales; smaller ranks are zero-padded to the largest. The file is as large as LoRA of rank r: use
-    :func:`save_adapter` (or ``save_pretrained`` under PEFT) to keep an adapter.
+    scales; smaller ranks are zero-padded to the largest. Experts are exported as PEFT's ``target_parameters``: of a
+    stack of E, A is (r*E, in) with the expert slowest and B (out, r*E) with the expert fastest. The file is as large as
+    LoRA of rank r: use :func:`save_adapter` (or ``save_pretrained`` under PEFT) to keep an adapter.
 
     Args:
         model: an adapted model, or a PEFT model with MoS adapters; merged or not makes no difference.
@@ -611,8 +613,10 @@ def export_lora(
         dtype: of the exported matrices; None keeps the pools'.
 
     Raises:
-        ValueError: the model is not adapted, ``rank`` is below r, or a PEFT model has several active adapters, or one
-            that trains biases. TypeError: ``dtype`` is not a float type.
+        ValueError: the model is not adapted, ``rank`` is below r, a PEFT model has several active adapters, or one that
+            trains biases; or PEFT would take adapted linears for something else: those of a model with experts that
+            are called like what experts were made of in transformers 4, and ``Conv1D`` beside adapted experts.
+            TypeError: ``dtype`` is not a float type.
     """
     model, peft_config = unwrap(model), None
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -628,7 +632,7 @@ def export_lora(
         for name, layer in model.named_modules()
         if isinstance(layer, AdaptedLayer) and layer.has_adapter(adapter_name)
     }
-    pools = {name: layer.adapter(adapter_name) for name, layer in layers.items()}
+    pools, stacks = _lora_places(layers, adapter_name)
     r = max(pool.ranks[k] for pool, k in pools.values())
     rank = r if rank is None else rank
     check_integer("rank", rank, 1)
@@ -645,21 +649,15 @@ def export_lora(
     tensors = {}
     with torch.no_grad():
         for name, (pool, k) in pools.items():
-            a, b = pool.factors(k)
-            target = dtype or a.dtype
-            padded_a, padded_b = (
-                a.new_zeros(rank, a.shape[1], dtype=target),
-                b.new_zeros(b.shape[0], rank, dtype=target),
-            )
-            padded_a[: len(a)], padded_b[:, : len(a)] = a, pool.scales[k] * b
-            tensors[f"base_model.model.{name}.lora_A.weight"] = padded_a.cpu()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = padded_b.cpu()
+            for side, factor in zip("AB", _lora_factors(pool, k, rank, dtype), strict=True):
+                tensors[f"base_model.model.{name}.lora_{side}.weight"] = factor.cpu()
+    modules = {name for name, _ in model.named_modules()}
     config: dict[str, Any] = {
         **_peft_config("LORA", model),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": _lora_targets(model, set(layers)),
+        "target_modules": _lora_targets(modules, {n for n, layer in layers.items() if not stacks.get(n)}),
         "bias": "none",
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "use_rslora": False,
@@ -668,6 +666,12 @@ def export_lora(
         "alpha_pattern": {},
         "modules_to_save": None,
     }
+    if any(stacks.values()):
+        if config["fan_in_fan_out"]:
+            raise ValueError("an export to LoRA must not have Conv1D beside experts, which PEFT refuses, got both")
+        parameters = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+        config["target_parameters"] = _lora_targets(parameters, {n for of_one in stacks.values() for n in of_one})
+    _check_read_as_meant(model, config)
     if peft_config is not None:
         config.update(_trained_beside(peft_config, model, str(adapter_name), tensors))
     else:
@@ -708,8 +712,63 @@ def _trained_beside(
     return {"task_type": peft_config.task_type, "modules_to_save": None if saved is None else sorted(saved)}
 
 
-def _lora_targets(model: nn.Module, adapted: set[str]) -> list[str]:
-    """Last name components where they select exactly the adapted modules (servers like them short), else full names."""
+def _lora_places(
+    layers: Mapping[str, AdaptedLayer], adapter_name: str | None
+) -> tuple[dict[str, tuple[ShardPool, int]], dict[str, list[str]]]:
+    """What PEFT calls the LoRA layers that stand for adapters -> pool and number; and a layer's stacks of experts.
+
+    PEFT wraps an experts module once for each of its parameters, in their order: the last one is outermost.
+    """
+    places, stacks = {}, {}
+    for name, layer in layers.items():
+        parts = layer.parts(adapter_name)
+        stacks[name] = [f"{name}.{parameter}" for parameter, (pool, _) in parts.items() if pool.experts]
+        for depth, part in enumerate(reversed(parts.values())):
+            places[name + depth * ".base_layer"] = part
+    return places, stacks
+
+
+def _lora_factors(pool: ShardPool, layer: int, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """A and scale * B as PEFT has them, padded to a rank."""
+    a, b = pool.factors(layer)
+    r, target = a.shape[-2], dtype or a.dtype
+    padded_a = a.new_zeros(*a.shape[:-2], rank, a.shape[-1], dtype=target)
+    padded_b = b.new_zeros(*b.shape[:-1], rank, dtype=target)
+    padded_a[..., :r, :], padded_b[..., :r] = a, pool.scales[layer] * b
+    if pool.experts:
+        return padded_a.flatten(0, 1), padded_b.permute(1, 2, 0).flatten(1)
+    return padded_a, padded_b
+
+
+def _check_read_as_meant(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """ValueError where PEFT would adapt experts in place of linears.
+
+    In mixtures of experts it takes names of modules for what they were in transformers 4: ``gate_proj`` is a part of
+    the experts' ``gate_up_proj`` then, also where it is a dense block's or a shared expert's. The installed PEFT is
+    asked.
+    """
+    if not expert_stacks(model):
+        return
+    try:
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # no PEFT, or one that does not do so
+        return
+    targets, read = config["target_modules"], LoraConfig(target_modules=list(config["target_modules"]))
+    try:
+        convert_peft_config_for_transformers(read, model, None)
+        lost = sorted(set(targets) - set(read.target_modules or ()))
+    except ValueError:  # it misses other parts of the experts
+        lost = targets
+    if lost:
+        raise ValueError(
+            f"an export to LoRA must have modules that PEFT adapts, got {', '.join(lost)}, which PEFT takes for the "
+            f"experts of a {type(model).__name__}: merge the adapter instead, or leave them out with exclude_modules"
+        )
+
+
+def _lora_targets(names: Iterable[str], adapted: set[str]) -> list[str]:
+    """Last name components where they select exactly what is adapted (servers like them short), else full names."""
     leaves = {name.rpartition(".")[2] for name in adapted}
-    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    selected = {name for name in names if name.rpartition(".")[2] in leaves}
     return sorted(leaves if selected == adapted else adapted)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .linear import BASE_ALONE, GROUPED, AdaptedLayer, mark
-from .merging import Lost, add, subtract
+from .linear import BASE_ALONE, GROUPED, AdaptedLayer, check_finite
+from .merging import add, subtract
 from .ops import fused
 from .ops.branch import Branch, Groups
 from .ops.checks import why_not_native
@@ -61,20 +62,32 @@ class Routing(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """One of the two products of a block: (E, in, out) weights, biases (E, out) or None, and the adapter or None."""
+    """One of the two products of a block: (E, in, out) weights, biases (E, out) or None, and any number of adapters."""
 
     weight: Tensor
     bias: Tensor | None
-    branch: Branch | None
+    branches: tuple[Branch, ...]
 
     def cast(self, dtype: torch.dtype) -> Stack:
-        """In the dtype of the activations, as autocast would have it; the adapter keeps its own."""
+        """In the dtype of the activations, as autocast would have it; the adapters keep their own."""
         return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
     def base(self, x: Tensor, routing: Routing) -> Tensor:
-        """The product without the adapter, a new tensor that nobody else holds."""
+        """The product without adapters, a new tensor that nobody else holds."""
         y = ops.grouped_mm(x, self.weight, routing.ends)
         return y if self.bias is None else y.add_(self.bias[routing.expert])
+
+    def add(self, y: Tensor, x: Tensor, pools: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Adds every adapter, with its pools, to y; S of each."""
+        branches = zip(self.branches, pools, strict=True)
+        return [fused.low_rank_(y, x, *of_branch, branch.recipe) for branch, of_branch in branches]
+
+    def gradients(self, needs: Sequence[Sequence[bool]], dx: Tensor, dy: Tensor, x: Tensor, kept: Any) -> list[Any]:
+        """Those of (pool_a, pool_b, handle_a, handle_b) of every adapter, of its S and pools; that of x goes to dx."""
+        out: list[Any] = []
+        for branch, of_branch, (sums, pools) in zip(self.branches, needs, kept, strict=True):
+            out += fused.branch_gradients(of_branch, branch.recipe, dx, dy, sums, x, *pools)
+        return out
 
 
 class Block(NamedTuple):
@@ -89,34 +102,33 @@ class Block(NamedTuple):
         """By differentiable operators, for whoever looks into a call."""
         rows = x[routing.token]
         for stack, then in ((self.up, self.gate), (self.down, self.norm)):
-            y = stack.base(rows, routing)
-            y = y if stack.branch is None else functional.add(y, rows, stack.branch, in_place=True)
+            y = functional.add(stack.base(rows, routing), rows, *stack.branches, in_place=True)
             rows = y if then is None else then(y)
         return routing.combine(rows * weights.reshape(-1)[routing.order].unsqueeze(-1))
 
 
 class _ExpertsBlock(torch.autograd.Function):
-    """A block as one node: saves x, the result of ``up``, both S, and what the router's gradient needs.
+    """A block as one node: saves x, the result of ``up``, every S, and what the router's gradient needs.
 
     That is less than the frozen block keeps: rows per choice are gathered again, and the gate is computed again.
+    Its last operands are the pools and handles of every adapter, four each, those of ``up`` first.
     """
 
     @staticmethod
-    def forward(ctx, block: Block, routing: Routing, x, weights, *pools_and_handles):
-        tensors = [*pools_and_handles]
+    def forward(ctx, block: Block, routing: Routing, x, weights, *operands):
+        pools = list(zip(operands[::4], operands[1::4], strict=True))
         with below_autograd(unseen()):
-            rows, sums = x[routing.token], []
+            rows = x[routing.token]
             hidden = block.up.base(rows, routing)
-            sums.append(_add(block.up, hidden, rows, *tensors[:2]))
+            sums = block.up.add(hidden, rows, pools[: len(block.up.branches)])
             gated = block.gate(hidden)
             y = block.down.base(gated, routing)
-            sums.append(_add(block.down, y, gated, *tensors[4:6]))
+            sums += block.down.add(y, gated, pools[len(block.up.branches) :])
             own = weights.reshape(-1)[routing.order].unsqueeze(-1)
             out = routing.combine(y * own)
         ctx.block, ctx.routing, ctx.shape = block, routing, weights.shape
-        ctx.save_for_backward(
-            x, hidden, own, y if ctx.needs_input_grad[3] else None, *sums, *tensors[:2], *tensors[4:6]
-        )
+        kept = [t for s, of_branch in zip(sums, pools, strict=True) for t in (s, *of_branch)]
+        ctx.save_for_backward(x, hidden, own, y if ctx.needs_input_grad[3] else None, *kept)
         return out
 
     @staticmethod
@@ -126,15 +138,12 @@ class _ExpertsBlock(torch.autograd.Function):
             return _gradients(ctx, dout)
 
 
-def _add(stack: Stack, y: Tensor, x: Tensor, pool_a: Tensor, pool_b: Tensor) -> Tensor | None:
-    """Adds a stack's adapter to y; S, or None without an adapter."""
-    return None if stack.branch is None else fused.low_rank_(y, x, pool_a, pool_b, stack.branch.recipe)
-
-
 def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     block, routing = ctx.block, ctx.routing
-    x, hidden, own, y, s_up, s_down, *pools = ctx.saved_tensors
-    _, _, need_x, need_weights, *needs = ctx.needs_input_grad
+    x, hidden, own, y, *tensors = ctx.saved_tensors
+    kept = [(tensors[i], tensors[i + 1 : i + 3]) for i in range(0, len(tensors), 3)]
+    _, _, need_x, need_weights, *flags = ctx.needs_input_grad
+    needs, ups = [flags[i : i + 4] for i in range(0, len(flags), 4)], len(block.up.branches)
     dweights = None
     with below_autograd(unseen()):
         dy = dout[routing.token]
@@ -145,26 +154,174 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         gated = block.gate(leaf)
-    of_down: tuple[Tensor | None, ...] = (None,) * 4
-    of_up = of_down
-    if block.down.branch is not None:
-        with below_autograd(unseen()):
-            down = (dgated, dy, s_down, gated.detach(), *pools[2:])
-            of_down = fused.branch_gradients(needs[4:], block.down.branch.recipe, *down)
+    with below_autograd(unseen()):
+        of_down = block.down.gradients(needs[ups:], dgated, dy, gated.detach(), kept[ups:])
     (dhidden,) = torch.autograd.grad(gated, leaf, dgated)
-    dx = None
-    if need_x or block.up.branch is not None:
+    dx, of_up = None, []
+    if need_x or ups:
         with below_autograd(unseen()):
             rows = x[routing.token]
             drows = ops.grouped_mm(dhidden, block.up.weight.mT, routing.ends) if need_x else torch.zeros_like(rows)
-            if block.up.branch is not None:
-                up = (drows, dhidden, s_up, rows, *pools[:2])
-                of_up = fused.branch_gradients(needs[:4], block.up.branch.recipe, *up)
+            of_up = block.up.gradients(needs[:ups], drows, dhidden, rows, kept[:ups])
             dx = routing.combine(drows) if need_x else None
     return None, None, dx, dweights, *of_up, *of_down
 
 
-class MoSExperts(AdaptedLayer, nn.Module):
+def _compute(block: Block, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """One node of autograd where nobody looks and the experts themselves are frozen; else operators."""
+    trained = any(t is not None and t.requires_grad for s in (block.up, block.down) for t in (s.weight, s.bias))
+    if trained or block.norm is not None or not unseen() or not torch.is_grad_enabled():
+        return block.composed(x, weights, routing)
+    seeded = [[fused.seeded(branch, x) for branch in stack.branches] for stack in (block.up, block.down)]
+    operands = [t for branches in seeded for branch in branches for t in branch[:4]]
+    # Pools and handles are operands of the node, which must not hold them beside what it saves.
+    up, down = (tuple(branch._replace(**_NOTHING) for branch in branches) for branches in seeded)
+    bare = block._replace(up=block.up._replace(branches=up), down=block.down._replace(branches=down))
+    return _ExpertsBlock.apply(bare, routing, x, weights, *operands)
+
+
+_NOTHING: dict[str, Any] = dict.fromkeys(("pool_a", "pool_b", "handle_a", "handle_b"))
+
+
+class AdaptedExperts(AdaptedLayer):
+    """An experts module of transformers 5 with adapters on its stacks: how it computes and merges.
+
+    Whoever holds the parameters, this class' heirs say: the layer itself, or a module in it.
+    """
+
+    fan_in_fan_out = False  # of linears: `is_transposed` says it of experts
+
+    def experts(self) -> Any:
+        """The module that has the parameters."""
+        raise NotImplementedError
+
+    def experts_class(self) -> type[nn.Module]:
+        """The class of the experts without adapters."""
+        return type(self.experts())
+
+    def compute(
+        self,
+        adapters: Mapping[str, Sequence[tuple[ShardPool, int]]],
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The block with adapters on its parameters, each a pool and the layer's number in it. The call is counted."""
+        base = self.experts()
+        if kwargs:  # models call them top_k_index or router_indices
+            args = inspect.signature(self.experts_class().forward).bind(base, *args, **kwargs).args[1:]
+        x, top_k_index, top_k_weights = args
+        if base._is_expert_parallel:
+            raise RuntimeError("adapted experts must all be on one rank, got a module under expert parallelism")
+        routing, names = Routing.of(top_k_index, base.num_experts), _stack_names(base)
+        flat = [adapter for name in names for adapter in adapters.get(name, ())]
+        branches = iter(self._branches(x, flat, training, GROUPED, "grouped_low_rank"))
+        (rows,) = autocast(x.reshape(-1, x.shape[-1]))
+        if rows.dtype == x.dtype:  # no autocast: as the base does it
+            rows = rows.to(getattr(base, names[0]).dtype)
+        with without_autocast(rows):
+            groups = Groups(routing.ends)
+            up, down = (
+                _stack(base, name, islice(branches, len(adapters.get(name, ()))), groups).cast(rows.dtype)
+                for name in names
+            )
+            norm: Any = base.post_expert_norm if getattr(base, "has_post_expert_norm", False) else None
+            gate: Any = base._apply_gate if base.has_gate else base.act_fn
+            out = _compute(Block(up, down, gate, norm), rows, top_k_weights, routing)
+        return out.view(x.shape).to(x.dtype)
+
+    def path(self) -> str:
+        base, _ = self.base_and_cause()
+        device = None if base is None else device_of(base)
+        if base is None:
+            return BASE_ALONE
+        return (why_not_native("grouped_low_rank", device.type) if device else None) or GROUPED
+
+    def base_name(self) -> str:
+        return self.experts_class().__name__
+
+    # -------------------------------------------------------------------------------------------- merging
+
+    def merged_weights(self) -> list[Tensor]:
+        """The parameters that adapters are merged into."""
+        merged = {parameter for merge in self._merges for parameter in merge.undo}
+        return [getattr(self.experts(), name) for name in _stack_names(self.experts()) if name in merged]
+
+    def _matrices(self, name: str) -> list[Tensor]:
+        """The weights of every expert, (out, in), as views."""
+        weight = getattr(self.experts(), name).detach()
+        return list((weight.mT if self.experts().is_transposed else weight).unbind())
+
+    def _parameters_of(self, names: Sequence[Any]) -> list[str]:
+        adapted = {parameter for name in names for parameter in self.parts(name)}
+        return [name for name in _stack_names(self.experts()) if name in adapted]
+
+    def _delta(self, names: Sequence[Any], parameter: str, expert: int, device: torch.device) -> Tensor:
+        """The sum of the products of adapters of one expert."""
+        parts = [part for name in names if (part := self.parts(name).get(parameter)) is not None]
+        delta, *others = (pool.delta_weight(layer, expert).to(device) for pool, layer in parts)
+        for other in others:
+            delta = delta + other
+        return delta
+
+    def why_unmergeable(self) -> str | None:
+        """Why nothing can be added to the weights; None when it can."""
+        for name in _stack_names(self.experts()):
+            if (why := why_opaque_weight(getattr(self.experts(), name))) is not None:
+                return f"{name}: {why}"
+        return None
+
+    @torch.no_grad()
+    def check_sums(self, names: Sequence[Any]) -> None:
+        """ValueError where weights with these adapters would not be finite. Nothing is written."""
+        for parameter in self._parameters_of(names):
+            for e, weight in enumerate(self._matrices(parameter)):
+                check_finite((weight + self._delta(names, parameter, e, weight.device)).to(weight.dtype), names)
+
+    @torch.no_grad()
+    def add_to_weights(self, names: Sequence[Any], check: bool) -> None:
+        """Adds adapters, expert by expert: no second copy of the weights. Keeps what rounding loses.
+
+        With ``check``, after :meth:`check_sums`.
+        """
+        if check:
+            self.check_sums(names)
+        undo: dict[str, list[Any]] = {}
+        for parameter in self._parameters_of(names):
+            undo[parameter] = []
+            for e, weight in enumerate(self._matrices(parameter)):
+                total, lost = add(weight, self._delta(names, parameter, e, weight.device))
+                weight.copy_(total)
+                undo[parameter].append(lost)
+        self.note_merge(names, undo)
+        self.mark_merged(*self.merged_weights())
+
+    @torch.no_grad()
+    def take_out_of_weights(self) -> None:
+        """Takes the last merge out of the weights again, which are then what they were, to the bit."""
+        merge = self._merges.pop()
+        for parameter, lost in merge.undo.items():
+            for e, (weight, of_expert) in enumerate(zip(self._matrices(parameter), lost, strict=True)):
+                known = of_expert.where is None
+                delta = None if known else self._delta(merge.names, parameter, e, weight.device)
+                weight.copy_(subtract(weight, delta, of_expert))
+        self.mark_merged(*self.merged_weights())
+
+
+def _stack_names(base: Any) -> tuple[str, str]:
+    """What the parameters of the two products are called."""
+    return ("gate_up_proj" if base.has_gate else "up_proj"), "down_proj"
+
+
+def _stack(base: Any, name: str, branches: Iterator[Branch], groups: Groups) -> Stack:
+    weight, bias = getattr(base, name), getattr(base, f"{name}_bias") if base.has_bias else None
+    if (why := why_opaque_weight(weight)) is not None:
+        raise RuntimeError(f"the weights of adapted experts must be whole while they compute, got {name}: {why}")
+    grouped = tuple(branch._replace(recipe=branch.recipe._replace(groups=groups)) for branch in branches)
+    return Stack(weight if base.is_transposed else weight.mT, bias, grouped)
+
+
+class MoSExperts(AdaptedExperts, nn.Module):
     """An experts module of transformers 5 with an adapter on one or both of its stacks of matrices.
 
     Its class is also one of the base's class, and its parameters are the base's, under their names. Made by
@@ -175,126 +332,61 @@ class MoSExperts(AdaptedLayer, nn.Module):
             alone.
     """
 
-    fan_in_fan_out = False  # of linears: `is_transposed` says it of experts
     adapters: dict[str, tuple[ShardPool, int]]
     enabled: bool
     _base_class: type[nn.Module]
-    num_experts: int
-    is_transposed: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged or not self.enabled:
             if not torch.compiler.is_compiling():
                 self.paths[BASE_ALONE] += 1
             return self._base_class.forward(self, *args, **kwargs)
-        if kwargs:  # models call them top_k_index or router_indices
-            args = inspect.signature(self._base_class.forward).bind(self, *args, **kwargs).args[1:]
-        x, top_k_index, top_k_weights = args
-        if self._is_expert_parallel:
-            raise RuntimeError("adapted experts must all be on one rank, got a module under expert parallelism")
-        routing = Routing.of(top_k_index, self.num_experts)
-        branches = self._branches(x, list(self.adapters.values()), self.training, GROUPED, "grouped_low_rank")
-        of_stack = dict(zip(self.adapters, branches, strict=True))
-        names, groups = (self.up_name, "down_proj"), Groups(routing.ends)
-        (flat,) = autocast(x.reshape(-1, x.shape[-1]))
-        if flat.dtype == x.dtype:  # no autocast: as the base does it
-            flat = flat.to(getattr(self, names[0]).dtype)
-        with without_autocast(flat):
-            up, down = (self._stack(name, of_stack.get(name), groups).cast(flat.dtype) for name in names)
-            norm: Any = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None
-            gate: Any = self._apply_gate if self.has_gate else self.act_fn
-            out = _compute(Block(up, down, gate, norm), flat, top_k_weights, routing)
-        return out.view(x.shape).to(x.dtype)
+        return self.compute({name: (adapter,) for name, adapter in self.adapters.items()}, self.training, args, kwargs)
 
-    @property
-    def up_name(self) -> str:
-        """What the parameter of the first product is called."""
-        return "gate_up_proj" if self.has_gate else "up_proj"
+    def experts(self) -> MoSExperts:
+        return self
 
-    def _stack(self, name: str, branch: Branch | None, groups: Groups) -> Stack:
-        branch = None if branch is None else branch._replace(recipe=branch.recipe._replace(groups=groups))
-        weight, bias = getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
-        if (why := why_opaque_weight(weight)) is not None:
-            raise RuntimeError(f"the weights of adapted experts must be whole while they compute, got {name}: {why}")
-        return Stack(weight if self.is_transposed else weight.mT, bias, branch)
+    def experts_class(self) -> type[nn.Module]:
+        return self._base_class
 
     def has_adapter(self, name: str | None) -> bool:
         return name is None
 
-    def path(self) -> str:
-        device = device_of(self)
-        if self.merged or not self.enabled:
-            return BASE_ALONE
-        return (why_not_native("grouped_low_rank", device.type) if device else None) or GROUPED
+    def parts(self, name: str | None) -> dict[str, tuple[ShardPool, int]]:
+        return {parameter: self.adapters[parameter] for parameter in self._parameters if parameter in self.adapters}
 
-    def base_name(self) -> str:
-        return self._base_class.__name__
-
-    # -------------------------------------------------------------------------------------------- merging
-
-    _merged: dict[str, list[Lost]]
-    _marks: dict[str, tuple]
+    def base_and_cause(self) -> tuple[nn.Module | None, str | None]:
+        return (None, None) if self.merged or not self.enabled else (self, None)
 
     @property
     def merged(self) -> bool:
         """Whether the adapters are in the weights."""
-        return bool(self._merged)
+        return bool(self._merges)
 
     def merged_into(self) -> list[Tensor]:
+        """The parameters that :meth:`merge` writes to."""
         return [getattr(self, name) for name in self.adapters]
-
-    def _matrices(self, name: str) -> list[Tensor]:
-        """The weights of every expert, (out, in), as views."""
-        weight = getattr(self, name).detach()
-        return list((weight.mT if self.is_transposed else weight).unbind())
 
     def check_mergeable(self) -> None:
         """ValueError where a merged weight would not be finite, or cannot be added to. Nothing is written."""
-        for name, (pool, layer) in self.adapters.items():
-            if (why := why_opaque_weight(getattr(self, name))) is not None:
-                raise ValueError(f"a merged layer must have plain weights, got {name}: {why}")
-            for e, weight in enumerate(self._matrices(name)):
-                delta = pool.delta_weight(layer, e).to(weight.device)
-                if not weight.is_meta and not torch.isfinite((weight + delta).to(weight.dtype)).all():
-                    raise ValueError("the weight must be finite after merge, got inf or NaN")
+        if (why := self.why_unmergeable()) is not None:
+            raise ValueError(f"a merged layer must have plain weights, got {why}")
+        self.check_sums([None])
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Adds the adapters to the weights, expert by expert: no second copy of them. Keeps what rounding loses."""
-        if self.merged:
-            return
-        for name, (pool, layer) in self.adapters.items():
-            lost = []
-            for e, weight in enumerate(self._matrices(name)):
-                total, of_expert = add(weight, pool.delta_weight(layer, e).to(weight.device))
-                weight.copy_(total)
-                lost.append(of_expert)
-            self._merged[name] = lost
-        self._marks = {name: self._mark(name) for name in self.adapters}
-
-    def _mark(self, name: str) -> tuple:
-        return mark(getattr(self, name)), self.adapters[name][0].marks()
+        if not self.merged:
+            self.add_to_weights([None], check=False)
 
     def check_unmergeable(self) -> None:
         """ValueError when a merge cannot be undone: pools, tables or weights are not what they were."""
-        for name in self._merged:
-            weight, pools = self._marks.get(name, (None, None))
-            if pools is None or not self.adapters[name][0].unchanged(pools):
-                raise ValueError("the pools must not change between merge and unmerge, got changed pools")
-            now = mark(getattr(self, name))
-            if weight is None or weight[0] is not now[0] or weight[1:] != now[1:]:
-                raise ValueError(f"the weight must not change between merge and unmerge, got a changed {name}")
+        self.check_unchanged(*self.merged_weights())
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the adapters out of the weights again, which are then what they were, to the bit."""
-        self.check_unmergeable()
-        for name, lost in self._merged.items():
-            pool, layer = self.adapters[name]
-            for e, (weight, of_expert) in enumerate(zip(self._matrices(name), lost, strict=True)):
-                delta = None if of_expert.where is None else pool.delta_weight(layer, e).to(weight.device)
-                weight.copy_(subtract(weight, delta, of_expert))
-        self._merged, self._marks = {}, {}
+        if self.merged:
+            self.check_unmergeable()
+            self.take_out_of_weights()
 
     def check_releasable(self) -> None:
         if "forward" in vars(self):
@@ -306,7 +398,7 @@ class MoSExperts(AdaptedLayer, nn.Module):
     def release(self) -> nn.Module:
         """The base module without the adapter, with what is merged into it."""
         base = self._base_class.__new__(self._base_class)
-        ours = {"adapters", "enabled", "paths", "_merged", "_marks"}
+        ours = {"adapters", "enabled", "paths", "_merges"}
         base.__dict__.update({k: v for k, v in vars(self).items() if k not in ours})
         return base
 
@@ -314,39 +406,16 @@ class MoSExperts(AdaptedLayer, nn.Module):
         return _blank, (self._base_class,), self.__getstate__()
 
     def __getstate__(self) -> dict:
-        kept = {name: self._still(name) for name in self._merged}  # a copy's tensors count changes anew
-        return {**self.__dict__, "_marks": kept, "_compiled_call_impl": None}
-
-    def _still(self, name: str) -> bool:
-        try:
-            self.check_unmergeable()
-        except ValueError:
-            return False
-        return True
+        return {**self.__dict__, **self._for_copies(*self.merged_weights())}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._marks = {name: self._mark(name) for name, unchanged in self._marks.items() if unchanged}
+        self._mark_copies(*self.merged_weights())
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if self.merged and any(f"{prefix}{name}" in state_dict for name in self.adapters):
             raise ValueError(f"{prefix[:-1]} must not be merged while its weights are loaded: call unmerge first")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _compute(block: Block, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    """One node of autograd where nobody looks and the experts themselves are frozen; else operators."""
-    trained = any(t is not None and t.requires_grad for s in (block.up, block.down) for t in (s.weight, s.bias))
-    if trained or block.norm is not None or not unseen() or not torch.is_grad_enabled():
-        return block.composed(x, weights, routing)
-    up, down = (s if s.branch is None else s._replace(branch=fused.seeded(s.branch, x)) for s in (block.up, block.down))
-    tensors = [t for s in (up, down) for t in (s.branch[:4] if s.branch is not None else (None,) * 4)]
-    # Pools and handles are tensors of the node, which must not hold them beside what it saves.
-    bare = [s if s.branch is None else s._replace(branch=s.branch._replace(**_NOTHING)) for s in (up, down)]
-    return _ExpertsBlock.apply(block._replace(up=bare[0], down=bare[1]), routing, x, weights, *tensors)
-
-
-_NOTHING: dict[str, Any] = dict.fromkeys(("pool_a", "pool_b", "handle_a", "handle_b"))
 
 
 _classes: dict[type[nn.Module], type[MoSExperts]] = {}
@@ -379,6 +448,5 @@ def adapted_experts(base: nn.Module, adapters: dict[str, tuple[ShardPool, int]])
     own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     self.__dict__.update({k: v.copy() if k in own else v for k, v in vars(base).items()})
     # (A plain dictionary: pools belong to the model, once each, and are no submodules of this.)
-    self.adapters, self.enabled, self.paths = dict(adapters), True, Counter()
-    self._merged, self._marks = {}, {}
+    self.adapters, self.enabled, self.paths, self._merges = dict(adapters), True, Counter(), []
     return self

@@ -75,15 +75,18 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: the model has no adapted layer, or other modules are in the place of some.
     """
-    out: dict[str, str] = {}
     if hasattr(unwrap(model), POOLS):
-        stacks = expert_stacks(unwrap(model))
-        out = {name: why for name, why in adapter_of(model).left_out.items() if name in stacks}
+        adapter_of(model)
+    modules = dict(unwrap(model).named_modules())
     layers = tuple(
         LayerExplanation(name, module.base_name(), module.path(), dict(module.paths))
-        for name, module in unwrap(model).named_modules()
+        for name, module in modules.items()
         if isinstance(module, AdaptedLayer)
     )
     if not layers:
         raise ValueError(f"model must have adapted layers, got a plain {type(model).__name__}")
+    # What an adapter, or PEFT's tuner, has left out, as far as nobody else adapts it.
+    left_out = [item for module in modules.values() for item in vars(module).get("left_out", {}).items()]
+    stacks = tuple(f".{stack}" for stack in expert_stacks(unwrap(model)))
+    out = {name: why for name, why in left_out if any(stack.endswith(f".{name}") for stack in stacks)}
     return Explanation(layers, out)

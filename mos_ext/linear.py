@@ -35,15 +35,15 @@ class Merge:
     """Adapters that were added to a weight in one go, and how to take them out again.
 
     Attributes:
-        names: of the adapters. pools: what each one's pool was then; None for one that has changed since, in a copy.
+        names: of the adapters. pools: what each one's pools were then; None where they have changed since, in a copy.
         undo: what the weight was: :class:`merging.Lost`, or whatever else a kind of layer keeps.
-        weight: the weight after the merge (:func:`mark`), likewise None.
+        weights: the layer's weights after the merge (:func:`mark`), likewise None.
     """
 
     names: list[Any]
     pools: dict[Any, tuple[Any, ...] | None]
     undo: Any
-    weight: tuple[Any, ...] | None
+    weights: tuple[Any, ...] | None
 
 
 class AdaptedLayer:
@@ -65,6 +65,10 @@ class AdaptedLayer:
     def adapter(self, name: str | None) -> tuple[ShardPool, int]:
         """The pool of an adapter, and the number of this layer in it."""
         raise NotImplementedError
+
+    def parts(self, name: str | None) -> dict[str, tuple[ShardPool, int]]:
+        """:meth:`adapter` of every parameter that an adapter adapts, in the layer's order: a linear layer has one."""
+        return {"weight": self.adapter(name)}
 
     def fuse(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[tuple[ShardPool, int]], training: bool
@@ -148,11 +152,8 @@ class AdaptedLayer:
             ValueError: with ``check``, the sum is not finite.
         """
         total, lost = add(weight, self._product(names, weight.device))
-        if check and has_values(total) and not torch.isfinite(total).all():
-            if list(names) == [None]:
-                raise ValueError("the weight must be finite after merge, got inf or NaN")
-            broken = ", ".join(map(str, names))  # in PEFT's own words
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+        if check:
+            check_finite(total, names)
         return total, lost
 
     @torch.no_grad()
@@ -161,37 +162,49 @@ class AdaptedLayer:
         lost = merge.undo
         return subtract(weight, None if lost.where is None else self._product(merge.names, weight.device), lost)
 
-    def note_merge(self, names: Sequence[Any], undo: Any, weight: Tensor) -> None:
-        """Remembers a merge that was written to ``weight``."""
-        pools: dict[Any, tuple[Any, ...] | None] = {name: self.adapter(name)[0].marks() for name in names}
-        self._merges.append(Merge(list(names), pools, undo, mark(weight)))
+    def note_merge(self, names: Sequence[Any], undo: Any, *weights: Tensor) -> None:
+        """Remembers a merge that was written to the layer's weights."""
+        self._merges.append(Merge(list(names), {name: self._pool_marks(name) for name in names}, undo, None))
+        self.mark_merged(*weights)
 
-    def check_unchanged(self, weight: Tensor) -> None:
-        """ValueError when a merge cannot be undone: pools, tables or the weight are not what they were."""
+    def mark_merged(self, *weights: Tensor) -> None:
+        """Remembers what the weights are now, after the last merge that is in them."""
+        if self._merges:
+            self._merges[-1].weights = tuple(mark(weight) for weight in weights)
+
+    def _pool_marks(self, name: Any) -> tuple[Any, ...]:
+        return tuple(pool.marks() for pool, _ in self.parts(name).values())
+
+    def _are_still(self, name: Any, marks: tuple[Any, ...] | None) -> bool:
+        """Whether an adapter's pools are what they were."""
+        pools = [pool for pool, _ in self.parts(name).values()]
+        return marks is not None and all(pool.unchanged(m) for pool, m in zip(pools, marks, strict=True))
+
+    def check_unchanged(self, *weights: Tensor) -> None:
+        """ValueError when a merge cannot be undone: pools, tables or a weight are not what they were."""
         for merge in self._merges:
             for name, marks in merge.pools.items():
-                if marks is None or not self.adapter(name)[0].unchanged(marks):
+                if not self._are_still(name, marks):
                     which = "" if name is None else f" of adapter {name}"
                     raise ValueError(f"the pools must not change between merge and unmerge, got changed pools{which}")
-        if self._merges and not _is_still(self._merges[-1].weight, weight):
+        if self._merges and not _is_still(self._merges[-1].weights, weights):
             raise ValueError("the weight must not change between merge and unmerge, got a changed or another weight")
 
-    def _for_copies(self, weight: Tensor | None) -> dict[str, Any]:
-        """What a copy knows of merges: whether pools and weight were still the same. Its tensors count changes anew."""
+    def _for_copies(self, *weights: Tensor) -> dict[str, Any]:
+        """What a copy knows of merges: whether pools and weights were still the same. Its tensors count from anew."""
         merges = []
         for merge in self._merges:
-            same = {name: m is not None and self.adapter(name)[0].unchanged(m) for name, m in merge.pools.items()}
-            kept = weight is not None and (merge is not self._merges[-1] or _is_still(merge.weight, weight))
-            marks = {name: () if unchanged else None for name, unchanged in same.items()}
-            merges.append(replace(merge, pools=marks, weight=() if kept else None))
+            marks = {name: () if self._are_still(name, m) else None for name, m in merge.pools.items()}
+            kept = bool(weights) and (merge is not self._merges[-1] or _is_still(merge.weights, weights))
+            merges.append(replace(merge, pools=marks, weights=() if kept else None))
         return {"_merges": merges, "_compiled_call_impl": None}  # torch does not copy the latter either
 
-    def _mark_copies(self, weight: Tensor | None) -> None:
+    def _mark_copies(self, *weights: Tensor) -> None:
         for merge in self._merges:
             for name, marks in merge.pools.items():
-                merge.pools[name] = None if marks is None else self.adapter(name)[0].marks()
-            if merge.weight is not None and weight is not None:
-                merge.weight = mark(weight)
+                merge.pools[name] = None if marks is None else self._pool_marks(name)
+            if merge.weights is not None:
+                merge.weights = tuple(mark(weight) for weight in weights)
 
     @staticmethod
     def why_called(base: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> str | None:
@@ -215,8 +228,19 @@ def mark(weight: Tensor) -> tuple[Tensor, int, torch.dtype]:
     return weight, version(weight), weight.dtype
 
 
-def _is_still(marks: tuple[Any, ...] | None, weight: Tensor) -> bool:
-    return marks is not None and marks[0] is weight and marks[1:] == mark(weight)[1:]
+def _is_still(marks: tuple[Any, ...] | None, weights: Sequence[Tensor]) -> bool:
+    if marks is None or len(marks) != len(weights):
+        return False
+    return all(m[0] is weight and m[1:] == mark(weight)[1:] for m, weight in zip(marks, weights, strict=True))
+
+
+def check_finite(merged: Tensor, names: Sequence[Any]) -> None:
+    """ValueError unless a weight that these adapters were added to is finite."""
+    if has_values(merged) and not torch.isfinite(merged).all():
+        if list(names) == [None]:
+            raise ValueError("the weight must be finite after merge, got inf or NaN")
+        broken = ", ".join(map(str, names))  # in PEFT's own words
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
 
 
 def is_fresh(base: nn.Module) -> bool:
@@ -436,11 +460,14 @@ class MoSModule(nn.Module, AdaptedLayer):
         self.weight.copy_(weight)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, **self._for_copies(self._parameters.get("weight"))}
+        return {**self.__dict__, **self._for_copies(*self._own_weight())}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._mark_copies(self._parameters.get("weight"))
+        self._mark_copies(*self._own_weight())
+
+    def _own_weight(self) -> list[Any]:
+        return [weight for weight in (self._parameters.get("weight"),) if weight is not None]
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if self.merged and f"{prefix}weight" in state_dict:

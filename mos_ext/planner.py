@@ -184,39 +184,46 @@ def stack_of(module: nn.Module, parameter: str) -> tuple[int, int, int] | None:
 
 def expert_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Every parameter of a model that stacks experts, by its name: the module, and its name there."""
+    return stacks_among(dict(model.named_modules()))
+
+
+def stacks_among(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """:func:`expert_stacks` of a model's modules."""
     return {
-        f"{name}.{parameter}".lstrip("."): (module, parameter)
-        for name, module in model.named_modules()
-        for parameter in (module._parameters if is_experts(module) else ())
+        f"{name}.{parameter}": (module, parameter)
+        for name, module in modules.items()
+        for parameter in (module._parameters if name and is_experts(module) else ())
         if stack_of(module, parameter) is not None
     }
 
 
-def select_stacks(model: nn.Module, config: MoSConfig) -> dict[str, tuple[nn.Module, str]]:
-    """The stacks of experts that ``target_parameters`` selects, as of :func:`expert_stacks`.
+def select_stacks(modules: Mapping[str, nn.Module], config: MoSConfig) -> dict[str, tuple[nn.Module, str]]:
+    """The stacks of experts in a model's modules that ``target_parameters`` selects, as of :func:`expert_stacks`.
 
     Raises:
         ValueError: nothing matches. TypeError: a parameter that matches is no stack of experts.
     """
     if not config.target_parameters:
         return {}
-    stacks, names = expert_stacks(model), [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    stacks = stacks_among(modules)
+    named = [(f"{name}.{own}", p) for name, m in modules.items() if name for own, p in m._parameters.items()]
     selected = [
         name
-        for name in names
-        if _matches(config.target_parameters, name)
+        for name, parameter in named
+        if parameter is not None
+        and _matches(config.target_parameters, name)
         and in_layers(config, name)
         and not (_matches(config.exclude_modules, name) or _matches(config.exclude_modules, name.rpartition(".")[0]))
     ]
     for name in selected:
-        module = model.get_submodule(name.rpartition(".")[0])
+        module = modules[name.rpartition(".")[0]]
+        weight: Any = module._parameters[name.rpartition(".")[2]]
         if name not in stacks:
             raise TypeError(
                 f"target_parameters must select parameters that stack experts, of a module with the experts interface "
-                f"of transformers 5, got {name} {shape_of(model.get_parameter(name))} of a {type(module).__name__}"
+                f"of transformers 5, got {name} {shape_of(weight)} of a {type(module).__name__}"
             )
-        weight = module._parameters[name.rpartition(".")[2]]
-        if why := why_opaque_weight(cast(Tensor, weight)) or _why_not_plain(cast(Tensor, weight), module):
+        if why := why_opaque_weight(weight) or _why_not_plain(weight, module):
             raise TypeError(f"target_parameters must select plain floating-point weights, got {name}: {why}")
     if not selected:
         existing = sorted({role_of(name) for name in stacks})
@@ -406,14 +413,17 @@ def _select(model: nn.Module, config: MoSConfig) -> tuple[list[tuple[str, nn.Mod
     if not all_linear:
         return named, {}
     named, others = adaptable(config, named, modules)
-    chosen = select_stacks(model, config)
-    return named, {**others, **{name: why_no_stack(name) for name in expert_stacks(model) if name not in chosen}}
+    return named, {**others, **stacks_left_out(modules, config)}
 
 
-def why_no_stack(name: str) -> str:
-    """Why ``"all-linear"`` leaves a stack of experts out."""
-    ending = role_of(name).rpartition("*.")[2]
-    return f"it stacks experts, which target_parameters=[{ending!r}] includes"
+def stacks_left_out(modules: Mapping[str, nn.Module], config: MoSConfig) -> dict[str, str]:
+    """The stacks of experts that ``"all-linear"`` leaves out: name -> why."""
+    chosen = select_stacks(modules, config)
+    return {
+        name: f"it stacks experts, which target_parameters=[{role_of(name).rpartition('*.')[2]!r}] includes"
+        for name in stacks_among(modules)
+        if name not in chosen
+    }
 
 
 def adaptable(
@@ -529,7 +539,7 @@ def group_modules(
 def kinds_of(model: nn.Module, config: MoSConfig) -> dict[Kind, tuple[str, ...]]:
     """What ``config`` selects in a model, by kind. Errors as of :func:`group_modules` and of what selects."""
     modules = dict(model.named_modules())
-    return group_modules(select_modules(model, config), modules, select_stacks(model, config))
+    return group_modules(select_modules(model, config), modules, select_stacks(modules, config))
 
 
 def plan_modules(
@@ -577,7 +587,7 @@ def plan(model: nn.Module, config: MoSConfig) -> tuple[MoSConfig, list[LinearTyp
     """The linear types of the modules that ``config`` selects, and the configuration with the ranks that they have."""
     modules = dict(model.named_modules())
     named, others = _select(model, config)
-    fitted, stacks = config, select_stacks(model, config)
+    fitted, stacks = config, select_stacks(modules, config)
     if config.target_modules == "all-linear":
         fitted = fit_ranks(config, named, modules)
     types = plan_modules(fitted, named, modules, stacks)

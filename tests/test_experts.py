@@ -433,7 +433,7 @@ def test_merged_and_changed():
         model.load_state_dict(model.state_dict())
     with torch.no_grad():
         block.down_proj.add_(1)
-    with pytest.raises(ValueError, match="got a changed down_proj"):
+    with pytest.raises(ValueError, match="mlp.experts: the weight must not change .* got a changed or another weight"):
         unmerge(model)
     model, _ = adapted(config=alone)
     with torch.no_grad():

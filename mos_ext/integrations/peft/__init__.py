@@ -14,10 +14,10 @@ from .registration import check_peft
 check_peft()
 
 from .config import MoSConfig  # noqa: E402
-from .layer import MoSLayer, MoSLinear  # noqa: E402
+from .layer import MoSExperts, MoSLayer, MoSLinear  # noqa: E402
 from .model import MoSModel  # noqa: E402
 from .registration import register  # noqa: E402
 
 register(MoSConfig, MoSModel)
 
-__all__ = ["MoSConfig", "MoSLayer", "MoSLinear", "MoSModel"]
+__all__ = ["MoSConfig", "MoSExperts", "MoSLayer", "MoSLinear", "MoSModel"]

@@ -46,7 +46,8 @@ class MoSConfig(PeftConfig):
     Every field of :class:`mos_ext.MoSConfig` is here under the same name, with the same meaning and default; and:
 
     Args:
-        target_modules: additionally None, PEFT's own choice for the model's architecture.
+        target_modules: additionally None, PEFT's own choice for the model's architecture; where it has none, and there
+            are ``target_parameters``, these alone.
         pool_dtype: additionally None (default), PEFT's rule: float32, or with ``autocast_adapter_dtype=False`` the
             dtype of the base layers.
         modules_to_save: modules to train and save whole, beside the adapter.
@@ -99,11 +100,6 @@ class MoSConfig(PeftConfig):
         for name in ("fan_in_fan_out", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters must be given to mos_ext.MoSConfig and mos_ext.adapt, which adapt experts, not to "
-                f"PEFT, got {self.target_parameters!r}"
-            )
         method = self.method()
         self.rank_pattern, self.alpha_pattern = dict(method.rank_pattern), dict(method.alpha_pattern)
         # Sets, as in PEFT's own configurations: they are compared with and added to.
@@ -163,15 +159,16 @@ class MoSConfig(PeftConfig):
             files.read_weights(file, digest)
         return config
 
-    def method(self, targets: Sequence[str] | None = None) -> native.MoSConfig:
-        """The same adapter as a :class:`mos_ext.MoSConfig`; ``targets`` takes the place of ``target_modules``."""
+    def method(self, targets: Sequence[str] | None = None, parameters: Sequence[str] = ()) -> native.MoSConfig:
+        """The same adapter as a :class:`mos_ext.MoSConfig`; with ``targets`` for just these and ``parameters``."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _OF_METHOD}
         values["exclude_modules"] = values["exclude_modules"] or ()
         values["target_parameters"] = values["target_parameters"] or ()
         values["pool_dtype"] = values["pool_dtype"] or "float32"
         values["layers_pattern"] = values["layers_pattern"] or None
         if targets is not None:
-            values.update(target_modules=targets, exclude_modules=(), layers_to_transform=None, layers_pattern=None)
+            values.update(target_modules=targets, target_parameters=parameters)
+            values.update(exclude_modules=(), layers_to_transform=None, layers_pattern=None)
         elif values["target_modules"] is None:
             values["target_modules"] = ("the architecture's",)  # only validated: PEFT fills in what is meant
         return native.MoSConfig(**values)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -25,9 +26,9 @@ from ...checkpoint import (
     tables_to_keep,
     take_digest,
 )
+from ...config import matching_patterns
 from ...linear import AdaptedLayer
 from ...planner import (
-    Kind,
     LinearType,
     adaptable,
     device_of,
@@ -37,8 +38,9 @@ from ...planner import (
     keep_calling,
     output_head,
     plan_modules,
-    role_of,
+    select_stacks,
     shape_of,
+    stacks_left_out,
     tell_of_fitting,
     type_keys,
 )
@@ -46,7 +48,7 @@ from ...pools import ShardPool
 from ...ranks import same_on_every_rank
 from ...routing import table_digest
 from .config import MoSConfig, note
-from .layer import MoSLayer, MoSLinear
+from .layer import MoSExperts, MoSLayer, MoSLinear, check_experts
 
 
 class MoSModel(BaseTuner):
@@ -62,6 +64,7 @@ class MoSModel(BaseTuner):
     tuner_layer_cls = MoSLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     uses_shared_state: bool = True
+    left_out: dict[str, str]  # experts that "all-linear" did not reach: parameter -> which argument would include it
 
     # ---------------------------------------------------------------------------------------------- injection
 
@@ -101,7 +104,9 @@ class MoSModel(BaseTuner):
         # BaseTuner restores requires_grad of parameters that were there before, but looks for them below self.model.
         before = [(p, p.requires_grad) for _, pool in self._named_pools() for p in pool.parameters()]
         self._injected = adapter_name, torch.device("meta") if low_cpu_mem_usage else None
-        self._placed: dict[str, tuple[str, int]] = {}  # module name -> its pools' attribute, its number in them
+        # Name of a module or parameter -> its pools' attribute, its number in them.
+        self._placed: dict[str, tuple[str, int]] = {}
+        self._aside: dict[str, Any] = {}
         try:
             super().inject_adapter(
                 model,
@@ -115,7 +120,8 @@ class MoSModel(BaseTuner):
                 pools.update(earlier.get(key, {}))
             raise
         finally:
-            del self._injected, self._placed
+            vars(self.peft_config[adapter_name]).update(self._aside)
+            del self._injected, self._placed, self._aside
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         keep_calling(model, {module for module in model.modules() if isinstance(module, MoSLayer)})
@@ -124,7 +130,9 @@ class MoSModel(BaseTuner):
         """What "all-linear", or PEFT's choice for an architecture, stands for in this model; ranks that are too large
         for a type are lowered. Both are written into the configuration, and so into files.
         """
-        targets = peft_config.target_modules
+        targets, kind_of_model = peft_config.target_modules, model_config.get("model_type")
+        if targets is None and peft_config.target_parameters and kind_of_model not in self.target_module_mapping:
+            peft_config.target_modules = targets = set()
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
         if not all_linear and targets is not None:
@@ -140,6 +148,9 @@ class MoSModel(BaseTuner):
             if others:
                 peft_config.target_modules = {name for name, _ in named}
             peft_config.rank_pattern = dict(fitted.rank_pattern)
+            if all_linear:
+                self.left_out = stacks_left_out(bases, method)
+                others = {**others, **self.left_out}
             tell_of_fitting(method, fitted, named, others)
         return peft_config
 
@@ -154,11 +165,15 @@ class MoSModel(BaseTuner):
         bases = dict(self._bases(model))
         with same_on_every_rank() as say:
             named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
-            method = peft_config.method(targets=[name for name, _ in named] or ("none",))
-            linear_types = plan_modules(method, named, bases)
+            stacks = self._stacks(peft_config, bases)
+            targets = [name for name, _ in named]
+            method = peft_config.method(targets if targets or stacks else ("none",), list(stacks))
+            linear_types = plan_modules(method, named, bases, stacks)
             say(method.to_dict())
+        for module, _ in stacks.values():
+            check_experts(module)
         self._check_earlier(model, adapter_name, {name for t in linear_types for name in t.modules})
-        pools = [self._make_pool(peft_config, t, bases, device) for t in linear_types]
+        pools = [self._make_pool(peft_config, method, t, bases, device) for t in linear_types]
         names = [t.name for t in linear_types]
         keys = [self.prefix + key for key in type_keys(names)]
         for key, name in zip(keys, names, strict=True):
@@ -171,15 +186,23 @@ class MoSModel(BaseTuner):
             for k, name in enumerate(linear_type.modules):
                 self._placed[name] = key, k
 
+    @staticmethod
+    def _stacks(peft_config: Any, bases: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+        """The stacks of experts to adapt; those in a module that is saved whole are not, like modules in one."""
+        whole = peft_config.modules_to_save or ()
+        stacks = select_stacks(bases, peft_config.method())
+        return {n: s for n, s in stacks.items() if not any(re.match(rf"(^|.*\.){m}($|\..*)", n) for m in whole)}
+
     def _adopt(self, model: nn.Module) -> None:
         """Takes over the pools of an earlier tuner, whose layers are still in the model: a base that gets a second
         adapter, as in a notebook cell that runs again. PEFT's other methods have their adapters in the layers.
         """
         for name, layer in model.named_modules():
             if isinstance(layer, MoSLayer):
-                (key,) = type_keys([Kind(role_of(name), layer.in_features, layer.out_features).name])
-                if not hasattr(self, self.prefix + key):
-                    self.add_module(self.prefix + key, layer.mos_pools)
+                for planned, parameter in layer.planned(name).items():
+                    (key,) = type_keys([layer.kind_of(planned).name])
+                    if not hasattr(self, self.prefix + key):
+                        self.add_module(self.prefix + key, layer.pools_of(parameter))
 
     def _check_earlier(self, model: nn.Module, adapter_name: str, targets: set[str]) -> None:
         """ValueError where adapters on the model would come to be something else: LoRA's mix silently there."""
@@ -191,19 +214,26 @@ class MoSModel(BaseTuner):
                     f"adapter_name must not be that of a merged adapter, got {adapter_name!r}, merged in {name}: call "
                     f"unmerge_adapter() or merge_and_unload() on the earlier model first"
                 )
-            if adapter_name in layer.mos_layer and name not in targets:
+            parts = layer.parts(adapter_name) if adapter_name in layer.mos_layer else ()
+            left = [p for p, parameter in layer.planned(name).items() if parameter in parts and p not in targets]
+            if left:
                 raise ValueError(
                     f"target_modules must have all modules of the earlier adapter {adapter_name!r} that is still on "
-                    f"the model, or they would go on computing that, got none for {name}: call unload() on the earlier "
-                    f"model first, or choose another adapter_name"
+                    f"the model, or they would go on computing that, got none for {left[0]}: call unload() on the "
+                    f"earlier model first, or choose another adapter_name"
                 )
 
     @staticmethod
     def _make_pool(
-        config: MoSConfig, linear_type: LinearType, bases: dict[str, nn.Module], device: torch.device | None
+        config: MoSConfig,
+        method: Any,
+        linear_type: LinearType,
+        bases: dict[str, nn.Module],
+        device: torch.device | None,
     ) -> ShardPool:
-        device = device or device_of(bases[linear_type.modules[0]])
-        pool = ShardPool.of(linear_type, config.method(targets=linear_type.modules), device)
+        first = linear_type.modules[0]
+        device = device or device_of(bases[first.rpartition(".")[0] if linear_type.kind.experts else first])
+        pool = ShardPool.of(linear_type, method, device)
         if not config.init_weights:
             bound = 1.0 / math.sqrt(pool.out_features)
             nn.init.uniform_(pool.shards_b, -bound, bound)
@@ -232,13 +262,41 @@ class MoSModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         key, k = self._placed[current_key]
-        layer: Any = target
-        if not isinstance(target, MoSLayer):
-            peft_config.fan_in_fan_out = is_conv1d(target)  # a fact about the base, whatever was said
-            layer = MoSLinear(target, getattr(self, key), adapter_name, **get_quantization_kwargs(self))
-        layer.update_layer(adapter_name, k, inference_mode=peft_config.inference_mode)
+        layer, pools, inference_mode = cast(Any, target), getattr(self, key), peft_config.inference_mode
+        if parameter_name is not None:
+            layer = target if isinstance(target, MoSExperts) else MoSExperts(target, adapter_name)
+            layer.update_layer(adapter_name, parameter_name, pools, k, inference_mode=inference_mode)
+        else:
+            if not isinstance(target, MoSLayer):
+                peft_config.fan_in_fan_out = is_conv1d(target)  # a fact about the base, whatever was said
+                layer = MoSLinear(target, pools, adapter_name, **get_quantization_kwargs(self))
+            layer.update_layer(adapter_name, k, inference_mode=inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """The stacks that were planned, one layer for all of a module, where PEFT nests a wrapper for each."""
+        names = [name for name, (key, _) in self._placed.items() if getattr(self, key)[adapter_name].experts]
+        for name in names:
+            module, _, parameter = name.rpartition(".")
+            outer, _, target = module.rpartition(".")
+            base, parent = model.get_submodule(module), model.get_submodule(outer)
+            self._create_and_replace(peft_config, adapter_name, base, target, parent, name, parameter)
+        for field in ("rank_pattern", "alpha_pattern"):
+            # PEFT looks for them among modules alone, and would warn that they were ignored.
+            patterns = self._aside[field] = getattr(peft_config, field)
+            of_stacks = {pattern for name in names for pattern in matching_patterns(patterns, name)}
+            setattr(peft_config, field, {pattern: patterns[pattern] for pattern in patterns.keys() - of_stacks})
+        return names
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """See ``BaseTuner._replace_module``, which looks for a weight where experts have none of that name."""
+        if isinstance(child, MoSExperts) or isinstance(new_module, MoSExperts):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # ---------------------------------------------------------------------------------------------- the pools
 
@@ -267,15 +325,13 @@ class MoSModel(BaseTuner):
                     f"{name}: a merged layer must have a weight that can be added to, got one of which {cause}"
                 )
         layers = [layer for layer in self.model.modules() if isinstance(layer, MoSLayer)]
-        bases = [layer.get_base_layer() for layer in layers if layer.quantization_backend is None]
         check_sole_owners(
-            self.model,
-            [(base, base.weight) for base in bases],
+            self.model, [(layer.get_base_layer(), weight) for layer in layers for weight in layer.merged_into()]
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """See ``BaseTuner.merge_adapter``. After an error nothing is merged that was not before."""
-        layers = [module for module in self.modules() if isinstance(module, MoSLinear)]
+        layers = [module for module in self.modules() if isinstance(module, MoSLayer)]
         before = {layer: len(layer.merged_adapters) for layer in layers}
         try:
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -287,9 +343,9 @@ class MoSModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """See ``BaseTuner.unmerge_adapter``. After an error nothing is unmerged."""
         for name, layer in self.model.named_modules():
-            if isinstance(layer, MoSLinear):
+            if isinstance(layer, MoSLayer):
                 try:
-                    layer.check_unchanged(layer.merged_weight())
+                    layer.check_unchanged(*layer.merged_weights())
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
         super().unmerge_adapter()
@@ -312,7 +368,7 @@ class MoSModel(BaseTuner):
             return
         layers = [m for m in self.modules() if isinstance(m, MoSLayer) and adapter_name in m.mos_layer]
         # One layer of each pool tells: they have one shape, and a model's blocks one dtype.
-        for pool, layer in {layer.adapter(adapter_name)[0]: layer for layer in layers}.items():
+        for pool, layer in {pool: m for m in layers for pool, _ in m.parts(adapter_name).values()}.items():
             _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
             if dtype is not None and dtype.is_floating_point:
                 pool.to(dtype)
@@ -369,7 +425,8 @@ class MoSModel(BaseTuner):
         layers: Any = [
             (n, m) for n, m in model.named_modules() if isinstance(m, MoSLayer) and m.has_adapter(adapter_name)
         ]
-        if unknown := [n for n, m in layers if m.adapter(adapter_name)[0] not in pools.values()]:
+        known = set(pools.values())
+        if unknown := [n for n, m in layers if any(pool not in known for pool, _ in m.parts(adapter_name).values())]:
             raise ValueError(
                 f"model must have all pools of adapter {adapter_name!r}, got none for {unknown[0]}: another model was "
                 f"made of its base since, with modules that this one does not know; save that one"
@@ -407,7 +464,7 @@ class MoSModel(BaseTuner):
         for prefix, pool in pools.items():
             stored = {side: state_dict.pop(f"{prefix}.{side}", None) for side in TABLES}
             try:
-                tables[prefix] = read_tables(stored, pool.config, pool.ranks) or pool.drawn_tables()
+                tables[prefix] = read_tables(stored, pool.config, pool.matrix_ranks) or pool.drawn_tables()
             except ValueError as error:
                 raise ValueError(f"{prefix}: {error}") from None
         check_digest(digest, {pool.stream: tables[prefix] for prefix, pool in pools.items()})
