@@ -242,7 +242,8 @@ class ShardPool(nn.Module):
             )
         handle = None if direct else self._handle(side, pool, layer, inside)
         # (Slicing costs an eager layer 3 us; a traced one would take each slice for an input of its graph.)
-        table = self.table(side, layer) if torch.compiler.is_compiling() else self._side(side, pool).tables.indices[layer]
+        traced = torch.compiler.is_compiling()
+        table = self.table(side, layer) if traced else self._side(side, pool).tables.indices[layer]
         if self._forward_hooks or "forward" in self.__dict__ or _has_any_global_hook():
             # Hooks may put something else into the parameter before the layer is done (casts do), and hang something
             # on what they see (profilers do), though handles are for ever.

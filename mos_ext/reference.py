@@ -48,7 +48,9 @@ def scatter_add(
     shard_size = grads[0].shape[1] // indices[0].shape[1] if indices[0].shape[1] else 0
     out = grads[0].new_zeros(num_shards, shard_size, dtype=accumulate_dtype(grads[0].dtype))
     for grad, index in zip(grads, indices, strict=True):
-        out.index_put_((index[: grad.shape[0]].long().flatten(),), grad.to(out.dtype).reshape(-1, shard_size), accumulate=True)
+        out.index_put_(
+            (index[: grad.shape[0]].long().flatten(),), grad.to(out.dtype).reshape(-1, shard_size), accumulate=True
+        )
     return out
 
 

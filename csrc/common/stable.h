@@ -163,8 +163,8 @@ class InverseArgument {
                     "places must be (entries, 2) int32");
     starts_ = as_contiguous(*starts);
     places_ = as_contiguous(*places);
-    view = {static_cast<const int32_t*>(starts_->const_data_ptr()), static_cast<const Place*>(places_->const_data_ptr()),
-            places_->size(0)};
+    view = {static_cast<const int32_t*>(starts_->const_data_ptr()),
+            static_cast<const Place*>(places_->const_data_ptr()), places_->size(0)};
   }
 
   Inverse view;

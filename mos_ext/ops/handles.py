@@ -53,7 +53,7 @@ class _FactorHandles(torch.autograd.Function):
         # every step.
         ctx.pools, handles = [], []
         for (n, width), of_pool, stash, pool in zip(shapes, tables, stashes, pools, strict=True):
-            flat = [index.reshape(-1, index.shape[-1]) for index in of_pool.indices]
+            flat = tuple(index.reshape(-1, index.shape[-1]) for index in of_pool.indices)
             ctx.pools.append((of_pool._replace(indices=flat), stash, n, pool.dtype))
             origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
             handles += [origin.expand(*i.shape[:-1], i.shape[-1] * width) for i in of_pool.indices]

@@ -16,9 +16,9 @@ void mos_launch_early(int on) { early = on != 0; }
 
 // So that kernels.py can tell whether its mirrors are exact.
 void mos_struct_sizes(int64_t* out) {
-  const size_t sizes[] = {sizeof(Matrix),        sizeof(Factor), sizeof(FactorGradient),
-                          sizeof(DeviceDropout), sizeof(Planes), sizeof(ExpandOptions)};
-  for (int i = 0; i < 6; ++i) out[i] = static_cast<int64_t>(sizes[i]);
+  const size_t sizes[] = {sizeof(Matrix), sizeof(Factor),        sizeof(FactorGradient), sizeof(DeviceDropout),
+                          sizeof(Planes), sizeof(ExpandOptions), sizeof(Inverse)};
+  for (int i = 0; i < 7; ++i) out[i] = static_cast<int64_t>(sizes[i]);
 }
 
 int64_t mos_shrink_planes(const Matrix* x, const Factor* factor) { return shrink_planes(*x, *factor); }
@@ -58,8 +58,8 @@ int mos_sums(const ConstPlanes* a, const ConstPlanes* b, void* out_a, void* out_
   return launch_sum(sums, 2, static_cast<DType>(dtype), early, nullptr);
 }
 int mos_gather_concat(const Factor* factor, const Matrix* out) { return launch_gather_concat(*factor, *out, nullptr); }
-int mos_scatter_add(const FactorGradient* modules, int count, const Matrix* pool_grad) {
-  return launch_scatter_add(modules, count, *pool_grad, nullptr);
+int mos_scatter_add(const FactorGradient* modules, int count, const Inverse* inverse, const Matrix* pool_grad) {
+  return launch_scatter_add(modules, count, *inverse, *pool_grad, nullptr);
 }
 
 // What the last launch was: grid x, y, z, threads, bytes of shared memory; returns "kernel arithmetic"'s two halves.
