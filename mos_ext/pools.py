@@ -18,10 +18,10 @@ from .config import MoSConfig
 from .merging import version
 from .ops.branch import Branch, Recipe
 from .ops.checks import check_integer, check_number
-from .ops.handles import Stash, factor_handles, run_last
+from .ops.handles import Stash, Tables, factor_handles, run_last
 from .ops.watch import without_autocast
 from .planner import LinearType, shape_of, whole
-from .routing import IndexTables, check_ranks, draw_tables, origin
+from .routing import IndexTables, check_ranks, draw_tables, invert, origin
 
 
 def _stream(pool: Tensor) -> int:
@@ -36,7 +36,7 @@ class _Side(NamedTuple):
     """What layers use in place of a pool, and what it was made for."""
 
     pool: Tensor
-    tables: tuple[Tensor, ...]  # of each layer
+    tables: Tables
     stream: int
     handles: tuple[Tensor, ...]
     stash: Stash
@@ -212,10 +212,12 @@ class ShardPool(nn.Module):
         return self._table(self.index_a if side == "a" else self.index_b, layer)
 
     def _table(self, tables: Tensor, layer: int) -> Tensor:
-        first = tables.shape[1] - self.ranks[layer]  # the last r rows: private ranks come last
-        if self.experts:
-            return tables[layer * self.experts : (layer + 1) * self.experts, first:].contiguous()
-        return tables[layer, first:]
+        return tables[self._where(layer)].contiguous()
+
+    def _where(self, layer: int) -> tuple[int | slice, slice]:
+        """A layer's part of the tables of all."""
+        last = slice(-self.ranks[layer], None)  # of the r rows: private ranks come last
+        return slice(layer * self.experts, (layer + 1) * self.experts) if self.experts else layer, last
 
     def forward(self, layer: int, training: bool) -> Branch:
         """What a layer adds to its base, gradient handles included; in ``training`` with dropout."""
@@ -240,7 +242,8 @@ class ShardPool(nn.Module):
             )
         handle = None if direct else self._handle(side, pool, layer, inside)
         # (Slicing costs an eager layer 3 us; a traced one would take each slice for an input of its graph.)
-        table = self.table(side, layer) if torch.compiler.is_compiling() else self._side(side, pool).tables[layer]
+        traced = torch.compiler.is_compiling()
+        table = self.table(side, layer) if traced else self._side(side, pool).tables.indices[layer]
         if self._forward_hooks or "forward" in self.__dict__ or _has_any_global_hook():
             # Hooks may put something else into the parameter before the layer is done (casts do), and hang something
             # on what they see (profilers do), though handles are for ever.
@@ -252,7 +255,7 @@ class ShardPool(nn.Module):
     def _side(self, side: str, pool: Tensor) -> _Side:
         """What was made for a pool, with tables where its values are: offloading replaces parameters at every call."""
         made = self._sides[side]
-        if made.pool is not pool and made.tables[0].device != pool.device:
+        if made.pool is not pool and made.tables.indices[0].device != pool.device:
             self._renew()
             made = self._sides[side]
         return made
@@ -349,13 +352,18 @@ class ShardPool(nn.Module):
         """
         # (Tensors that took a parameter's place, as in functional_call, get their gradients without handles.)
         pools = [pool if isinstance(pool, nn.Parameter) else pool.detach() for pool in (self.shards_a, self.shards_b)]
-        # (torch.tensor, since from_numpy would make real ones among fakes.)
-        indices = [
-            torch.tensor(np.ascontiguousarray(table), dtype=torch.int32, device=pool.device)
-            for table, pool in zip((self.tables.a, self.tables.b), pools, strict=True)
-        ]
-        tables = [tuple(self._table(index, k) for k in range(self.num_layers)) for index in indices]
+
+        def on_device(array: np.ndarray, pool: Tensor) -> Tensor:
+            # (torch.tensor, since from_numpy would make real ones among fakes.)
+            return torch.tensor(np.ascontiguousarray(array), dtype=torch.int32, device=pool.device)
+
         shapes = [shape_of(pool) for pool in (self.shards_a, self.shards_b)]
+        indices, tables, layers = [], [], range(self.num_layers)
+        for table, pool, (n, _) in zip((self.tables.a, self.tables.b), pools, shapes, strict=True):
+            indices.append(on_device(table, pool))
+            inverse = invert([table[self._where(k)] for k in layers], n)
+            of_layers = tuple(self._table(indices[-1], k) for k in layers)
+            tables.append(Tables(of_layers, *(on_device(array, pool) for array in inverse)))
         stashes = [Stash(*of) for of in zip(pools, shapes, tables, strict=True)]
         with torch.enable_grad():
             handles = factor_handles(pools, shapes, tables, stashes)

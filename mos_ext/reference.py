@@ -31,15 +31,26 @@ def gather_concat(pool: Tensor, index: Tensor) -> Tensor:
     return pool[index.long()].reshape(index.shape[0], index.shape[1] * pool.shape[1])
 
 
-def scatter_add(grads: Sequence[Tensor], indices: Sequence[Tensor], num_shards: int) -> Tensor:
+def scatter_add(
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    num_shards: int,
+    starts: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
     """Adjoint of :func:`gather_concat` for all modules of one pool: every segment is added to the shard it came from.
 
-    grads: (r_k, d) each, indices: (r_k, l) each -> (num_shards, d/l) in the accumulation dtype.
+    grads: (r_k, d) each, or (0, d) of a module that got none, indices: (r_k, l) each -> (num_shards, d/l) in the
+    accumulation dtype. ``starts`` (num_shards + 1,) and ``places`` (entries, 2), int32 both, are the inverse of all
+    tables, for kernels alone: shard m is used at places[starts[m]] to places[starts[m + 1]], each a module and a
+    position in its table, in ascending order.
     """
     shard_size = grads[0].shape[1] // indices[0].shape[1] if indices[0].shape[1] else 0
     out = grads[0].new_zeros(num_shards, shard_size, dtype=accumulate_dtype(grads[0].dtype))
     for grad, index in zip(grads, indices, strict=True):
-        out.index_put_((index.long().flatten(),), grad.to(out.dtype).reshape(-1, shard_size), accumulate=True)
+        out.index_put_(
+            (index[: grad.shape[0]].long().flatten(),), grad.to(out.dtype).reshape(-1, shard_size), accumulate=True
+        )
     return out
 
 

@@ -142,6 +142,22 @@ def draw_tables(config: MoSConfig, linear_type: str, ranks: Sequence[int]) -> In
     return IndexTables(a, side("b") if config.pair_dissociation else a.copy(), origin(config, linear_type, ranks))
 
 
+def invert(tables: Sequence[np.ndarray], num_shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each shard is used: ``starts`` (num_shards + 1,) and ``places`` (entries, 2), int32.
+
+    Shard m is at places[starts[m]] to places[starts[m + 1]], each the number of a table and a position in it, in
+    ascending order.
+    """
+    entries = np.concatenate([table.ravel() for table in tables])
+    sizes = [table.size for table in tables]
+    module = np.repeat(np.arange(len(tables), dtype=np.int32), sizes)
+    position = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+    # Sorting keys that say both takes 2 ms for 393,216 entries, a stable argsort of the entries 40.
+    order = np.sort(entries.astype(np.int64) << 32 | np.arange(len(entries))) & 0xFFFFFFFF
+    starts = np.concatenate(([0], np.cumsum(np.bincount(entries, minlength=num_shards)))).astype(np.int32)
+    return starts, np.stack((module[order], position[order]), axis=1)
+
+
 def origin(config: MoSConfig, stream: str, ranks: Sequence[int]) -> tuple:
     """All that a draw depends on."""
     shape = config.equivalent_rank, config.private_rank, config.shards_per_vector, tuple(ranks)

@@ -13,7 +13,7 @@ import emulator
 import grid
 import numpy as np
 import pytest
-from kernels import Kernels, encode
+from kernels import Kernels, encode, inverse_of
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent / "csrc" / "cuda"
@@ -70,7 +70,7 @@ def test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned, dtype
     shard = 16 if aligned else 5
     pool, index = np.zeros((8, shard), np.float32), np.array([[0, entry], [1, 2], [3, 4], [5, 6]])
     x, s = encode(np.zeros((4, 2 * shard)), dtype), np.zeros((1, 4, 4), np.float32)
-    factor = (pool, "f32", index)
+    factor, inverse = (pool, "f32", index), inverse_of([np.arange(8).reshape(4, 2)], 8)
     calls = {
         "shrink": lambda: kernels.shrink(x, dtype, *factor),
         "expand": lambda: kernels.expand(s, dtype, *factor, 1.0),
@@ -78,12 +78,38 @@ def test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned, dtype
         "shrink_backward": lambda: kernels.shrink_backward(x, dtype, s, *factor),
         "gather_concat": lambda: kernels.gather_concat(pool, "f32", index),
         "scatter_add": lambda: kernels.scatter_add([x], dtype, [index], 8),
+        "scatter_add by inverse": lambda: kernels.scatter_add([x], dtype, [index], 8, inverse=inverse),
     }
     for name, call in calls.items():
         with pytest.raises(RuntimeError, match="trap"):
             call()
         kernels.emulator.free()
-        assert kernels.last_launch()[0] == name
+        assert kernels.last_launch()[0] == name.removesuffix(" by inverse")
+
+
+WRONG_INVERSES = [  # which of starts and places, where, and what stands there
+    (0, 2, -1),
+    (0, 2, 9),
+    (0, 8, 9),
+    (0, 3, 6),
+    (1, (3, 0), -1),
+    (1, (3, 0), 2),
+    (1, (3, 1), -1),
+    (1, (3, 1), 4),
+    (1, (3, 1), 2),
+]
+
+
+@pytest.mark.parametrize(("array", "entry", "wrong"), WRONG_INVERSES)
+def test_a_wrong_inverse_stops_the_kernel(kernels, array, entry, wrong):
+    """Beyond its places, the modules or a table, or at an entry of another shard: a lost gradient, or another's."""
+    indices = [np.array([[0, 1], [2, 3]]), np.array([[4, 5], [6, 7]])]
+    grads = [np.ones((2, 10), np.float32)] * 2
+    inverse = inverse_of(indices, 8)
+    inverse[array][entry] = wrong
+    with pytest.raises(RuntimeError, match="trap"):
+        kernels.scatter_add(grads, "f32", indices, 8, inverse=inverse)
+    kernels.emulator.free()
 
 
 # What computes on tensors; the rest of the suite is about files, sources and builds.
@@ -97,8 +123,8 @@ SUITES = {
 def test_the_library_on_emulated_kernels(suite):
     """The suite itself, from autograd down to the kernels: bindings (ops.cpp), operators, layers, models."""
     emulator.build_operators()
-    # The CPU refuses a wrong index by its value, the kernels stop; the latter is tested above.
-    other = "index_out_of_range_is_refused_before"
+    # The CPU refuses a wrong index, or inverse, by its values, the kernels stop; the latter is tested above.
+    other = "is_refused_before_memory_is_touched"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "operators", "-p", "no:cacheprovider", "-k", f"not {other}"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from mos_ext.functional import mos_linear
 from mos_ext.ops import schema
 from mos_ext.ops.checks import why_not_native
 from mos_ext.ops.schema import OPERATORS as NAMES
+from mos_ext.routing import invert
 from mos_ext.testing import assert_error_ratio, check_case, random_case
 
 ops = torch.ops.mos_ext
@@ -163,6 +165,55 @@ def test_gather_is_exact_and_scatter_is_its_adjoint(dtype, device):
     torch.testing.assert_close(forward, adjoint, rtol=1e-12, atol=1e-12)
 
 
+def sums_in_order(grads, indices, num_shards):
+    """The pool's gradient by one addition after the other, in the order of modules and positions."""
+    sums = np.float64 if grads[0].dtype == torch.float64 else np.float32
+    out = np.zeros((num_shards, grads[0].shape[1] // indices[0].shape[1]), sums)
+    for grad, index in zip(grads, indices, strict=True):
+        parts = grad.cpu().double().numpy().astype(sums).reshape(-1, out.shape[1])
+        np.add.at(out, index.cpu().numpy().ravel()[: len(parts)], parts)
+    return torch.from_numpy(out)
+
+
+def inverse_of(indices, num_shards, device):
+    return [torch.from_numpy(array).to(device) for array in invert([i.cpu().numpy() for i in indices], num_shards)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("ranks", "l", "shard", "num_shards"),
+    [
+        ((1,), 1, 1, 3),
+        ((3, 1, 8), 5, 12, 40),  # shards that nobody uses
+        ((2, 5, 2), 3, 7, 2),  # shards that everybody uses, many times
+        ((4,) * 70, 2, 4, 300),  # more modules than a launch takes
+        ((64, 48), 4, 40, 500),  # several tasks
+    ],
+)
+def test_scatter_adds_in_the_order_of_modules_and_positions(ranks, l, shard, num_shards, dtype, device):
+    """To the bit, by the inverse or without it; of all modules, or of those that have a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    used = max(1, num_shards * 3 // 4)
+    indices = [torch.randint(0, used, (r, l), generator=generator, dtype=torch.int32).to(device) for r in ranks]
+    grads = [torch.randn(r, l * shard, generator=generator).to(dtype).to(device) for r in ranks]
+    inverse = inverse_of(indices, num_shards, device)
+    strided = [torch.cat((g, g[:, :3]), dim=1)[:, : g.shape[1]] for g in grads]
+    columns = [g.t().contiguous().t() for g in grads]
+    some = [g[:0] if k % 2 else g for k, g in enumerate(grads)]
+    last = [g[: len(g) * (k == len(grads) - 1)] for k, g in enumerate(grads)]
+    for given in (grads, strided, columns, some, last):
+        want = sums_in_order(given, indices, num_shards)
+        for way in ((), inverse):
+            got = ops.scatter_add(given, indices, num_shards, *way).cpu()
+            assert torch.equal(got, want)
+            assert got.dtype == reference.accumulate_dtype(dtype)
+            assert torch.equal(ops.scatter_add(given, indices, num_shards, *way).cpu(), got)
+    far = [torch.stack((t, t), -1)[..., 0] for t in inverse]  # strided themselves
+    assert torch.equal(
+        ops.scatter_add(grads, indices, num_shards, *far).cpu(), sums_in_order(grads, indices, num_shards)
+    )
+
+
 def arguments_of(name, device, dtype=torch.float32):
     """Small valid arguments of an operator."""
     case = random_case(5, 12, 12, 3, 2, dtype=dtype, device=device)
@@ -209,6 +260,24 @@ def test_opcheck_with_gradients(name, device):
         return a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
 
     torch.library.opcheck(getattr(ops, name).default, tuple(leaf(a) for a in arguments_of(name, device)))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_scatter_add_by_the_inverse(requires_grad, device):
+    generator = torch.Generator().manual_seed(0)
+    indices = [torch.randint(0, 9, (r, 2), generator=generator, dtype=torch.int32).to(device) for r in (3, 2, 4)]
+    grads = [torch.randn(r, 12, device=device, requires_grad=requires_grad) for r in (3, 0, 4)]
+    torch.library.opcheck(ops.scatter_add.default, (grads, indices, 9, *inverse_of(indices, 9, device)))
+
+
+def test_gradients_of_scatter_add_by_the_inverse(device):
+    """Those of modules that gave nothing are empty, like what they gave."""
+    indices = [torch.tensor(t, dtype=torch.int32, device=device) for t in ([[0, 1]], [[1, 2]], [[2, 2]])]
+    grads = [torch.ones(r, 4, device=device, dtype=torch.float64, requires_grad=True) for r in (1, 0, 1)]
+    out = ops.scatter_add(grads, indices, 4, *inverse_of(indices, 4, device))
+    assert out.tolist() == [[1, 1], [1, 1], [2, 2], [0, 0]]
+    factors = torch.autograd.grad(out, grads, torch.arange(8.0, dtype=torch.float64, device=device).view(4, 2))
+    assert [f.tolist() for f in factors] == [[[0, 1, 2, 3]], [], [[4, 5, 4, 5]]]
 
 
 @pytest.mark.parametrize("name", ["gather_concat", "shrink", "expand"])
@@ -427,6 +496,49 @@ def test_index_out_of_range_is_refused_before_memory_is_touched():
             ops.shrink(case.x, case.pool_a, index, 0.0, None)
         with pytest.raises((RuntimeError, IndexError), match=r"index must be in \[0, 12\)"):
             ops.scatter_add([torch.ones(3, 12)], [index], 12)
+
+
+def test_a_wrong_inverse_is_refused_before_memory_is_touched():
+    """Beyond its places, the modules or a table; an entry of another shard, out of order, twice or not at all."""
+    indices = [torch.tensor(t, dtype=torch.int32) for t in ([[0, 1], [2, 3]], [[4, 5], [6, 6]])]
+    grads = [torch.ones(2, 10)] * 2
+    starts, places = inverse_of(indices, 8, "cpu")
+    for array, entry, wrong in (
+        *((starts, e, w) for e, w in ((0, 1), (2, -1), (2, 9), (8, 9), (3, 6), (5, 4), (8, 7))),
+        *((places, (7, 0), w) for w in (-1, 0, 2)),
+        *((places, (7, 1), w) for w in (-1, 1, 2, 4)),
+        *((places, (6, 1), w) for w in (3,)),
+    ):
+        before = array[entry].clone()
+        array[entry] = wrong
+        with pytest.raises(RuntimeError, match="starts and places must be the inverse of indices"):
+            ops.scatter_add(grads, indices, 8, starts, places)
+        array[entry] = before
+    places[6], places[7] = places[7].clone(), places[6].clone()
+    with pytest.raises(RuntimeError, match="starts and places must be the inverse of indices"):
+        ops.scatter_add(grads, indices, 8, starts, places)
+    with pytest.raises(RuntimeError, match=re.escape("index must be in [0, 6)")):
+        ops.scatter_add(grads, indices, 6, starts[:7], places)
+
+
+def test_operands_of_scatter_add_that_do_not_fit(device):
+    index = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device=device)
+    starts, places = inverse_of([index], 4, device)
+    grad = torch.ones(2, 10, device=device)
+    for way, message in (
+        ((starts, None), "starts and places must come together"),
+        ((None, places), "starts and places must come together"),
+        ((starts[1:], places), "starts must be (num_shards + 1,) int32"),
+        ((starts.long(), places), "starts must be (num_shards + 1,) int32"),
+        ((starts, places[:, :1]), "places must be (entries, 2) int32"),
+        ((starts, places.flatten()), "places must be (entries, 2) int32"),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            ops.scatter_add([grad], [index], 4, *way)
+    with pytest.raises(
+        RuntimeError, match=re.escape("grads must be (r, l * shard_size) of one dtype, or have no rows")
+    ):
+        ops.scatter_add([grad[:1]], [index], 4)
 
 
 @pytest.mark.parametrize("rows", [1, 2048])  # many column blocks, and one

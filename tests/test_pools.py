@@ -87,6 +87,23 @@ def test_one_scatter_per_pool_and_backward_pass():
         assert count.calls["scatter_add.default"] == 4  # two linear types, two pools each
 
 
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("given", [(0, 1, 2), (1,), (0, 2)])
+def test_a_pool_s_gradient_is_the_sum_in_the_order_of_layers_and_positions(given, dtype, experts):
+    """To the bit, of layers of different ranks, some of which have no gradient in this pass."""
+    config = MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, private_rank=1, pool_dtype=str(dtype)[6:])
+    pool = ShardPool(config, 10, 6, 3, experts=experts, ranks=(4, 2, 3))
+    for side, parameter in (("a", pool.shards_a), ("b", pool.shards_b)):
+        handles = [pool.handle(side, k) for k in given]
+        factors = [torch.randn(h.shape, dtype=dtype) for h in handles]
+        want = np.zeros(parameter.shape, parameter.detach().numpy().dtype)
+        for k, factor in zip(given, factors, strict=True):
+            np.add.at(want, pool.table(side, k).numpy().ravel(), factor.numpy().reshape(-1, want.shape[1]))
+        (got,) = torch.autograd.grad(handles, [parameter], factors)
+        assert torch.equal(got, torch.from_numpy(want))
+
+
 def test_backward_allocates_no_pool_sized_tensor_per_layer():
     """Bytes made by the low-rank part of one layer's backward do not depend on the number of shards."""
 

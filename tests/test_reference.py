@@ -16,6 +16,7 @@ def test_scatter_add_by_hand():
     index = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
     assert reference.scatter_add([grad], [index], 4).tolist() == [[3, 4], [12, 14], [1, 2], [0, 0]]
     assert reference.scatter_add([grad, grad], [index, index], 4).tolist() == [[6, 8], [24, 28], [2, 4], [0, 0]]
+    assert reference.scatter_add([grad[:0], grad], [index, index], 4).tolist() == [[3, 4], [12, 14], [1, 2], [0, 0]]
 
 
 def test_linear_by_hand():

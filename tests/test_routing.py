@@ -1,6 +1,7 @@
 """Index tables: the paper's draw, its invariants over all configurations, and tables that never change."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mos_ext import MoSConfig
-from mos_ext.routing import IndexTables, check_ranks, check_tables, draw_tables
+from mos_ext.routing import IndexTables, check_ranks, check_tables, draw_tables, invert
 
 
 @st.composite
@@ -183,3 +184,18 @@ def test_nearest_valid_values_are_valid():
             if bad["equivalent_rank"] >= max(1, p):
                 with pytest.raises(ValueError, match="must"):
                     check_ranks(MoSConfig(private_rank=p, **bad), 64, 64, layers)
+
+
+@given(st.integers(1, 12), st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=6), st.data())
+@settings(max_examples=100, deadline=None)
+def test_invert(num_shards, shapes, data):
+    """Every entry once, at its shard, in the order of tables and positions."""
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    tables = [draw.integers(0, num_shards, shape).astype(np.int32) for shape in shapes]
+    starts, places = invert(tables, num_shards)
+    assert (starts.dtype, places.dtype, starts.shape) == (np.int32, np.int32, (num_shards + 1,))
+    uses = [
+        [(k, q) for k, t in enumerate(tables) for q, m in enumerate(t.ravel()) if m == s] for s in range(num_shards)
+    ]
+    assert [[tuple(p) for p in places[a:b].tolist()] for a, b in itertools.pairwise(starts)] == uses
+    assert (starts[0], starts[-1]) == (0, len(places))

@@ -48,12 +48,29 @@ struct Groups {
   explicit operator bool() const { return ends != nullptr; }
 };
 
-// One module's share of a pool gradient: the gradient (rank, cols) of its factor, and the table it
-// was gathered with.
+// One module's share of a pool gradient: the gradient (rank, cols) of its factor, or one without rows if it got none,
+// and the table it was gathered with.
 struct FactorGradient {
   Matrix grad;
   const int32_t* index;
   int64_t shards_per_vector;
+
+  int64_t entries() const { return grad.rows * shards_per_vector; }
+};
+
+// An entry of a table that names a shard.
+struct Place {
+  int32_t module, position;
+};
+
+// The inverse of the tables of all modules: shard m is used at places[starts[m]] to places[starts[m + 1]], in the order
+// of modules and positions.
+struct Inverse {
+  const int32_t* starts = nullptr;  // (num_shards + 1,); null where nobody has made one
+  const Place* places = nullptr;    // (count,)
+  int64_t count = 0;
+
+  explicit operator bool() const { return starts != nullptr; }
 };
 
 // Dropout regenerated from a counter (philox.h), never stored. threshold == 0 keeps everything.

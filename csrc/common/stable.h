@@ -151,13 +151,35 @@ class __attribute__((visibility("hidden"))) GroupsArgument {
   std::optional<Tensor> rows_, ranks_, scales_;
 };
 
+// The tensors behind an inverse of tables, contiguous, kept alive together with the view.
+class InverseArgument {
+ public:
+  InverseArgument(const std::optional<Tensor>& starts, const std::optional<Tensor>& places, int64_t num_shards) {
+    STD_TORCH_CHECK(starts.has_value() == places.has_value(), "starts and places must come together");
+    if (!starts.has_value()) return;
+    STD_TORCH_CHECK(starts->dim() == 1 && starts->size(0) == num_shards + 1 && starts->scalar_type() == ScalarType::Int,
+                    "starts must be (num_shards + 1,) int32");
+    STD_TORCH_CHECK(places->dim() == 2 && places->size(1) == 2 && places->scalar_type() == ScalarType::Int,
+                    "places must be (entries, 2) int32");
+    starts_ = as_contiguous(*starts);
+    places_ = as_contiguous(*places);
+    view = {static_cast<const int32_t*>(starts_->const_data_ptr()),
+            static_cast<const Place*>(places_->const_data_ptr()), places_->size(0)};
+  }
+
+  Inverse view;
+
+ private:
+  std::optional<Tensor> starts_, places_;
+};
+
 // One module of a scatter_add; grad comes from rows_contiguous and both must outlive it.
 inline FactorGradient factor_gradient_of(const Tensor& grad, const Tensor& index, int64_t shard_size,
                                          ScalarType dtype) {
   STD_TORCH_CHECK(index.dim() == 2 && index.is_contiguous() && index.scalar_type() == ScalarType::Int &&
-                      grad.size(0) == index.size(0) && grad.size(1) == index.size(1) * shard_size &&
-                      grad.scalar_type() == dtype,
-                  "grads must be (r, l * shard_size) of one dtype and indices (r, l) int32");
+                      (grad.size(0) == index.size(0) || grad.size(0) == 0) &&
+                      grad.size(1) == index.size(1) * shard_size && grad.scalar_type() == dtype,
+                  "grads must be (r, l * shard_size) of one dtype, or have no rows, and indices (r, l) int32");
   return {matrix_of(grad), static_cast<const int32_t*>(index.const_data_ptr()), index.size(1)};
 }
 

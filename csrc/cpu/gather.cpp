@@ -22,35 +22,30 @@ size_t dtype_size(DType dtype) {
   return 0;
 }
 
-// Sums the segments of shards [first, last). Every task scans all tables, r * l integers a module,
-// for the shards it owns: no transposed table to build, keep and keep valid, and each pool row is
-// written by one task in a fixed order.
+// Sums the segments of shards [first, last).
 template <class G>
-void scatter_shards(const std::vector<FactorGradient>& modules, const Matrix& pool_grad, int64_t first, int64_t last) {
+void scatter_shards(const std::vector<FactorGradient>& modules, const Inverse& inverse, const Matrix& pool_grad,
+                    int64_t first, int64_t last) {
   using T = accumulate_t<G>;
-  T* out = static_cast<T*>(pool_grad.data);
   const int64_t shard_size = pool_grad.cols;
-  std::vector<bool> written(static_cast<size_t>(last - first));
-  for (const FactorGradient& module : modules) {
-    const int64_t l = module.shards_per_vector, entries = module.grad.rows * l;
-    for (int64_t q = 0; q < entries; ++q) {
-      const int64_t m = module.index[q];
-      if (m < first || m >= last) continue;
-      const G* segment =
-          static_cast<const G*>(module.grad.data) + (q / l) * module.grad.row_stride + (q % l) * shard_size;
-      T* row = out + m * pool_grad.row_stride;
-      if (written[static_cast<size_t>(m - first)]) {
+  for (int64_t m = first; m < last; ++m) {
+    T* row = static_cast<T*>(pool_grad.data) + m * pool_grad.row_stride;
+    bool written = false;
+    for (int64_t i = inverse.starts[m]; i < inverse.starts[m + 1]; ++i) {
+      const Place place = inverse.places[i];
+      const FactorGradient& module = modules[static_cast<size_t>(place.module)];
+      if (module.grad.rows == 0) continue;
+      const int32_t l = static_cast<int32_t>(module.shards_per_vector);
+      const G* segment = static_cast<const G*>(module.grad.data) + (place.position / l) * module.grad.row_stride +
+                         (place.position % l) * shard_size;
+      if (written) {
         for (int64_t c = 0; c < shard_size; ++c) row[c] += static_cast<T>(segment[c]);
       } else {
         for (int64_t c = 0; c < shard_size; ++c) row[c] = static_cast<T>(segment[c]);
-        written[static_cast<size_t>(m - first)] = true;
+        written = true;
       }
     }
-  }
-  for (int64_t m = first; m < last; ++m) {
-    if (!written[static_cast<size_t>(m - first)]) {
-      std::memset(out + m * pool_grad.row_stride, 0, static_cast<size_t>(shard_size) * sizeof(T));
-    }
+    if (!written) std::memset(row, 0, static_cast<size_t>(shard_size) * sizeof(T));
   }
 }
 
@@ -76,15 +71,57 @@ void gather_concat(const Factor& factor, const Matrix& out, const ParallelFor& p
   });
 }
 
-void scatter_add(const std::vector<FactorGradient>& modules, const Matrix& pool_grad, const ParallelFor& parallel) {
-  // 64 tasks balance well up to 32 threads; more would only scan the tables more often, as would tasks of less than
-  // 8192 elements, 2 us.
+InverseOf::InverseOf(const std::vector<FactorGradient>& modules, int64_t num_shards)
+    : starts_(static_cast<size_t>(num_shards) + 1) {
+  // Counts of shard m at m + 1; then the sums before them; then each entry is put at its shard's next place.
+  for (const FactorGradient& module : modules) {
+    for (int64_t q = 0; q < module.entries(); ++q) ++starts_[static_cast<size_t>(module.index[q]) + 1];
+  }
+  for (size_t m = 1; m < starts_.size(); ++m) starts_[m] += starts_[m - 1];
+  places_.resize(static_cast<size_t>(starts_.back()));
+  std::vector<int32_t> next(starts_);
+  for (size_t k = 0; k < modules.size(); ++k) {
+    for (int64_t q = 0; q < modules[k].entries(); ++q) {
+      places_[static_cast<size_t>(next[static_cast<size_t>(modules[k].index[q])]++)] = {static_cast<int32_t>(k),
+                                                                                        static_cast<int32_t>(q)};
+    }
+  }
+}
+
+bool inverts(const Inverse& inverse, const std::vector<FactorGradient>& modules, int64_t num_shards) {
+  if (inverse.starts[0] != 0 || inverse.starts[num_shards] != inverse.count) return false;
+  int64_t missing = 0;
+  for (const FactorGradient& module : modules) missing += module.entries();
+  for (int64_t m = 0; m < num_shards; ++m) {
+    const int64_t first = inverse.starts[m], last = inverse.starts[m + 1];
+    if (last < first || last > inverse.count) return false;
+    Place before{-1, 0};
+    for (int64_t i = first; i < last; ++i) {
+      const Place place = inverse.places[i];
+      if (place.module < 0 || place.module >= static_cast<int64_t>(modules.size())) return false;
+      const FactorGradient& module = modules[static_cast<size_t>(place.module)];
+      if (module.grad.rows == 0) continue;
+      if (place.position < 0 || place.position >= module.entries() || module.index[place.position] != m) return false;
+      // Ascending in a shard, and each entry at its own shard: none can be there twice.
+      if (place.module < before.module || (place.module == before.module && place.position <= before.position)) {
+        return false;
+      }
+      before = place;
+      --missing;
+    }
+  }
+  return missing == 0;
+}
+
+void scatter_add(const std::vector<FactorGradient>& modules, const Inverse& inverse, const Matrix& pool_grad,
+                 const ParallelFor& parallel) {
+  // 64 tasks balance well up to 32 threads; a task of less than 8192 elements takes 2 us.
   const int64_t tasks = max64(1, min64(64, pool_grad.rows * pool_grad.cols / 8192));
   const int64_t chunk = max64(1, ceil_div(pool_grad.rows, tasks));
   const DType dtype = modules.empty() ? pool_grad.dtype : modules[0].grad.dtype;
   parallel(ceil_div(pool_grad.rows, chunk), [&](int64_t i) {
     dispatch_dtype(dtype, [&](auto tag) {
-      scatter_shards<typename decltype(tag)::type>(modules, pool_grad, i * chunk,
+      scatter_shards<typename decltype(tag)::type>(modules, inverse, pool_grad, i * chunk,
                                                    min64(pool_grad.rows, (i + 1) * chunk));
     });
   });

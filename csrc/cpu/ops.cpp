@@ -55,7 +55,9 @@ Tensor gather_concat_op(const Tensor& pool, const Tensor& index) {
   return out;
 }
 
-Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, int64_t num_shards) {
+Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, int64_t num_shards,
+                      const std::optional<Tensor>& starts = std::nullopt,
+                      const std::optional<Tensor>& places = std::nullopt) {
   STD_TORCH_CHECK(!grads.empty() && grads.size() == indices.size(), "need one index for each of one or more grads");
   const int64_t shard_size = indices[0].size(1) ? grads[0].size(1) / indices[0].size(1) : 0;
   std::vector<FactorGradient> modules;
@@ -64,11 +66,17 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
     indices[k] = as_contiguous(indices[k]);
     modules.push_back(factor_gradient_of(grads[k], indices[k], shard_size, grads[0].scalar_type()));
     const FactorGradient& table = modules.back();
-    STD_TORCH_CHECK(first_bad_index(table.index, table.grad.rows * table.shards_per_vector, num_shards) < 0,
-                    "index must be in [0, ", num_shards, ")");
+    STD_TORCH_CHECK(first_bad_index(table.index, table.entries(), num_shards) < 0, "index must be in [0, ", num_shards,
+                    ")");
   }
+  const InverseArgument given(starts, places, num_shards);
+  STD_TORCH_CHECK(!given.view || inverts(given.view, modules, num_shards),
+                  "starts and places must be the inverse of indices");
   Tensor out = new_matrix(grads[0], num_shards, shard_size, accumulate_type(grads[0]));
-  scatter_add(modules, output_matrix_of(out), torch_parallel);
+  const auto scatter = [&](const Inverse& inverse) {
+    scatter_add(modules, inverse, output_matrix_of(out), torch_parallel_in_turn);
+  };
+  given.view ? scatter(given.view) : scatter(InverseOf(modules, num_shards).view());
   return out;
 }
 

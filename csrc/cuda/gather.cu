@@ -1,9 +1,9 @@
 // Gather-concat, and K5, its exact adjoint.
 //
 // Traffic: gather reads and writes r * d elements once. The adjoint reads every factor gradient once and writes the
-// pool gradient once; the index tables (r * l integers a module) are scanned by every warp, out of L1 and L2. No
-// atomics and no barriers: each element of the pool gradient belongs to one thread, which adds in module and position
-// order, so runs are bitwise equal.
+// pool gradient once; a warp goes through its shard's part of the inverse, or, where there is none (one layer's tables,
+// r * l integers), scans them, out of L1 and L2. No atomics and no barriers: each element of the pool gradient belongs
+// to one thread, which adds in module and position order, so runs are bitwise equal.
 #include "tiles.h"
 
 namespace mos::cuda {
@@ -65,14 +65,34 @@ struct ScatterParams {
   ScatterModule module[kScatterModules];
   void* out;
   int64_t num_shards, shard_size;
-  int32_t count;
-  bool accumulate;  // add to out (every launch but the first)
+  Inverse inverse;
+  int32_t first, count, total;  // modules of this launch, of all launches
+  bool accumulate;              // add to out (every launch but the first)
 };
 
-// Blocks (x: shards, strided; y: columns, kColumns a lane). A warp looks for its shard in 32 entries of a table at once
-// and adds the matches in ascending order.
+// Whether a position of a module's table names a shard.
+MOS_DEVICE bool names(const ScatterModule& module, int position, int64_t shard) {
+  return position >= 0 && position < module.entries && module.index[position] == shard;
+}
+
+// sum += this lane's columns of the segment at a position of a module's table.
+template <class G, class S, int kColumns>
+MOS_DEVICE void add_segment(S (&sum)[kColumns], const ScatterModule& module, int position, int64_t column,
+                            int64_t shard_size) {
+  const int64_t row = position / module.shards_per_vector, part = position % module.shards_per_vector;
+  const G* source = static_cast<const G*>(module.grad) + row * module.row_stride + part * shard_size + column;
+  if constexpr (kColumns == 4) {
+    add_planes<1>(sum, source, 0, 1, true, 4);
+  } else {
+    sum[0] += static_cast<S>(to_sum(source[0]));
+  }
+}
+
+// Blocks (x: shards, strided; y: columns, kColumns a lane). A warp looks at 32 places of its shard, or, without an
+// inverse, for its shard in 32 entries of a table, and adds those that are this launch's in ascending order.
 template <class G, class S, int kColumns>
 __global__ void __launch_bounds__(kThreads) scatter_add_kernel(const __grid_constant__ ScatterParams p) {
+  constexpr unsigned kAll = 0xFFFFFFFFu;
   const int lane = threadIdx.x % kWarp;
   const int64_t column = (blockIdx.y * static_cast<int64_t>(kThreads) + threadIdx.x) * kColumns;
   const bool mine = column < p.shard_size;
@@ -81,21 +101,31 @@ __global__ void __launch_bounds__(kThreads) scatter_add_kernel(const __grid_cons
     S sum[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) sum[c] = p.accumulate && mine ? out[shard * p.shard_size + column + c] : S(0);
-    for (int k = 0; k < p.count; ++k) {
-      const ScatterModule& module = p.module[k];
-      const G* grad = static_cast<const G*>(module.grad) + column;
-      for (int first = 0; first < module.entries; first += kWarp) {
-        const int64_t index = first + lane < module.entries ? module.index[first + lane] : -1;
-        if (first + lane < module.entries && (index < 0 || index >= p.num_shards)) trap();
-        for (unsigned bits = __ballot_sync(0xFFFFFFFFu, index == shard); bits; bits &= bits - 1) {
-          const int q = first + __ffs(static_cast<int>(bits)) - 1;
-          const int64_t row = q / module.shards_per_vector, part = q % module.shards_per_vector;
-          const G* source = grad + row * module.row_stride + part * p.shard_size;
-          if (!mine) continue;
-          if constexpr (kColumns == 4) {
-            add_planes<1>(sum, source, 0, 1, true, 4);
-          } else {
-            sum[0] += static_cast<S>(to_sum(source[0]));
+    if (p.inverse.starts != nullptr) {
+      const int64_t begin = p.inverse.starts[shard], end = p.inverse.starts[shard + 1];
+      if (begin < 0 || end < begin || end > p.inverse.count) trap();
+      for (int64_t first = begin; first < end; first += kWarp) {
+        const bool inside = first + lane < end;
+        const Place place = inside ? p.inverse.places[first + lane] : Place{};
+        if (inside && (place.module < 0 || place.module >= p.total)) trap();
+        const int k = place.module - p.first;
+        const bool here = inside && k >= 0 && k < p.count && p.module[k].entries > 0;
+        if (here && !names(p.module[k], place.position, shard)) trap();
+        for (unsigned bits = __ballot_sync(kAll, here); bits; bits &= bits - 1) {
+          const int from = __ffs(static_cast<int>(bits)) - 1;
+          const int module = __shfl_sync(kAll, k, from), position = __shfl_sync(kAll, place.position, from);
+          if (mine) add_segment<G>(sum, p.module[module], position, column, p.shard_size);
+        }
+      }
+    } else {
+      for (int k = 0; k < p.count; ++k) {
+        const ScatterModule& module = p.module[k];
+        for (int first = 0; first < module.entries; first += kWarp) {
+          const int64_t index = first + lane < module.entries ? module.index[first + lane] : -1;
+          if (first + lane < module.entries && (index < 0 || index >= p.num_shards)) trap();
+          for (unsigned bits = __ballot_sync(kAll, index == shard); bits; bits &= bits - 1) {
+            const int position = first + __ffs(static_cast<int>(bits)) - 1;
+            if (mine) add_segment<G>(sum, module, position, column, p.shard_size);
           }
         }
       }
@@ -121,24 +151,27 @@ cudaError_t gather_as(const Factor& f, const Matrix& out, int64_t segment_bytes,
 }
 
 template <class G, class S, int kColumns>
-cudaError_t scatter_as(const FactorGradient* modules, int count, const Matrix& pool_grad, cudaStream_t stream) {
+cudaError_t scatter_as(const FactorGradient* modules, int count, const Inverse& inverse, const Matrix& pool_grad,
+                       cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(min64(pool_grad.rows, 65535)),
                   static_cast<unsigned>(ceil_div(pool_grad.cols, kThreads * kColumns)));
   for (int k = 0; k < count; ++k) {
     // The kernel counts entries of a table in 32 bits, with room for one warp past the end.
-    if (modules[k].grad.rows * modules[k].shards_per_vector > INT32_MAX - kWarp) return cudaErrorInvalidValue;
+    if (modules[k].entries() > INT32_MAX - kWarp) return cudaErrorInvalidValue;
   }
   for (int first = 0; first == 0 || first < count; first += kScatterModules) {
     ScatterParams params{};
     params.out = pool_grad.data;
     params.num_shards = pool_grad.rows;
     params.shard_size = pool_grad.cols;
+    params.inverse = inverse;
+    params.first = first;
+    params.total = count;
     params.count = static_cast<int32_t>(min64(count - first, kScatterModules));
     params.accumulate = first > 0;
     for (int k = 0; k < params.count; ++k) {
       const FactorGradient& m = modules[first + k];
-      params.module[k] = {m.grad.data, m.index, m.grad.row_stride,
-                          static_cast<int32_t>(m.grad.rows * m.shards_per_vector),
+      params.module[k] = {m.grad.data, m.index, m.grad.row_stride, static_cast<int32_t>(m.entries()),
                           static_cast<int32_t>(m.shards_per_vector)};
     }
     const cudaError_t error =
@@ -177,18 +210,19 @@ cudaError_t launch_gather_concat(const Factor& factor, const Matrix& out, cudaSt
   }
 }
 
-cudaError_t launch_scatter_add(const FactorGradient* modules, int count, const Matrix& pool_grad, cudaStream_t stream) {
+cudaError_t launch_scatter_add(const FactorGradient* modules, int count, const Inverse& inverse,
+                               const Matrix& pool_grad, cudaStream_t stream) {
   if (pool_grad.rows == 0 || pool_grad.cols == 0) return cudaSuccess;
   switch (count ? modules[0].grad.dtype : pool_grad.dtype) {
     case DType::f32:
-      return fours(modules, count, pool_grad) ? scatter_as<float, float, 4>(modules, count, pool_grad, stream)
-                                              : scatter_as<float, float, 1>(modules, count, pool_grad, stream);
+      return fours(modules, count, pool_grad) ? scatter_as<float, float, 4>(modules, count, inverse, pool_grad, stream)
+                                              : scatter_as<float, float, 1>(modules, count, inverse, pool_grad, stream);
     case DType::f64:
-      return scatter_as<double, double, 1>(modules, count, pool_grad, stream);
+      return scatter_as<double, double, 1>(modules, count, inverse, pool_grad, stream);
     case DType::bf16:
-      return scatter_as<bf16_t, float, 1>(modules, count, pool_grad, stream);
+      return scatter_as<bf16_t, float, 1>(modules, count, inverse, pool_grad, stream);
     case DType::f16:
-      return scatter_as<f16_t, float, 1>(modules, count, pool_grad, stream);
+      return scatter_as<f16_t, float, 1>(modules, count, inverse, pool_grad, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -121,7 +121,9 @@ constexpr int kScatterModules = 64;
 
 // Adjoint of gather_concat for `count` modules of a pool: pool_grad (num_shards, shard_size), contiguous and float
 // (double for double gradients), is overwritten with the sums in module order. More than kScatterModules take several
-// launches, in order.
-cudaError_t launch_scatter_add(const FactorGradient* modules, int count, const Matrix& pool_grad, cudaStream_t stream);
+// launches, in order. With an inverse, whose places are checked against the tables, each shard costs what its own
+// entries do; without one, a look at all tables.
+cudaError_t launch_scatter_add(const FactorGradient* modules, int count, const Inverse& inverse,
+                               const Matrix& pool_grad, cudaStream_t stream);
 
 }  // namespace mos::cuda

@@ -187,7 +187,9 @@ Tensor gather_concat_op(const Tensor& pool, const Tensor& index) {
   return out;
 }
 
-Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, int64_t num_shards) {
+Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, int64_t num_shards,
+                      const std::optional<Tensor>& starts = std::nullopt,
+                      const std::optional<Tensor>& places = std::nullopt) {
   STD_TORCH_CHECK(!grads.empty() && grads.size() == indices.size(), "need one index for each of one or more grads");
   const int64_t shard_size = indices[0].size(1) ? grads[0].size(1) / indices[0].size(1) : 0;
   const Launcher to(grads[0]);
@@ -199,8 +201,12 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
     check_device(indices[k], to.device, "indices");
     modules.push_back(factor_gradient_of(grads[k], indices[k], shard_size, grads[0].scalar_type()));
   }
+  if (starts.has_value()) check_device(*starts, to.device, "starts");
+  if (places.has_value()) check_device(*places, to.device, "places");
+  const InverseArgument inverse(starts, places, num_shards);
   Tensor out = new_matrix(grads[0], num_shards, shard_size, accumulate_type(grads[0]));
-  check_launch(launch_scatter_add(modules.data(), static_cast<int>(modules.size()), output_matrix_of(out), to.stream));
+  check_launch(launch_scatter_add(modules.data(), static_cast<int>(modules.size()), inverse.view, output_matrix_of(out),
+                                  to.stream));
   return out;
 }
 

@@ -53,14 +53,16 @@ def _expand_backward(ctx, dy):
 
 
 def _scatter_add_setup(ctx, inputs, output):
-    grads, indices, _ = inputs
-    ctx.save_for_backward(*indices)
+    grads, indices, *_ = inputs
+    ctx.save_for_backward(*(index[: grad.shape[0]] for grad, index in zip(grads, indices, strict=True)))
     ctx.dtype = grads[0].dtype
 
 
 def _scatter_add_backward(ctx, grad):
     indices = ctx.saved_tensors
-    return [ops.gather_concat(grad, index).to(ctx.dtype) for index in indices], [None] * len(indices), None
+    grads = [ops.gather_concat(grad, index).to(ctx.dtype) for index in indices]
+    # (The dispatcher drops arguments that are their defaults, and torch wants no gradients of those.)
+    return grads, [None] * len(indices), *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _grouped_mm_setup(ctx, inputs, output):

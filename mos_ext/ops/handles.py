@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,24 +25,38 @@ from .gradients import first_order, ops
 from .watch import below_autograd, unseen
 
 
+class Tables(NamedTuple):
+    """The tables of all layers of a pool, and where its shards are used.
+
+    Attributes:
+        indices: (r, l) int32 of each layer, (E, r, l) of a stack of experts.
+        starts, places: their inverse, as ``scatter_add`` wants it. Going by it costs what the gradients do; looking for
+            each shard in all tables costs (shards x entries), 24,576 x 393,216 where 48 layers have 128 experts.
+    """
+
+    indices: tuple[Tensor, ...]
+    starts: Tensor
+    places: Tensor
+
+
 class _FactorHandles(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
         shapes: Sequence[tuple[int, ...]],
-        indices: Sequence[Sequence[Tensor]],
+        tables: Sequence[Tables],
         stashes: Sequence[Stash | None],
         *pools: Tensor,
     ):
         ctx.set_materialize_grads(False)
         # Attributes, not save_for_backward: integer tables never change, and a node that saves nothing can run in
         # every step.
-        each = list(zip(shapes, indices, stashes, pools, strict=True))
-        ctx.pools = [(tables, stash, n, pool.dtype) for (n, _), tables, stash, pool in each]
-        handles = []
-        for (_, width), tables, _, pool in each:
+        ctx.pools, handles = [], []
+        for (n, width), of_pool, stash, pool in zip(shapes, tables, stashes, pools, strict=True):
+            flat = tuple(index.reshape(-1, index.shape[-1]) for index in of_pool.indices)
+            ctx.pools.append((of_pool._replace(indices=flat), stash, n, pool.dtype))
             origin = pool.new_zeros((), dtype=reference.accumulate_dtype(pool.dtype))
-            handles += [origin.expand(*i.shape[:-1], i.shape[-1] * width) for i in tables]
+            handles += [origin.expand(*i.shape[:-1], i.shape[-1] * width) for i in of_pool.indices]
         return tuple(handles)
 
     @staticmethod
@@ -49,15 +64,13 @@ class _FactorHandles(torch.autograd.Function):
     def backward(ctx, *grads):
         pool_grads, of_layers = [], iter(grads)
         with below_autograd(unseen()):
-            for indices, stash, num_shards, dtype in ctx.pools:
-                used, tables = [], []
-                for index in indices:
-                    if (grad := next(of_layers)) is not None:
-                        used.append(grad.reshape(-1, grad.shape[-1]))
-                        tables.append(index.reshape(-1, index.shape[-1]))
+            for (indices, starts, places), stash, num_shards, dtype in ctx.pools:
+                given = [next(of_layers) for _ in indices]
                 pool_grad = None
-                if used:
-                    pool_grad = ops.scatter_add(used, tables, num_shards)
+                if (some := next((grad for grad in given if grad is not None), None)) is not None:
+                    nothing = some.new_empty(0, some.shape[-1])
+                    flat = [nothing if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in given]
+                    pool_grad = ops.scatter_add(flat, indices, num_shards, starts, places)
                     if stash is not None and (stashed := stash.take()) is not None:
                         pool_grad += stashed
                     pool_grad = pool_grad.to(dtype)
@@ -68,14 +81,13 @@ class _FactorHandles(torch.autograd.Function):
 def factor_handles(
     pools: Sequence[Tensor],
     shapes: Sequence[tuple[int, ...]],
-    indices: Sequence[Sequence[Tensor]],
+    tables: Sequence[Tables],
     stashes: Sequence[Stash | None],
 ) -> list[tuple[Tensor, ...]]:
     """For each pool, one handle per layer: a storage-free (r, d) stand-in for its factor, whose gradient flows to the
-    pool. ``indices`` are the layers' tables, of each pool. ``shapes`` are the pools': ZeRO-3 leaves a parameter empty
-    while no layer uses it."""
-    handles = iter(_FactorHandles.apply(shapes, indices, stashes, *pools))
-    return [tuple(next(handles) for _ in tables) for tables in indices]
+    pool. ``shapes`` are the pools': ZeRO-3 leaves a parameter empty while no layer uses it."""
+    handles = iter(_FactorHandles.apply(shapes, tables, stashes, *pools))
+    return [tuple(next(handles) for _ in of_pool.indices) for of_pool in tables]
 
 
 def run_last(handles: Sequence[Tensor], last: bool) -> None:
@@ -102,14 +114,14 @@ class Stash:
     parameter sees one gradient.
     """
 
-    def __init__(self, pool: Tensor, shape: tuple[int, ...], indices: Sequence[Tensor]) -> None:
+    def __init__(self, pool: Tensor, shape: tuple[int, ...], tables: Tables) -> None:
         self.pool, self.delivered_in = pool, -1
         self._delivery: Callable[[], _Delivery | None] = _none
         # Ahead of time: while a layer is recomputed, selective checkpointing watches for operators that are new to it.
         with torch.enable_grad():
             origin = torch.zeros((), dtype=reference.accumulate_dtype(pool.dtype), device=pool.device)
             self.proxy = origin.expand(shape).requires_grad_()
-            (self.handles,) = factor_handles([self.proxy], [shape], [indices], [None])
+            (self.handles,) = factor_handles([self.proxy], [shape], [tables], [None])
 
     def open(self, ddp: DistributedDataParallel | None) -> tuple[Tensor, ...]:
         """The handles, for a layer that is recomputed inside a backward pass; ``ddp`` reduces the gradient."""

@@ -50,9 +50,10 @@ _define(
 )
 
 _define(
-    "scatter_add(Tensor[] grads, Tensor[] indices, SymInt num_shards) -> Tensor",
+    "scatter_add(Tensor[] grads, Tensor[] indices, SymInt num_shards, Tensor? starts=None, Tensor? places=None)"
+    " -> Tensor",
     reference.scatter_add,
-    lambda grads, indices, num_shards: _sums(grads[0], num_shards, grads[0].shape[1] // indices[0].shape[1]),
+    lambda grads, indices, num_shards, *_: _sums(grads[0], num_shards, grads[0].shape[1] // indices[0].shape[1]),
 )
 
 # ------------------------------------------------------------------------------------------------ one factor

@@ -26,8 +26,8 @@ void mos_in_groups(const Groups* all, void* of_dy_pass, void* of_x_pass) {
 // So that kernels.py can tell whether its mirrors are exact.
 void mos_struct_sizes(int64_t* out) {
   const size_t sizes[] = {sizeof(Matrix), sizeof(Factor),        sizeof(FactorGradient), sizeof(DeviceDropout),
-                          sizeof(Planes), sizeof(ExpandOptions), sizeof(Groups)};
-  for (int i = 0; i < 7; ++i) out[i] = static_cast<int64_t>(sizes[i]);
+                          sizeof(Planes), sizeof(ExpandOptions), sizeof(Groups), sizeof(Inverse)};
+  for (int i = 0; i < 8; ++i) out[i] = static_cast<int64_t>(sizes[i]);
 }
 
 int64_t mos_shrink_planes(const Matrix* x, const Factor* factor) { return shrink_planes(*x, *factor, groups); }
@@ -73,8 +73,8 @@ int mos_sums_of_groups(const ConstPlanes* a, const ConstPlanes* b, int64_t part_
   return launch_sum(sums, 2, static_cast<DType>(dtype), early, nullptr, groups);
 }
 int mos_gather_concat(const Factor* factor, const Matrix* out) { return launch_gather_concat(*factor, *out, nullptr); }
-int mos_scatter_add(const FactorGradient* modules, int count, const Matrix* pool_grad) {
-  return launch_scatter_add(modules, count, *pool_grad, nullptr);
+int mos_scatter_add(const FactorGradient* modules, int count, const Inverse* inverse, const Matrix* pool_grad) {
+  return launch_scatter_add(modules, count, *inverse, *pool_grad, nullptr);
 }
 
 // What the last launch was: grid x, y, z, threads, bytes of shared memory; returns "kernel arithmetic"'s two halves.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import emulator
 import numpy as np
-from kernels import Kernels, decode, encode, sums_type
+from kernels import STORAGE, Kernels, decode, encode, inverse_of, sums_type
 
 SCALE = 0.5
 FLOOR = {"f32": 2 * 2.0**-23, "f64": 64 * 2.0**-52, "bf16": 2 * 2.0**-7, "f16": 2 * 2.0**-10, "tf32": 2 * 2.0**-10}
@@ -586,8 +586,19 @@ def check_masks(kernels):
             assert (np.abs(kernels.sum(grad) - exact) <= 1e-6 * exact).all(), (dtype, threshold)
 
 
+def sums_in_order(grads, dtype, indices, num_shards):
+    """One sum after the other, in the order of modules and positions: the bits must be the same."""
+    shard = grads[0].shape[1] // indices[0].shape[1]
+    expected = np.zeros((num_shards, shard), STORAGE[sums_type(dtype)])
+    for grad, table in zip(grads, indices, strict=True):
+        parts = decode(grad, dtype).reshape(-1, shard).astype(expected.dtype)
+        np.add.at(expected, table.reshape(-1)[: len(parts)], parts)
+    return expected
+
+
 def check_gather(kernels, seeds):
-    """Gather-concat and scatter-add: every copy width, tables longer than a warp, several modules and launches."""
+    """Gather-concat and scatter-add: every copy width, tables longer than a warp, several modules and launches; by the
+    inverse of the tables as well, with shards used by more entries than a warp, and modules without a gradient."""
     rng = np.random.default_rng(0)
     widths = (1, 2, 4, 12, 130, 256, 516, 1030)
     for (dtype, shard), seed in itertools.product(itertools.product(("bf16", "f16", "f32", "f64"), widths), seeds):
@@ -600,18 +611,22 @@ def check_gather(kernels, seeds):
             indices = [rng.integers(0, 20, (1 + k % 9, 5)) for k in range(count)]
             grads = [encode(rng.standard_normal((len(i), 5 * shard)), dtype) for i in indices]
             got = kernels.scatter_add(grads, dtype, indices, 23, pad=pad)
-            # One sum after the other, in the order of modules and positions: the bits must be the same.
-            expected = np.zeros((23, shard), got.dtype)
-            for grad, table in zip(grads, indices, strict=True):
-                np.add.at(expected, table.reshape(-1), decode(grad, dtype).reshape(-1, shard).astype(got.dtype))
-            assert np.array_equal(got, expected), (dtype, shard, count, pad, seed)
+            assert np.array_equal(got, sums_in_order(grads, dtype, indices, 23)), (dtype, shard, count, pad, seed)
+            inverse = inverse_of(indices, 23)
+            assert np.array_equal(kernels.scatter_add(grads, dtype, indices, 23, pad=pad, inverse=inverse), got)
+            for given in (lambda k: k % 3 == 0, lambda k: k > 64):  # the first launch may have none at all
+                some = [g if given(k) else g[:0] for k, g in enumerate(grads)]
+                got = kernels.scatter_add(some, dtype, indices, 23, pad=pad, inverse=inverse)
+                assert np.array_equal(got, sums_in_order(some, dtype, indices, 23)), (dtype, shard, count, pad, seed)
     kernels.shift = kernels.gap = kernels.s_shift = 0
     # More segments, and more shards, than a grid has blocks.
     index = rng.integers(0, 70000, (1, 70000))
     pool = encode(rng.integers(-2, 3, (70000, 1)), "f32")
     assert np.array_equal(kernels.gather_concat(pool, "f32", index), pool[index].reshape(1, -1))
-    got = kernels.scatter_add([encode(np.ones((1, 3)), "f32")], "f32", [np.array([[0, 69999, 69999]])], 70000)
-    assert (got[0, 0], got[69999, 0], got.sum()) == (1, 2, 3)
+    table = np.array([[0, 69999, 69999]])
+    for inverse in (None, inverse_of([table], 70000)):
+        got = kernels.scatter_add([encode(np.ones((1, 3)), "f32")], "f32", [table], 70000, inverse=inverse)
+        assert (got[0, 0], got[69999, 0], got.sum()) == (1, 2, 3)
     # Two sums of different sizes in a launch.
     planes = [encode(rng.integers(-2, 3, shape), "f32") for shape in ((3, 5, 7), (2, 40, 30))]
     for given in (planes, planes[::-1]):

@@ -46,6 +46,10 @@ class FactorGradient(C.Structure):
     _fields_ = [("grad", Matrix), ("index", C.c_void_p), ("shards_per_vector", C.c_int64)]
 
 
+class Inverse(C.Structure):
+    _fields_ = [("starts", C.c_void_p), ("places", C.c_void_p), ("count", C.c_int64)]
+
+
 class Dropout(C.Structure):
     _fields_ = [("seed", C.c_void_p), ("threshold", C.c_uint32)]
 
@@ -71,7 +75,15 @@ class Groups(C.Structure):
     ]
 
 
-STRUCTS = (Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions, Groups)
+STRUCTS = (Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions, Groups, Inverse)
+
+
+def inverse_of(indices, num_shards):
+    """The inverse of tables: starts (num_shards + 1,), and places (entries, 2), a module and a position each."""
+    uses = [(shard, k, q) for k, table in enumerate(indices) for q, shard in enumerate(table.reshape(-1))]
+    uses = np.array(sorted(uses), np.int32).reshape(-1, 3)
+    starts = np.searchsorted(uses[:, 0], np.arange(num_shards + 1)).astype(np.int32)
+    return starts, np.ascontiguousarray(uses[:, 1:])
 
 
 class Kernels:
@@ -324,12 +336,15 @@ class Kernels:
         self._call("mos_gather_concat", factor, matrix)
         return self._done(out)
 
-    def scatter_add(self, grads, dtype, indices, num_shards, *, pad=0):
+    def scatter_add(self, grads, dtype, indices, num_shards, *, pad=0, inverse=None):
+        """``inverse`` is starts and places, or None: the kernel looks at the tables themselves."""
         modules = (FactorGradient * len(grads))()
         for module, grad, index in zip(modules, grads, indices, strict=True):
             table = self.emulator.buffer(index.astype(np.int32))
             module.grad, module.index, module.shards_per_vector = self._matrix(grad, dtype, pad)[0], table.ctypes.data, index.shape[1]  # fmt: skip
         shard = grads[0].shape[1] // indices[0].shape[1]
         matrix, out = self._matrix(None, sums_type(dtype), fill=(num_shards, shard))
-        self._call("mos_scatter_add", C.byref(modules), C.c_int(len(grads)), matrix)
+        given = [self.emulator.buffer(array).ctypes.data for array in inverse or ()]
+        by = Inverse(*given, len(inverse[1])) if inverse else Inverse()
+        self._call("mos_scatter_add", C.byref(modules), C.c_int(len(grads)), by, matrix)
         return self._done(out)

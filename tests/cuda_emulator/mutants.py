@@ -477,10 +477,10 @@ plant("gather.cu", "gather: bad entries are not noticed", ("    if (shard < 0 ||
 plant("gather.cu", "gather: only the first block of words", ("word = blockIdx.y * static_cast<int64_t>(blockDim.x) + threadIdx.x", "word = threadIdx.x"))
 plant("gather.cu", "gather: only as many segments as blocks", ("q < p.segments; q += gridDim.x", "q < gridDim.x; q += gridDim.x"))
 plant("gather.cu", "scatter: entries beyond the table", ("index = first + lane < module.entries ? module.index[first + lane] : -1", "index = module.index[first + lane]"))
-plant("gather.cu", "scatter: only the first of 32 entries", ("bits; bits &= bits - 1", "bits; bits = 0"))
-plant("gather.cu", "scatter: in descending order", ("first + __ffs(static_cast<int>(bits)) - 1", "first + 31 - __builtin_clz(bits)"), ("bits &= bits - 1", "bits &= ~(1u << (31 - __builtin_clz(bits)))"))
+plant("gather.cu", "scatter: only the first of 32 entries", ("index == shard); bits; bits &= bits - 1", "index == shard); bits; bits = 0"))
+plant("gather.cu", "scatter: in descending order", ("first + __ffs(static_cast<int>(bits)) - 1", "first + 31 - __builtin_clz(bits)"), ("index == shard); bits; bits &= bits - 1", "index == shard); bits; bits &= ~(1u << (31 - __builtin_clz(bits)))"))
 plant("gather.cu", "scatter: modules in reverse", ("p.module[k];", "p.module[p.count - 1 - k];"))
-plant("gather.cu", "scatter: columns beyond a shard", ("          if (!mine) continue;\n", ""))
+plant("gather.cu", "scatter: columns beyond a shard", ("if (mine) add_segment<G>(sum, module,", "add_segment<G>(sum, module,"))
 plant("gather.cu", "scatter: writes beyond a shard", ("      if (mine) out[", "      out["))
 plant("gather.cu", "scatter: rows are contiguous", ("row * module.row_stride", "row * module.shards_per_vector * p.shard_size"))
 plant("gather.cu", "scatter: the first modules again", ("modules[first + k];\n      params", "modules[k];\n      params"))
@@ -488,7 +488,27 @@ plant("gather.cu", "scatter: later launches overwrite", ("params.accumulate = fi
 plant("gather.cu", "scatter: four columns of any shard", ("bool all = pool_grad.cols % 4 == 0;", "bool all = true;"))
 plant("gather.cu", "scatter: only the first block of columns", ("(blockIdx.y * static_cast<int64_t>(kThreads) + threadIdx.x) * kColumns", "threadIdx.x * kColumns"))
 plant("gather.cu", "scatter: only as many shards as blocks", ("shard < p.num_shards; shard += gridDim.x", "shard < gridDim.x; shard += gridDim.x"))
-plant("gather.cu", "scatter: bad entries are not noticed", ("        if (first + lane < module.entries && (index < 0 || index >= p.num_shards)) trap();\n", ""))
+plant("gather.cu", "scatter: bad entries are not noticed", ("          if (first + lane < module.entries && (index < 0 || index >= p.num_shards)) trap();\n", ""))
+plant("gather.cu", "inverse: first entry missed", ("first = begin; first < end", "first = begin + 1; first < end"))
+plant("gather.cu", "inverse: last entry missed", ("end = p.inverse.starts[shard + 1];", "end = p.inverse.starts[shard + 1] - 1;"))
+plant("gather.cu", "inverse: only the first of 32 places", ("here); bits; bits &= bits - 1", "here); bits; bits = 0"))
+plant("gather.cu", "inverse: only the first 32 places", ("first = begin; first < end; first += kWarp", "first = begin; first < end; first = end"))
+plant("gather.cu", "inverse: in descending order", ("from = __ffs(static_cast<int>(bits)) - 1", "from = 31 - __builtin_clz(bits)"), ("here); bits; bits &= bits - 1", "here); bits; bits &= ~(1u << (31 - __builtin_clz(bits)))"))
+plant("gather.cu", "inverse: places beyond the list", ("place = inside ? p.inverse.places[first + lane] : Place{}", "place = p.inverse.places[first + lane]"))
+plant("gather.cu", "inverse: entries of the next shard", ("here = inside && k >= 0", "here = k >= 0"), ("place = inside ? p.inverse.places[first + lane] : Place{}", "place = p.inverse.places[min(first + lane, p.inverse.count - 1)]"), ("        if (here && !names(p.module[k], place.position, shard)) trap();\n", ""))
+plant("gather.cu", "inverse: a lane's own module", ("p.module[module], position", "p.module[k < 0 ? 0 : k], position"))
+plant("gather.cu", "inverse: the module before", ("p.module[module], position", "p.module[module ? module - 1 : 0], position"))
+plant("gather.cu", "inverse: a lane's own position", ("__shfl_sync(kAll, place.position, from)", "place.position"))
+plant("gather.cu", "inverse: modules of launches before", ("inside && k >= 0 && k < p.count", "inside && k < p.count"))
+plant("gather.cu", "inverse: modules of launches to come", ("k >= 0 && k < p.count && p", "k >= 0 && p"))
+plant("gather.cu", "inverse: every launch begins at module 0", ("params.first = first;", "params.first = 0;"))
+plant("gather.cu", "inverse: modules without a gradient", (" && p.module[k].entries > 0;", ";"))
+plant("gather.cu", "inverse: columns beyond a shard", ("if (mine) add_segment<G>(sum, p.module[module],", "add_segment<G>(sum, p.module[module],"))
+plant("gather.cu", "inverse: bad starts are not noticed", ("      if (begin < 0 || end < begin || end > p.inverse.count) trap();\n", ""))
+plant("gather.cu", "inverse: ends before starts are not noticed", ("begin < 0 || end < begin ||", "begin < 0 ||"))
+plant("gather.cu", "inverse: bad modules are not noticed", ("        if (inside && (place.module < 0 || place.module >= p.total)) trap();\n", ""))
+plant("gather.cu", "inverse: positions beyond a table", ("position >= 0 && position < module.entries && module", "module"))
+plant("gather.cu", "inverse: entries of other shards are not noticed", (" && module.index[position] == shard;", ";"))
 plant("gather.cu", "scatter: four columns at any address", ("reinterpret_cast<uintptr_t>(modules[k].grad.data) % kVector == 0 && modules", "modules"))
 plant("gather.cu", "scatter: four columns of any row", (" && modules[k].grad.row_stride % 4 == 0", ""))
 
@@ -636,6 +656,9 @@ def examine(library, flavour):
         case = "index out of range"
         for entry, aligned, dtype in itertools.product((-1, 8), (True, False), ("f32", "bf16")):
             test_cuda_kernels.test_an_index_out_of_range_stops_every_kernel(kernels, entry, aligned, dtype)
+        case = "wrong inverse"
+        for wrong in test_cuda_kernels.WRONG_INVERSES:
+            test_cuda_kernels.test_a_wrong_inverse_stops_the_kernel(kernels, *wrong)
         for case in CASES[12:]:
             grid.check(kernels, case, seeds)
         case = "chains"

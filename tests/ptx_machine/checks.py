@@ -9,7 +9,7 @@ from chains import chain_checks
 from device import OUTPUT, PRODUCED, Trouble
 from formats import load, store
 from groups import group_checks
-from mirrors import DTYPES, STORAGE, Factor, FactorGradient, Planes, sums_type
+from mirrors import DTYPES, STORAGE, Factor, FactorGradient, Inverse, Planes, inverse_of, sums_type
 from products import KERNELS, Case, Product, in_order
 
 
@@ -36,26 +36,39 @@ def gather(dtype, shard, shift, gap, number):
     return f"gather {dtype} shard={shard} shift={shift} gap={gap}", check
 
 
+def inverse(device, indices, num_shards):
+    starts, places = inverse_of(indices, num_shards)
+    return Inverse(device.put(starts).ctypes.data, device.put(places).ctypes.data, len(places))
+
+
 def scatter(dtype, shard, modules, pad, shift, number):
+    """By looking at the tables, and by their inverse, where every third module has no gradient."""
     rng = np.random.default_rng([number, modules, pad, shift, 1])
     indices = [rng.integers(0, 20, (1 + k % 9, 5)).astype(np.int32) for k in range(modules)]
     grads = [store(rng.standard_normal((len(i), 5 * shard)), dtype) for i in indices]
     sums = STORAGE[sums_type(dtype)]
-    expected = np.zeros((23, shard), sums)
-    for grad, table in zip(grads, indices, strict=True):
-        for part, at in zip(load(grad, dtype).reshape(-1, shard), table.reshape(-1), strict=True):
-            expected[at] += part.astype(sums)
+    some = [grad[:0] if k % 3 == 1 else grad for k, grad in enumerate(grads)]
+
+    def sums_of(given):
+        expected = np.zeros((23, shard), sums)
+        for grad, table in zip(given, indices, strict=True):
+            for part, at in zip(load(grad, dtype).reshape(-1, shard), table.reshape(-1), strict=False):
+                expected[at] += part.astype(sums)
+        return expected
+
+    ways = [(grads, False, sums_of(grads)), (some, True, sums_of(some))]
 
     def check(device):
-        for mode in modes_of(number * 8 + modules, shard * 15):
+        for mode, (given, inverted, expected) in itertools.product(modes_of(number * 8 + modules, shard * 15), ways):
             device.free()
             device.configure(**mode)
             views = (FactorGradient * modules)()
-            for view, grad, table in zip(views, grads, indices, strict=True):
+            for view, grad, table in zip(views, given, indices, strict=True):
                 view.grad = device.matrix(*grad.shape, dtype, grad, PRODUCED, pad=pad, shift=shift)[0]
                 view.index, view.shards_per_vector = device.put(table).ctypes.data, 5
             out, got = device.matrix(23, shard, sums_type(dtype), access=OUTPUT)
-            device.call("mos_scatter_add", C.byref(views), C.c_int(modules), out)
+            by = inverse(device, indices, 23) if inverted else Inverse()
+            device.call("mos_scatter_add", C.byref(views), C.c_int(modules), by, out)
             if not np.array_equal(got, expected):
                 raise Trouble(differ(got, expected))
 
@@ -88,16 +101,18 @@ def gather_far_apart(device):
 
 def scatter_far_apart(device):
     rng = np.random.default_rng(6)
-    for dtype, apart in itertools.product(("f32", "bf16", "f64"), (2**31 + 8, 2**31 + 3)):
+    for dtype, apart, inverted in itertools.product(("f32", "bf16", "f64"), (2**31 + 8, 2**31 + 3), (False, True)):
         device.free()
         device.configure()
         grad = store(rng.integers(-9, 10, (4, 24)), dtype)
+        table = np.array([[0, 2]] * 4, np.int32)
         views = (FactorGradient * 1)()
         views[0].grad = device.sparse_matrix(4, 24, dtype, grad, apart)[0]
-        views[0].index = device.put(np.array([[0, 2]] * 4, np.int32)).ctypes.data
+        views[0].index = device.put(table).ctypes.data
         views[0].shards_per_vector = 2
         out, got = device.matrix(3, 12, sums_type(dtype), access=OUTPUT)
-        device.call("mos_scatter_add", C.byref(views), C.c_int(1), out)
+        by = inverse(device, [table], 3) if inverted else Inverse()
+        device.call("mos_scatter_add", C.byref(views), C.c_int(1), by, out)
         sums = load(grad, dtype).sum(0)
         expected = np.stack([sums[:12], 0 * sums[:12], sums[12:]])
         if not np.array_equal(got, expected):
@@ -117,15 +132,18 @@ def long_grids(device):
     device.call("mos_gather_concat", factor, out)
     if not np.array_equal(got, pool[index].reshape(1, -1)):
         raise Trouble("gather: not the rows of the pool")
-    device.free()
-    views = (FactorGradient * 1)()
-    views[0].grad = device.matrix(1, 3, "f32", np.ones((1, 3), np.float32))[0]
-    views[0].index = device.put(np.array([[0, 65999, 65999]], np.int32)).ctypes.data
-    views[0].shards_per_vector = 3
-    out, got = device.matrix(66000, 1, "f32", access=OUTPUT)
-    device.call("mos_scatter_add", C.byref(views), C.c_int(1), out)
-    if (got[0, 0], got[65999, 0], got.sum()) != (1, 2, 3):
-        raise Trouble("scatter: wrong sums")
+    for inverted in (False, True):
+        device.free()
+        table = np.array([[0, 65999, 65999]], np.int32)
+        views = (FactorGradient * 1)()
+        views[0].grad = device.matrix(1, 3, "f32", np.ones((1, 3), np.float32))[0]
+        views[0].index = device.put(table).ctypes.data
+        views[0].shards_per_vector = 3
+        out, got = device.matrix(66000, 1, "f32", access=OUTPUT)
+        by = inverse(device, [table], 66000) if inverted else Inverse()
+        device.call("mos_scatter_add", C.byref(views), C.c_int(1), by, out)
+        if (got[0, 0], got[65999, 0], got.sum()) != (1, 2, 3):
+            raise Trouble("scatter: wrong sums")
 
 
 def total(dtype, number, count, rows, cols, shift):

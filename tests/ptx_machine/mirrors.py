@@ -7,4 +7,5 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "cuda_emulator"))
 import kernels
 
 DTYPES, STORAGE, STRUCTS, sums_type = kernels.DTYPES, kernels.STORAGE, kernels.STRUCTS, kernels.sums_type
-Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions, Groups = STRUCTS
+Matrix, Factor, FactorGradient, Dropout, Planes, ExpandOptions, Groups, Inverse = STRUCTS
+inverse_of = kernels.inverse_of
