@@ -22,30 +22,65 @@ size_t dtype_size(DType dtype) {
   return 0;
 }
 
-// Sums the segments of shards [first, last).
-template <class G>
-void scatter_shards(const std::vector<FactorGradient>& modules, const Inverse& inverse, const Matrix& pool_grad,
-                    int64_t first, int64_t last) {
-  using T = accumulate_t<G>;
-  const int64_t shard_size = pool_grad.cols;
-  for (int64_t m = first; m < last; ++m) {
-    T* row = static_cast<T*>(pool_grad.data) + m * pool_grad.row_stride;
-    bool written = false;
-    for (int64_t i = inverse.starts[m]; i < inverse.starts[m + 1]; ++i) {
-      const Place place = inverse.places[i];
-      const FactorGradient& module = modules[static_cast<size_t>(place.module)];
-      if (module.grad.rows == 0) continue;
-      const int32_t l = static_cast<int32_t>(module.shards_per_vector);
-      const G* segment = static_cast<const G*>(module.grad.data) + (place.position / l) * module.grad.row_stride +
-                         (place.position % l) * shard_size;
-      if (written) {
-        for (int64_t c = 0; c < shard_size; ++c) row[c] += static_cast<T>(segment[c]);
-      } else {
-        for (int64_t c = 0; c < shard_size; ++c) row[c] = static_cast<T>(segment[c]);
-        written = true;
+// Where each shard is used, in the order of modules and positions: the inverse of the tables of modules that have a
+// gradient, by a counting sort. Making it takes 0.5 of 7.7 ms for the 393,216 entries of 48 layers of 128 experts
+// (gradients of 256 columns, one core of an EPYC).
+struct Uses {
+  std::vector<int32_t> starts;  // shard m: places[starts[m]] to places[starts[m + 1]]
+  std::vector<Place> places;
+
+  Uses(const std::vector<FactorGradient>& modules, int64_t num_shards) : starts(static_cast<size_t>(num_shards) + 2) {
+    // How often m is used, at m + 2; the start of m, at m + 1; and, as its entries are placed, that of the next.
+    for (const FactorGradient& module : modules) {
+      for (int64_t q = 0; q < module.entries(); ++q) ++starts[static_cast<size_t>(module.index[q]) + 2];
+    }
+    for (size_t m = 1; m < starts.size(); ++m) starts[m] += starts[m - 1];
+    places.resize(static_cast<size_t>(starts.back()));
+    for (size_t k = 0; k < modules.size(); ++k) {
+      for (int64_t q = 0; q < modules[k].entries(); ++q) {
+        const int32_t place = starts[static_cast<size_t>(modules[k].index[q]) + 1]++;
+        places[static_cast<size_t>(place)] = {static_cast<int32_t>(k), static_cast<int32_t>(q)};
       }
     }
-    if (!written) std::memset(row, 0, static_cast<size_t>(shard_size) * sizeof(T));
+  }
+};
+
+// Segments lie far apart. Asking early for the beginning of them took 48 modules of 2048 x 256 from 26 to 8 ms.
+constexpr int64_t kAhead = 16;
+
+template <class G>
+void fetch(const G* segment, int64_t shard_size) {
+  constexpr int64_t kLine = 64 / sizeof(G), kMost = 256 / sizeof(G);
+  for (int64_t c = 0; c < min64(shard_size, kMost); c += kLine) __builtin_prefetch(segment + c);
+}
+
+// Sums the segments of shards [first, last).
+template <class G>
+void scatter_shards(const std::vector<FactorGradient>& modules, const Uses& uses, const Matrix& pool_grad,
+                    int64_t first, int64_t last) {
+  using T = accumulate_t<G>;
+  const int64_t shard_size = pool_grad.cols, end = uses.starts[static_cast<size_t>(last)];
+  const auto segment_at = [&](int64_t i) {
+    const Place place = uses.places[static_cast<size_t>(i)];
+    const FactorGradient& module = modules[static_cast<size_t>(place.module)];
+    const int32_t l = static_cast<int32_t>(module.shards_per_vector);
+    return static_cast<const G*>(module.grad.data) + (place.position / l) * module.grad.row_stride +
+           (place.position % l) * shard_size;
+  };
+  int64_t i = uses.starts[static_cast<size_t>(first)];
+  for (int64_t m = first; m < last; ++m) {
+    T* row = static_cast<T*>(pool_grad.data) + m * pool_grad.row_stride;
+    const int64_t begin = i;
+    for (; i < uses.starts[static_cast<size_t>(m) + 1]; ++i) {
+      if (i + kAhead < end) fetch(segment_at(i + kAhead), shard_size);
+      const G* segment = segment_at(i);
+      if (i == begin) {
+        for (int64_t c = 0; c < shard_size; ++c) row[c] = static_cast<T>(segment[c]);
+      } else {
+        for (int64_t c = 0; c < shard_size; ++c) row[c] += static_cast<T>(segment[c]);
+      }
+    }
+    if (i == begin) std::memset(row, 0, static_cast<size_t>(shard_size) * sizeof(T));
   }
 }
 
@@ -71,57 +106,15 @@ void gather_concat(const Factor& factor, const Matrix& out, const ParallelFor& p
   });
 }
 
-InverseOf::InverseOf(const std::vector<FactorGradient>& modules, int64_t num_shards)
-    : starts_(static_cast<size_t>(num_shards) + 1) {
-  // Counts of shard m at m + 1; then the sums before them; then each entry is put at its shard's next place.
-  for (const FactorGradient& module : modules) {
-    for (int64_t q = 0; q < module.entries(); ++q) ++starts_[static_cast<size_t>(module.index[q]) + 1];
-  }
-  for (size_t m = 1; m < starts_.size(); ++m) starts_[m] += starts_[m - 1];
-  places_.resize(static_cast<size_t>(starts_.back()));
-  std::vector<int32_t> next(starts_);
-  for (size_t k = 0; k < modules.size(); ++k) {
-    for (int64_t q = 0; q < modules[k].entries(); ++q) {
-      places_[static_cast<size_t>(next[static_cast<size_t>(modules[k].index[q])]++)] = {static_cast<int32_t>(k),
-                                                                                        static_cast<int32_t>(q)};
-    }
-  }
-}
-
-bool inverts(const Inverse& inverse, const std::vector<FactorGradient>& modules, int64_t num_shards) {
-  if (inverse.starts[0] != 0 || inverse.starts[num_shards] != inverse.count) return false;
-  int64_t missing = 0;
-  for (const FactorGradient& module : modules) missing += module.entries();
-  for (int64_t m = 0; m < num_shards; ++m) {
-    const int64_t first = inverse.starts[m], last = inverse.starts[m + 1];
-    if (last < first || last > inverse.count) return false;
-    Place before{-1, 0};
-    for (int64_t i = first; i < last; ++i) {
-      const Place place = inverse.places[i];
-      if (place.module < 0 || place.module >= static_cast<int64_t>(modules.size())) return false;
-      const FactorGradient& module = modules[static_cast<size_t>(place.module)];
-      if (module.grad.rows == 0) continue;
-      if (place.position < 0 || place.position >= module.entries() || module.index[place.position] != m) return false;
-      // Ascending in a shard, and each entry at its own shard: none can be there twice.
-      if (place.module < before.module || (place.module == before.module && place.position <= before.position)) {
-        return false;
-      }
-      before = place;
-      --missing;
-    }
-  }
-  return missing == 0;
-}
-
-void scatter_add(const std::vector<FactorGradient>& modules, const Inverse& inverse, const Matrix& pool_grad,
-                 const ParallelFor& parallel) {
+void scatter_add(const std::vector<FactorGradient>& modules, const Matrix& pool_grad, const ParallelFor& parallel) {
   // 64 tasks balance well up to 32 threads; a task of less than 8192 elements takes 2 us.
   const int64_t tasks = max64(1, min64(64, pool_grad.rows * pool_grad.cols / 8192));
   const int64_t chunk = max64(1, ceil_div(pool_grad.rows, tasks));
   const DType dtype = modules.empty() ? pool_grad.dtype : modules[0].grad.dtype;
+  const Uses uses(modules, pool_grad.rows);
   parallel(ceil_div(pool_grad.rows, chunk), [&](int64_t i) {
     dispatch_dtype(dtype, [&](auto tag) {
-      scatter_shards<typename decltype(tag)::type>(modules, inverse, pool_grad, i * chunk,
+      scatter_shards<typename decltype(tag)::type>(modules, uses, pool_grad, i * chunk,
                                                    min64(pool_grad.rows, (i + 1) * chunk));
     });
   });

@@ -16,26 +16,11 @@ int64_t first_bad_index(const int32_t* index, int64_t entries, int64_t num_shard
 // out (rank, cols) = the assembled factor, in the pool's dtype.
 void gather_concat(const Factor& factor, const Matrix& out, const ParallelFor& parallel);
 
-// The inverse of the tables of modules, whose entries must be in range, by a counting sort.
-class InverseOf {
- public:
-  InverseOf(const std::vector<FactorGradient>& modules, int64_t num_shards);
-  Inverse view() const { return {starts_.data(), places_.data(), static_cast<int64_t>(places_.size())}; }
-
- private:
-  std::vector<int32_t> starts_;
-  std::vector<Place> places_;
-};
-
-// Whether that is what `inverse` is, as far as modules with a gradient go. Modules without one may be in it.
-bool inverts(const Inverse& inverse, const std::vector<FactorGradient>& modules, int64_t num_shards);
-
 // Adjoint of gather_concat for every module of a pool at once: pool_grad[m] = the sum, in the order
 // of `modules` and of positions, of all segments whose index is m. Overwrites pool_grad
 // (num_shards, shard_size), whose dtype is the accumulation type of the gradients; a shard that
-// nobody uses gets zeros. `inverse` must be one.
-void scatter_add(const std::vector<FactorGradient>& modules, const Inverse& inverse, const Matrix& pool_grad,
-                 const ParallelFor& parallel);
+// nobody uses gets zeros.
+void scatter_add(const std::vector<FactorGradient>& modules, const Matrix& pool_grad, const ParallelFor& parallel);
 
 // One pass over activations against a factor F (r, C); each product is optional. With D the dropout
 // mask times 1/(1-p):

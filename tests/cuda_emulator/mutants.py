@@ -482,7 +482,7 @@ plant("gather.cu", "scatter: in descending order", ("first + __ffs(static_cast<i
 plant("gather.cu", "scatter: modules in reverse", ("p.module[k];", "p.module[p.count - 1 - k];"))
 plant("gather.cu", "scatter: columns beyond a shard", ("if (mine) add_segment<G>(sum, module,", "add_segment<G>(sum, module,"))
 plant("gather.cu", "scatter: writes beyond a shard", ("      if (mine) out[", "      out["))
-plant("gather.cu", "scatter: rows are contiguous", ("row * module.row_stride", "row * module.shards_per_vector * p.shard_size"))
+plant("gather.cu", "scatter: rows are contiguous", ("row * module.row_stride", "row * module.shards_per_vector * shard_size"))
 plant("gather.cu", "scatter: the first modules again", ("modules[first + k];\n      params", "modules[k];\n      params"))
 plant("gather.cu", "scatter: later launches overwrite", ("params.accumulate = first > 0", "params.accumulate = false"))
 plant("gather.cu", "scatter: four columns of any shard", ("bool all = pool_grad.cols % 4 == 0;", "bool all = true;"))
