@@ -2,10 +2,12 @@
 
     python -m benchmarks.experts FILE.csv [--grid default|smoke] [--seconds N] [--only TEXT]
 
-Three questions. *block*: one experts module of transformers, forward and backward, with MoS, with PEFT's LoRA on
+Four questions. *block*: one experts module of transformers, forward and backward, with MoS, with PEFT's LoRA on
 ``target_parameters``, and with MoS as a loop over experts in plain PyTorch, each a ratio to the frozen block of the
 same round. *growth*: the same over 8 to 256 experts at the same number of rows. *rows*: the operator alone, 64 rows of
-a decode step that use 1, 8 or 64 adapters. Tables go to FILE.md. README.md says what the columns mean.
+a decode step that use 1, 8 or 64 adapters. *scatter*: how long the factor gradients of 6 to 48 layers of 128 experts
+take to be added up in their pool, for each layer, beside ATen's ``index_put_``. Tables go to FILE.md. README.md says
+what the columns mean.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from mos_ext import MoSConfig, reference
 from mos_ext.experts import Routing, adapted_experts
 from mos_ext.pools import ShardPool
+from mos_ext.routing import invert
 
 from .harness import CPU, ROOT, SMOKE, Sizes, Step, importable, measure, normal, release, saved_bytes
 from .memory import peak_bytes
@@ -286,6 +289,27 @@ def decode(sizes: Sizes, width: int, rows: int, counts: Sequence[int]) -> list[d
     return [{"provider": name, "status": "ok", **t.row()} for name, t in measure(steps, "cpu", sizes).items()]
 
 
+def scatter(sizes: Sizes, width: int, experts: int, counts: Sequence[int], equivalent_rank: float) -> list[dict]:
+    """Microseconds for each of more and more layers that share a pool."""
+    grads = [normal(experts * R, width, dtype=torch.float32, device="cpu") for _ in range(counts[-1])]
+    steps: dict[str, list[Step]] = {}
+    error = 0.0
+    for layers in counts:
+        n = round(equivalent_rank * layers * experts * L_SHARDS)
+        indices = [torch.randint(n, (experts * R, L_SHARDS), dtype=torch.int32) for _ in range(layers)]
+        inverse = [torch.from_numpy(array) for array in invert([index.numpy() for index in indices], n)]
+        mos = functools.partial(ops.scatter_add, grads[:layers], indices, n, *inverse)
+        aten = functools.partial(reference.scatter_add, grads[:layers], indices, n)
+        error = max(error, ((mos() - aten()).norm() / aten().norm()).item())
+        steps |= {f"mos, {layers} layers": [mos], f"aten, {layers} layers": [aten]}
+    found = []
+    for name, timing in measure(steps, "cpu", sizes, lambda name: name.replace("mos", "aten")).items():
+        each = {k: v / int(name.split()[1]) if k.startswith("us") else v for k, v in timing.row().items()}
+        status = "ok" if error < 8 * torch.finfo(torch.float32).eps else "wrong"
+        found.append({"provider": name, "status": status, "error": error, **each})
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ running
 
 
@@ -300,6 +324,10 @@ def run(which: str, seconds: float, only: str = "") -> Iterator[tuple[str, list[
     for width in (64,) if smoke else (1024, 4096):
         of_rows = {"question": "experts", "mode": "rows", "T": few, "in": width, "out": width, "dtype": "bfloat16"}
         items.append((f"rows {width}", of_rows, functools.partial(decode, sizes, width, few, adapters)))
+    stack, layers = (4, (2, 3)) if smoke else (128, (6, 12, 24, 48))
+    for e in (1 / 8, 1.0):
+        of_pool = {"question": "experts", "mode": "scatter", "in": 256, "dtype": "float32", "r": R, "l": L_SHARDS}
+        items.append((f"scatter e={e:g}", of_pool | {"e": e}, functools.partial(scatter, sizes, 256, stack, layers, e)))
     for name, columns, do in items:
         if only not in name:
             continue
@@ -353,12 +381,17 @@ def tables(rows: Sequence[dict]) -> str:
     """Markdown: ratios to the frozen block, and memory, one line per case."""
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        key = tuple(str(row[k] or "") for k in ("model", "dtype", "mode", "T", "in"))
+        key = tuple(str(row[k] or "") for k in ("model", "dtype", "mode", "T", "in", "e"))
         cases.setdefault(key, {})[row["provider"]] = row
     lines = ["| block | dtype | routing | rows | " + " | ".join(PROVIDERS[1:]) + " | peak MiB: frozen, mos, peft |"]
     lines.append("|" + "---|" * (4 + len(PROVIDERS)))
     other = ["", "| rows of a decode step | frozen us | provider | ratio |", "|---|---|---|---|"]
-    for (model, dtype, mode, tokens, width), of in cases.items():
+    scattered = ["", "| equivalent rank | pool | us for a layer | of ATen's |", "|---|---|---|---|"]
+    for (model, dtype, mode, tokens, width, e), of in cases.items():
+        if mode == "scatter":
+            mine = {p: r for p, r in of.items() if p.startswith("mos") and r["us"]}
+            scattered += [f"| {e} | {p} | {r['us']:.0f} | {r['ratio']:.2f} |" for p, r in mine.items()]
+            continue
         if mode == "rows":
             us = of["frozen"]["us"]
             other += [
@@ -368,7 +401,7 @@ def tables(rows: Sequence[dict]) -> str:
         ratios = [f"{of[p]['ratio']:.3f}" if p in of and of[p]["ratio"] else "" for p in PROVIDERS[1:]]
         memory = [str(of.get(p, {}).get("peak_mib") or "") for p in ("frozen", "mos", "peft")]
         lines.append(f"| {model} | {dtype} | {mode} | {tokens} | {' | '.join(ratios)} | {', '.join(memory)} |")
-    return "\n".join([*lines, *other]) + "\n"
+    return "\n".join([*lines, *other, *scattered]) + "\n"
 
 
 PEAKS = "--peaks"
