@@ -28,6 +28,7 @@ from mos_ext import reference
 from mos_ext.ops import loader
 from mos_ext.ops.checks import why_not_native
 from mos_ext.ops.schema import OPERATORS
+from mos_ext.routing import invert
 
 from .harness import (
     Sizes,
@@ -162,6 +163,8 @@ class Operands:
             torch.randint(shards, (q.r, q.l), device=device, dtype=torch.int32) for _ in range(q.modules + 1)
         ]
         self.seed = torch.randint(0, 2**62, (1,), device=device) if q.p else None
+        of_modules = [index.cpu().numpy() for index in self.indices[: q.modules]]
+        self.inverse = [torch.from_numpy(array).to(device) for array in invert(of_modules, shards)]
         self.shards, self.scale = shards, 0.5
 
     def exact(self) -> Operands:
@@ -265,7 +268,7 @@ BY_NAME: dict[str, Operator] = {
         2,
     ),
     "scatter_add": Operator(
-        lambda d: ops.scatter_add(d.grads, d.indices[: d.q.modules], d.shards),
+        lambda d: ops.scatter_add(d.grads, d.indices[: d.q.modules], d.shards, *d.inverse),
         lambda d: reference.scatter_add(d.grads, d.indices[: d.q.modules], d.shards),
         ("pool_grad",),
         0,

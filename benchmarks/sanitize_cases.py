@@ -16,6 +16,7 @@ import torch
 import mos_ext
 from mos_ext import MoSLinear, reference
 from mos_ext.ops.checks import why_not_native
+from mos_ext.routing import invert
 from mos_ext.testing import random_case, relative_error
 
 ops = torch.ops.mos_ext
@@ -86,8 +87,10 @@ def run(rows, fan_in, fan_out, r, l, dtype, p, device: str, tf32: bool = False) 
 
     grads, indices = [grad_a, grad_a.flip(0).contiguous()], [index_a, index_a.flip(1).contiguous()]
     expected = reference.scatter_add(grads, indices, pool_a.shape[0])
-    got = ops.scatter_add([g.to(device) for g in grads], [i.to(device) for i in indices], pool_a.shape[0])
-    compare(f"scatter_add {dtype}", got, expected, limit)
+    inverse = [torch.from_numpy(array).to(device) for array in invert([i.numpy() for i in indices], pool_a.shape[0])]
+    for way in ((), inverse):
+        got = ops.scatter_add([g.to(device) for g in grads], [i.to(device) for i in indices], pool_a.shape[0], *way)
+        compare(f"scatter_add {dtype}", got, expected, limit)
 
 
 def run_layer(device: str) -> None:

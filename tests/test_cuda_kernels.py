@@ -102,7 +102,7 @@ WRONG_INVERSES = [  # which of starts and places, where, and what stands there
 
 @pytest.mark.parametrize(("array", "entry", "wrong"), WRONG_INVERSES)
 def test_a_wrong_inverse_stops_the_kernel(kernels, array, entry, wrong):
-    """Beyond its places, the modules or a table, or at an entry of another shard: a lost gradient, or another's."""
+    """One that leads beyond its places, the modules or a table, or to an entry of another shard."""
     indices = [np.array([[0, 1], [2, 3]]), np.array([[4, 5], [6, 7]])]
     grads = [np.ones((2, 10), np.float32)] * 2
     inverse = inverse_of(indices, 8)

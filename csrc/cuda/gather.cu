@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) scatter_add_kernel(const __grid_cons
     for (int c = 0; c < kColumns; ++c) sum[c] = p.accumulate && mine ? out[shard * p.shard_size + column + c] : S(0);
     if (p.inverse.starts != nullptr) {
       const int64_t begin = p.inverse.starts[shard], end = p.inverse.starts[shard + 1];
-      if (begin < 0 || end < begin || end > p.inverse.count) trap();
+      if (begin < 0 || end > p.inverse.count) trap();
       for (int64_t first = begin; first < end; first += kWarp) {
         const bool inside = first + lane < end;
         const Place place = inside ? p.inverse.places[first + lane] : Place{};
