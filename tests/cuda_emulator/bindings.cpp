@@ -26,7 +26,7 @@ void mos_in_groups(const Groups* all, void* of_dy_pass, void* of_x_pass) {
 // So that kernels.py can tell whether its mirrors are exact.
 void mos_struct_sizes(int64_t* out) {
   const size_t sizes[] = {sizeof(Matrix), sizeof(Factor),        sizeof(FactorGradient), sizeof(DeviceDropout),
-                          sizeof(Planes), sizeof(ExpandOptions), sizeof(Groups), sizeof(Inverse)};
+                          sizeof(Planes), sizeof(ExpandOptions), sizeof(Groups),         sizeof(Inverse)};
   for (int i = 0; i < 8; ++i) out[i] = static_cast<int64_t>(sizes[i]);
 }
 
