@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mos_ext import MoSConfig
+from mos_ext import MoSConfig, routing
 from mos_ext.routing import IndexTables, check_ranks, check_tables, draw_tables, invert
 
 
@@ -199,3 +199,12 @@ def test_invert(num_shards, shapes, data):
     ]
     assert [[tuple(p) for p in places[a:b].tolist()] for a, b in itertools.pairwise(starts)] == uses
     assert (starts[0], starts[-1]) == (0, len(places))
+
+
+def test_the_smallest_keys_are_those_of_a_sort():
+    """Ties go to the first, however few are wanted."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        keys = generator.integers(0, 12, generator.integers(1, 60)).astype(np.uint64)
+        for count in (0, 1, len(keys) // 2, len(keys), len(keys) + 1):
+            assert np.array_equal(routing._smallest(keys, count), np.argsort(keys, kind="stable")[:count])
