@@ -9,6 +9,7 @@ README.md says what the columns mean; `python -m benchmarks` runs this and the o
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -115,8 +116,9 @@ def provider_rows(case: Case, sizes: Sizes, known: Mapping, ceiling: Mapping[str
                 "error": "not finite" if "not finite" in error else max(error, default=None),
                 "gflop_s": round(gflop_s, 2),
                 "gb_s": round(gb_s, 2),
-                "of_gemm": round(gflop_s / ceiling[case.dtype_name], 3),
-                "of_copy": round(gb_s / ceiling["copy"], 3),
+                # (A smoke run's ceilings may round to zero on a busy machine.)
+                "of_gemm": round(gflop_s / (ceiling[case.dtype_name] or math.inf), 3),
+                "of_copy": round(gb_s / (ceiling["copy"] or math.inf), 3),
             }
         )
     for status, causes in (("failed", ready.failed), ("absent", ready.absent)):
