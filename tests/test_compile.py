@@ -10,7 +10,7 @@ from models import inputs, llama, randomize, stack
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mos_ext import MoSConfig, adapt
+from mos_ext import MoSConfig, MoSLinear, adapt
 from mos_ext.functional import mos_linear
 from mos_ext.testing import random_case
 
@@ -70,6 +70,15 @@ def test_training_steps_compile_once_and_agree():
     counter = counting()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     assert train_steps(model, compiled, xs) == pytest.approx(train_steps(eager, eager, xs), rel=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_a_layer_alone_in_its_pool_compiles_once():
+    """In eager mode it gives its pool the gradient itself, once a pass has shown that nothing else does."""
+    xs = [torch.randn(6, 24) for _ in range(4)]
+    layer = MoSLinear(24, 24, config=MoSConfig(r=3, equivalent_rank=3, shards_per_vector=2))
+    counter = counting()
+    train_steps(layer, torch.compile(layer, fullgraph=True, backend=counter), xs)
     assert counter.frame_count == 1
 
 
