@@ -136,7 +136,8 @@ class Data:
         self.dy = normal(case.tokens, case.hidden, dtype=case.dtype, device="cpu")
 
     def pools(self) -> dict[str, ShardPool]:
-        config = MoSConfig(r=R, equivalent_rank=1, shards_per_vector=L_SHARDS, private_rank=0, alpha=R)
+        least = max(1, R // self.case.experts)  # that gives every expert rank R
+        config = MoSConfig(r=R, equivalent_rank=least, shards_per_vector=L_SHARDS, private_rank=0, alpha=R)
         sides = {"gate_up_proj": (self.case.hidden, 2 * self.case.intermediate)}
         sides["down_proj"] = self.case.intermediate, self.case.hidden
         made = {}
