@@ -699,7 +699,12 @@ def try_mutant(base, scratch, mutant, flavours):
             path = root / "csrc" / "cuda" / mutant.file
             path.write_text(mutant.apply(path.read_text()))
         for flavour in flavours[:1] if str(mutant) in EQUIVALENT else flavours:
-            build(base, root, mutant.file if mutant else "", flavour)
+            try:
+                build(base, root, mutant.file if mutant else "", flavour)
+            except RuntimeError as error:  # a static_assert of the sources, say
+                if mutant is None:
+                    raise
+                return "compiler", next((line for line in str(error).splitlines() if "error" in line), str(error))
             said = verdict(root, flavour)
             if said:
                 return flavour, said
