@@ -105,6 +105,10 @@ _product(
 _FACTORS = "Tensor pool_a, Tensor index_a, Tensor pool_b, Tensor index_b"
 
 
+def _factors(s: Tensor, pool_a: Tensor, index_a: Tensor, pool_b: Tensor, index_b: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return _factor(s, pool_a, index_a), _factor(s, pool_b, index_b)
+
+
 def _low_rank(x, pool_a, index_a, pool_b, index_b, bias, scale, p, seed) -> tuple[Tensor, Tensor]:
     """scale * S F_b + bias, and S."""
     s = reference.shrink(x, pool_a, index_a, p, seed)
@@ -147,29 +151,28 @@ _product(
     f"low_rank_backward(Tensor dy, Tensor s, Tensor x, {_FACTORS}, float scale, float p, Tensor? seed)"
     " -> (Tensor, Tensor, Tensor)",
     _low_rank_backward,
-    lambda dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed: (
-        x.new_empty(x.shape),
-        _factor(s, pool_a, index_a),
-        _factor(s, pool_b, index_b),
-    ),
+    lambda dy, s, x, *operands: (x.new_empty(x.shape), *_factors(s, *operands)),
 )
 
 
-def _low_rank_backward_(dx, *arguments) -> tuple[Tensor, Tensor]:
-    """dx += that of the low-rank branch; returns the gradients of both factors."""
-    dx_low, factor_a, factor_b = _low_rank_backward(*arguments)
-    dx += dx_low
-    return factor_a, factor_b
+def _onto(backward):
+    """``backward`` with its dx added to what is there; returns the gradients of both factors."""
 
+    def onto(dx, *operands) -> tuple[Tensor, Tensor]:
+        dx_low, factor_a, factor_b = backward(*operands)
+        dx += dx_low
+        return factor_a, factor_b
+
+    return onto
+
+
+_low_rank_backward_ = _onto(_low_rank_backward)
 
 _product(
     f"low_rank_backward_(Tensor(a!) dx, Tensor dy, Tensor s, Tensor x, {_FACTORS}, float scale, float p, Tensor? seed)"
     " -> (Tensor, Tensor)",
     _low_rank_backward_,
-    lambda dx, dy, s, x, pool_a, index_a, pool_b, index_b, scale, p, seed: (
-        _factor(s, pool_a, index_a),
-        _factor(s, pool_b, index_b),
-    ),
+    lambda dx, dy, s, x, *operands: _factors(s, *operands),
 )
 
 # ------------------------------------------------------------------------------------------------ in groups of rows
@@ -224,29 +227,15 @@ _product(
     f"grouped_low_rank_backward(Tensor dy, Tensor s, Tensor x, {_FACTORS}, float scale, float p, Tensor? seed,"
     f" {_GROUPS}) -> (Tensor, Tensor, Tensor)",
     _grouped_low_rank_backward,
-    lambda dy, s, x, pool_a, index_a, pool_b, index_b, *_: (
-        x.new_empty(x.shape),
-        _factor(s, pool_a, index_a),
-        _factor(s, pool_b, index_b),
-    ),
+    lambda dy, s, x, *operands: (x.new_empty(x.shape), *_factors(s, *operands)),
 )
-
-
-def _grouped_low_rank_backward_(dx, *operands) -> tuple[Tensor, Tensor]:
-    """dx += that of the branch; returns the gradients of the factors of all groups."""
-    dx_low, factor_a, factor_b = _grouped_low_rank_backward(*operands)
-    dx += dx_low
-    return factor_a, factor_b
 
 
 _product(
     f"grouped_low_rank_backward_(Tensor(a!) dx, Tensor dy, Tensor s, Tensor x, {_FACTORS}, float scale, float p,"
     f" Tensor? seed, {_GROUPS}) -> (Tensor, Tensor)",
-    _grouped_low_rank_backward_,
-    lambda dx, dy, s, x, pool_a, index_a, pool_b, index_b, *_: (
-        _factor(s, pool_a, index_a),
-        _factor(s, pool_b, index_b),
-    ),
+    _onto(_grouped_low_rank_backward),
+    lambda dx, dy, s, x, *operands: _factors(s, *operands),
 )
 
 # The product of experts without an adapter is ATen's: an operator only so that compilers take it, in every dtype.
