@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .linear import BASE_ALONE, GROUPED, AdaptedLayer, check_finite
+from .linear import BASE_ALONE, GROUPED, AdaptedLayer, check_finite, check_own_forward, take_over
 from .merging import add, subtract
 from .ops import fused
 from .ops.branch import Branch, Groups
@@ -395,11 +395,7 @@ class MoSExperts(AdaptedExperts, nn.Module):
             self.take_out_of_weights()
 
     def check_releasable(self) -> None:
-        if "forward" in vars(self):
-            raise ValueError(
-                "a layer must have no forward that was put there after it was adapted, got one (of a hook of "
-                "accelerate, say): call accelerate.hooks.remove_hook_from_submodules(model) first"
-            )
+        check_own_forward(self)
 
     def release(self) -> nn.Module:
         """The base module without the adapter, with what is merged into it."""
@@ -447,12 +443,11 @@ def adapted_experts(base: nn.Module, adapters: dict[str, tuple[ShardPool, int]])
     """
     if "forward" in vars(base):
         raise ValueError(
-            f"target_parameters must select experts whose forward is their class', got a {type(base).__name__} whose "
+            f"target_parameters must select experts with the forward of their class, got a {type(base).__name__} whose "
             f"forward was replaced (by a hook of accelerate, say)"
         )
     self = _blank(type(base))
-    own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    self.__dict__.update({k: v.copy() if k in own else v for k, v in vars(base).items()})
+    take_over(self, base)
     # (A plain dictionary: pools belong to the model, once each, and are no submodules of this.)
     self.adapters, self.enabled, self.paths, self._merges = dict(adapters), True, Counter(), []
     return self

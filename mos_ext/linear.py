@@ -276,6 +276,21 @@ def _why_slow(
     return None
 
 
+def take_over(layer: nn.Module, base: nn.Module) -> None:
+    """Gives a layer what its base has: the very same objects, in dictionaries of its own."""
+    own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    layer.__dict__.update({k: v.copy() if k in own else v for k, v in vars(base).items()})
+
+
+def check_own_forward(layer: nn.Module) -> None:
+    """ValueError where somebody has put a forward onto an adapted layer, which would go on computing the adapter."""
+    if "forward" in vars(layer):
+        raise ValueError(
+            "a layer must have no forward that was put there after it was adapted, got one (of a hook of "
+            "accelerate, say): call accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
+
+
 class MoSModule(nn.Module, AdaptedLayer):
     """What all adapted layers of :func:`mos_ext.adapt` have in common: one adapter, on a base of some kind.
 
@@ -324,8 +339,7 @@ class MoSModule(nn.Module, AdaptedLayer):
     def _take(self, base: nn.Module) -> None:
         """Becomes ``base`` with an adapter: its parameters and hooks, the very same objects, and whatever tools have
         set on it."""
-        own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        self.__dict__.update({k: v.copy() if k in own else v for k, v in vars(base).items()})
+        take_over(self, base)
         self.in_features, self.out_features = _features(base)
 
     def check_releasable(self) -> None:
@@ -335,11 +349,7 @@ class MoSModule(nn.Module, AdaptedLayer):
                 f"a layer must have the class that adapt gave it, got a {type(self).__name__}: call "
                 f"torch.nn.utils.parametrize.remove_parametrizations first, where those are the cause"
             )
-        if "forward" in vars(self):
-            raise ValueError(
-                "a layer must have no forward that was put there after it was adapted, got one (of a hook of "
-                "accelerate, say): call accelerate.hooks.remove_hook_from_submodules(model) first"
-            )
+        check_own_forward(self)
 
     def release(self) -> nn.Module:
         """The base layer without the adapter, with what is merged into it."""
