@@ -55,7 +55,7 @@ if MODE not in MODES:
     sys.exit(f"MOS_EXT_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
 
 # Real code for every architecture the kernels are tuned or tested for, and PTX that others translate: Jetsons (8.7 and
-# 11.0), which run no other GPU's real code, and whatever comes after 12. The library has 13 MB.
+# 11.0), which run no other GPU's real code, and whatever comes after 12. The library has 21 MB.
 CUDA_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0;10.0+PTX;12.0"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest supported
 NO_TORCH = (
