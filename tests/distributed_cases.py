@@ -53,12 +53,15 @@ def build(way="adapt", dtype=torch.float64, tied=False, **kwargs):
     ``tied``: one block, called again and again.
     """
     config = {**RANKS, "pool_dtype": str(dtype).removeprefix("torch."), **kwargs}
-    if way == "experts":
+    if way.endswith("experts"):
         torch.manual_seed(0)
         model = Model([ExpertsBlock(WIDTH).to(dtype) for _ in range(LAYERS)])
         stacks = ["experts.gate_up_proj", "experts.down_proj"]
         config |= {"target_modules": [], "target_parameters": stacks, "expert_equivalent_rank": 0.75}
-        return randomize(mos_ext.adapt(model, mos_ext.MoSConfig(**config)))
+        if way == "experts":
+            return randomize(mos_ext.adapt(model, mos_ext.MoSConfig(**config)))
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, mos_peft.MoSConfig(**config, init_weights=False))
     model = Model(stack(1 if tied else LAYERS, WIDTH, dtype))
     if way == "adapt":
         model = randomize(mos_ext.adapt(model, mos_ext.MoSConfig(**config)))

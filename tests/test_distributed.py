@@ -38,8 +38,9 @@ def test_plain(ranks, wrapper, way):
 
 @pytest.mark.parametrize("blocks", ["nnnn", "oooo", "rnor"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_experts(ranks, wrapper, blocks):
-    agree(ranks, wrapper=wrapper, way="experts", blocks=blocks)
+@pytest.mark.parametrize("way", ["experts", "peft experts"])
+def test_experts(ranks, wrapper, way, blocks):
+    agree(ranks, wrapper=wrapper, way=way, blocks=blocks)
 
 
 @pytest.mark.parametrize("blocks", ["oooo", "rrrr", "rnor", "nrrn", "RnRr"])
