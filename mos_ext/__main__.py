@@ -1,17 +1,19 @@
 """``python -m mos_ext`` says what was built and what was not, and tests it in two seconds.
 
-The exit code says whether the test passed.
+``--json`` says the same as one object, for bug reports and programs. The exit code says whether the test passed.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import time
 import traceback
 
 import torch
 
-from .env import report
+from .env import facts, report
 from .testing import check_case, random_case
 
 
@@ -27,17 +29,27 @@ def self_test() -> int:
     return count
 
 
-def main() -> int:
-    print(report())
-    start = time.perf_counter()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mos_ext", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the text")
+    options = parser.parse_args(argv)
+    if not options.json:
+        print(report())
+    start, count, problem = time.perf_counter(), 0, None
     try:
         count = self_test()
     except Exception:
-        traceback.print_exc()
+        problem = traceback.format_exc()
+    seconds = round(time.perf_counter() - start, 1)
+    if options.json:
+        test = {"passed": problem is None, "cases": count, "seconds": seconds, "problem": problem}
+        print(json.dumps(facts() | {"self_test": test}, indent=2))
+    elif problem:
+        print(problem, file=sys.stderr)
         print("\nself-test      FAILED")
-        return 1
-    print(f"\nself-test      passed: {count} cases, forward and backward, in {time.perf_counter() - start:.1f} s")
-    return 0
+    else:
+        print(f"\nself-test      passed: {count} cases, forward and backward, in {seconds} s")
+    return int(problem is not None)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -51,29 +52,50 @@ def environment() -> dict[str, str]:
     }
 
 
+def facts() -> dict[str, Any]:
+    """What this installation is, as data that JSON can hold: ``environment``, ``build``, ``libraries``, ``operators``.
+
+    ``build`` is the record of the build, None without one. ``libraries`` say where they were loaded from, or why not;
+    ``operators`` of each device, by name, None where a native kernel serves it, else why plain PyTorch does.
+    """
+    libraries = {
+        name: {"loaded": library.loaded, "path": str(library.path), "problem": library.problem}
+        for name, library in loader.libraries.items()
+    }
+    return {
+        "environment": environment(),
+        "build": loader.build_record() or None,
+        "libraries": libraries,
+        "cpu_kernels": _guarded(loader.cpu_instruction_set) if loader.libraries["_C"].loaded else None,
+        "operators": {
+            device: {op: why_not_native(op, device) for op in OPERATORS}
+            for device in dict.fromkeys(loader.DEVICE_OF.values())
+        },
+    }
+
+
 def report() -> str:
-    """The text of ``python -m mos_ext`` without its self-test: environment, libraries, who computes each operator."""
-    lines = [f"{name:<14} {value}" for name, value in environment().items()]
-    record = loader.build_record()
+    """The text of ``python -m mos_ext`` without its self-test: :func:`facts` for people."""
+    found = facts()
+    lines = [f"{name:<14} {value}" for name, value in found["environment"].items()]
+    record = found["build"]
     build = (
         f"MOS_EXT_BUILD={record['mode']}, against torch {record['torch']}"
         if record
         else "no record (nothing was built here)"
     )
     lines += ["", f"build          {build}"]
-    for name, library in loader.libraries.items():
-        lines.append(f"{name:<14} {library.problem or f'loaded from {library.path}'}")
-    if loader.libraries["_C"].loaded:
-        lines.append(f"{'cpu kernels':<14} {_guarded(loader.cpu_instruction_set)}")
+    for name, library in found["libraries"].items():
+        lines.append(f"{name:<14} {library['problem'] or 'loaded from ' + library['path']}")
+    if found["cpu_kernels"]:
+        lines.append(f"{'cpu kernels':<14} {found['cpu_kernels']}")
     lines.append("")
-    for device in dict.fromkeys(loader.DEVICE_OF.values()):
-        python = {op: reason for op in OPERATORS if (reason := why_not_native(op, device))}
-        native = [op for op in OPERATORS if op not in python]
+    for device, operators in found["operators"].items():
+        python = {op: reason for op, reason in operators.items() if reason}
+        native = [op for op in operators if op not in python]
         lines.append(f"{f'{device} native':<14} {', '.join(native) or 'none'}")
         for reason in dict.fromkeys(python.values()):
             missing = [op for op in python if python[op] == reason]
-            lines.append(
-                f"{f'{device} python':<14} "
-                f"{', '.join(missing) if len(missing) < len(OPERATORS) else 'all operators'}: {reason}"
-            )
+            which = ", ".join(missing) if len(missing) < len(operators) else "all operators"
+            lines.append(f"{f'{device} python':<14} {which}: {reason}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import pytest
 
 import mos_ext
 from mos_ext.ops import loader
-from mos_ext.ops.schema import INTERFACE
+from mos_ext.ops.schema import INTERFACE, OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 CURRENT = b"mos_ext interface %d." % INTERFACE  # what the loader looks for in a library
@@ -465,3 +465,19 @@ def test_report_of_this_installation():
     assert code == 0
     assert f"mos_ext        {mos_ext.__version__}" in text
     assert "self-test      passed: " in text
+
+
+@pytest.mark.parametrize("disabled", ["", "1"])
+def test_report_as_json(disabled):
+    """Every line of the text is in it, for programs: who serves each operator, or why plain PyTorch does."""
+    command = [sys.executable, "-m", "mos_ext", "--json"]
+    environment = os.environ | {"MOS_EXT_DISABLE_NATIVE": disabled}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["environment"]["mos_ext"] == mos_ext.__version__
+    assert found["self_test"] == {"passed": True, "cases": 9, "problem": None} | {"seconds": found["self_test"]["seconds"]}
+    assert set(found["operators"]["cpu"]) == set(OPERATORS)
+    served = {why is None for why in found["operators"]["cpu"].values()}
+    assert served == {not disabled}
+    assert found["libraries"]["_C"]["loaded"] == (not disabled)
+    assert (found["libraries"]["_C"]["problem"] is None) == (not disabled)
