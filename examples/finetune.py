@@ -368,7 +368,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a directory or a Hugging Face name; made on the spot when left out")
     parser.add_argument("--data", nargs="+", type=Path, help="text or .jsonl files; Python's manual when left out")
     parser.add_argument("--text-field", default="text", help="the field of .jsonl lines (default: text)")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="directory for everything written")
+    parser.add_argument("--output", type=Path, default=Path("finetune-output"), help="directory for everything written")
     parser.add_argument(
         "--compare-lora", action="store_true", help="also train LoRA at the same budget (always in the demo)"
     )
