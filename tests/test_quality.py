@@ -19,16 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import __main__ as program  # noqa: E402
+from benchmarks.quality import demo, experts, report, train  # noqa: E402
 from benchmarks.quality import methods as methods_module  # noqa: E402
-from benchmarks.quality import report, train  # noqa: E402
 from benchmarks.quality.data import SHARES, ngrams, split_topics  # noqa: E402
-from benchmarks.quality.settings import Base, Settings  # noqa: E402
+from benchmarks.quality.settings import EXPERTS, Base, Settings  # noqa: E402
 
 BASE = Base(300, 32, 64, 3, 2, length=16, characters=30_000, steps=2, batch=2, eval_blocks=2)
 TINY = Settings(BASE, steps=2, batch=2, seeds=2, sweep_seeds=1, r=3, lr=1e-2)
 TINY = replace(TINY, l_sweep=(1, 2, 4), r_sweep=(2, 3, 4), routing_sweep=(2, 3))
 REAL = methods_module.methods(Settings())
-TUNING = ROOT / "benchmarks" / "quality" / "tuning.csv"
+REAL_EXPERTS = methods_module.methods(EXPERTS)
+TUNING = [ROOT / "benchmarks" / "quality" / name for name in ("tuning.csv", "tuning-experts.csv")]
+TINY_EXPERTS = replace(EXPERTS, base=replace(BASE, intermediate=16, experts=4, choices=2), steps=2, batch=2, r=2, l=2)
+TINY_EXPERTS = replace(TINY_EXPERTS, seeds=2, fractions=(1 / 2,), lr=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------ methods
@@ -135,15 +138,40 @@ def test_vblora_trains_its_logits_faster(models):
 
 
 def test_rates_are_those_of_the_committed_tuning():
-    with TUNING.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = []
+    for file in TUNING:
+        with file.open(newline="") as stream:
+            rows += csv.DictReader(stream)
     assert {r["split"] for r in rows} == {"validation"}
     assert not {int(r["seed"]) for r in rows} & set(range(Settings().seeds))
     best = {}
     for row in sorted(rows, key=lambda r: -float(r["loss"])):
         best[row["family"]] = float(row["lr"])
     assert best == methods_module.RATES
-    assert {m.family for m in REAL.values()} == set(best)
+    assert {m.family for m in (*REAL.values(), *REAL_EXPERTS.values())} == set(best)
+
+
+@pytest.mark.parametrize(("name", "share"), [("lora-r1", 1), ("shared-outer", 1), ("mos", 1), ("mos-e0.125", 1 / 8)])
+def test_budgets_of_experts(name, share):
+    torch.manual_seed(0)
+    with train.quiet_threads(1):
+        model = methods_module.put_on(train.new_model(EXPERTS.base), REAL_EXPERTS[name], EXPERTS, 0)
+    assert trainable(model) == share * EXPERTS.budget == share * 16 * 6 * (96 + 112 + 56 + 96)
+
+
+def test_shared_outer_is_one_matrix_for_the_experts_of_a_layer_towards_the_residual_stream():
+    torch.manual_seed(0)
+    method = REAL_EXPERTS["shared-outer"]
+    model = methods_module.put_on(train.new_model(EXPERTS.base), method, EXPERTS, 0)
+    for pool in model.mos_pools.pools:
+        with torch.no_grad():
+            pool.shards_b.normal_()
+        outer = 0 if "gate_up" in pool.stream else 1
+        seen = [pool.factors(layer) for layer in range(pool.num_layers)]
+        for factors in seen:
+            assert len(factors[outer].unique(dim=0)) == 1
+            assert len(factors[1 - outer].unique(dim=0)) == EXPERTS.base.experts
+        assert len(torch.cat([factors[outer] for factors in seen]).unique(dim=0)) == EXPERTS.base.layers
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -314,6 +342,57 @@ def test_the_report_has_every_method_and_plot(finished):
         assert f"]({name}.png)" in text
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "<" not in text.replace("<->", "")
+
+
+def test_experts_from_the_base_model_to_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "EXPERTS", TINY_EXPERTS)
+    assert program.main([str(tmp_path), "--experts", "--workers", "0"]) == 0
+    rows = rows_of(tmp_path)
+    assert {(r["method"], r["seed"]) for r in rows} == {
+        (n, s) for n in methods_module.methods(TINY_EXPERTS) for s in "01"
+    }
+    text = (tmp_path / "report.md").read_text()
+    for method in methods_module.methods(TINY_EXPERTS).values():
+        assert f"| {method.label} |" in text
+    for question in experts.questions(TINY_EXPERTS):
+        assert f"| {question.text} |" in text
+    assert "python -m benchmarks.quality OUT --experts" in text
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo(tmp_path, capsys):
+    assert demo.main([str(tmp_path), "--workers", "0"], TINY) == 0
+    printed = capsys.readouterr().out
+    for name in demo.names(TINY):
+        assert methods_module.methods(TINY)[name].label in printed
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(file.read_text())["row"] for file in (tmp_path / "runs").iterdir()]
+    assert sorted((r["method"], r["seed"]) for r in rows) == sorted((n, s) for n in demo.names(TINY) for s in range(3))
+
+
+def test_what_the_demo_says_follows_the_numbers():
+    losses = {"lora-r2": (2.1, 2.2, 2.3), "mos": (2.0, 2.11, 2.19), "lora-r16": (1.0, 1.0, 1.0)}
+    rows = [
+        {"method": name, "seed": seed, "loss": loss, "base_loss": 3.0, "trainable": 1, "lr": 1e-2}
+        for name, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    shown, not_shown = demo.sentences(report.Results(TINY, rows))
+    assert "MoS comes 45 % of the way from the frozen base to it, and LoRA r=2 40 %" in shown
+    assert "MoS's loss is lower by 0.1000 ± 0.0058 (paired by seed; zero is outside the 95 % interval)" in shown
+    assert not_shown.startswith("Not shown")
+
+
+def test_answers_follow_the_numbers():
+    losses = {"lora-r1": (2.0, 2.1, 1.9), "mos": (1.9, 2.01, 1.79), "shared-outer": (1.8, 2.2, 1.85)}
+    losses |= {"mos-e0.5": (2.3, 2.41, 2.19), "lora-r8": (1.0, 1.0, 1.0)}
+    rows = [
+        {"method": name, "seed": seed, "loss": loss, "base_loss": 3.0, "trainable": 1, "lr": 1e-2}
+        for name, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    said = [line.rsplit("|", 2)[1].strip() for line in experts.answers(report.Results(TINY_EXPERTS, rows))[2:]]
+    assert said == ["lower", "not shown to differ", "not shown to differ", "higher", "higher"]
 
 
 def invented(losses):

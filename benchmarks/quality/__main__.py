@@ -1,4 +1,7 @@
-"""python -m benchmarks.quality OUT: all runs, then runs.csv, report.md and plots; --tune: the learning rates."""
+"""python -m benchmarks.quality OUT: all runs, then runs.csv, report.md and plots.
+
+--tune: the learning rates instead. --experts: either of a mixture of experts.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .experts import write_report as write_experts_report
 from .methods import GRIDS, methods, rate
 from .report import write_report
-from .settings import Settings
+from .settings import EXPERTS, Settings
 from .train import Job, OtherSettings, run_all
 
 
@@ -39,7 +43,7 @@ def jobs_of(s: Settings) -> list[Job]:
 def measure(s: Settings, out: Path, workers: int, command: str) -> None:
     rows = run_all(s, jobs_of(s), out, "runs", workers)
     write_csv(out / "runs.csv", rows)
-    write_report(s, rows, out, command)
+    (write_experts_report if s.base.experts else write_report)(s, rows, out, command)
 
 
 def tune(s: Settings, out: Path, workers: int) -> None:
@@ -60,18 +64,21 @@ def tune(s: Settings, out: Path, workers: int) -> None:
 def main(argv: list[str] | None = None, s: Settings | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("out", type=Path, help="the directory for everything written; run again to go on")
+    parser.add_argument("--experts", action="store_true", help="adapt the experts of a mixture of experts")
     parser.add_argument("--tune", action="store_true", help="the learning rates, to OUT/tuning.csv, and no results")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: in this process")
     options = parser.parse_args(argv)
     if options.workers < 0:
         parser.error(f"--workers must be at least 0, got {options.workers}")
-    s = s or Settings()
+    s = s or (EXPERTS if options.experts else Settings())
     start = time.perf_counter()
     try:
         if options.tune:
             tune(s, options.out, options.workers)
         else:
-            measure(s, options.out, options.workers, f"python -m benchmarks.quality OUT --workers {options.workers}")
+            experts = "--experts " if options.experts else ""
+            command = f"python -m benchmarks.quality OUT {experts}--workers {options.workers}"
+            measure(s, options.out, options.workers, command)
     except OtherSettings as error:
         print(error, file=sys.stderr)
         return 2

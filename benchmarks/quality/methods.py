@@ -1,15 +1,20 @@
-"""What is compared: every method as data, its learning rate, and how it is put on a model."""
+"""What is compared: every method as data, its learning rate, and how it is put on a model's linears or experts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+from torch import nn
 
 import mos_ext
+from mos_ext.routing import IndexTables
 
 from .settings import Settings
 
-# Of each family the rate with the lowest validation loss in tuning.csv (--tune; a seed that no result uses). A family
+# Of each family the rate with the lowest validation loss in tuning*.csv (--tune; a seed that no result uses). A family
 # is what shares the scale alpha / r of its product, to which the best rate of Adam is tied.
 RATES: dict[str, float] = {
     "lora-r2": 0.01,
@@ -32,6 +37,8 @@ GRIDS = {
     **dict.fromkeys(("mos-r8", "pure", "subset", "mos-all", "mos-r2", "mos-r4", "mos-r12"), _GRID),
     "vera": (1e-2, 3e-2, 1e-1, 2e-1, 3e-1),
     "vblora": (3e-3, 1e-2, 3e-2, 6e-2, 1e-1),
+    **dict.fromkeys(("experts-lora-r1", "experts-lora-r8", "experts-shared-outer"), (1e-3, *_GRID)),
+    **dict.fromkeys(("experts-mos", "experts-mos-e0.5", "experts-mos-e0.25", "experts-mos-e0.125"), _GRID),
 }
 
 
@@ -72,7 +79,30 @@ def vblora_vectors(s: Settings, r: int, length: int) -> int:
 
 
 def methods(s: Settings) -> dict[str, Method]:
-    """All of them by name. A configuration that two questions ask for is one method, in two groups."""
+    """All of them by name."""
+    return of_experts(s) if s.base.experts else of_linears(s)
+
+
+def of_experts(s: Settings) -> dict[str, Method]:
+    """LoRA on every expert, of its smallest rank and as the ceiling; shared-outer; MoS of that budget and fractions."""
+    found: dict[str, Method] = {}
+
+    def add(name: str, label: str, kind: str, options: dict) -> None:
+        found[name] = Method(name, label, kind, f"experts-{name}", ("main",), options)
+
+    for r in (s.equivalent_rank, s.equivalent_rank * s.ceiling):
+        add(f"lora-r{r}", f"LoRA r={r} per expert (PEFT)", "lora", {"r": r})
+    r = 2 * s.equivalent_rank  # has the same budget, see settings.py
+    add("shared-outer", f"shared-outer LoRA r={r}", "shared", {"r": r})
+    for e in (s.equivalent_rank, *s.fractions):
+        name, label = "mos" if e == s.equivalent_rank else f"mos-e{e:g}", f"MoS e={Fraction(e)} (r={s.r}, l={s.l})"
+        options = {"r": s.r, "expert_equivalent_rank": e, "shards_per_vector": s.l, "private_rank": s.p}
+        add(name, label, "mos", options)
+    return found
+
+
+def of_linears(s: Settings) -> dict[str, Method]:
+    """A configuration that two questions ask for is one method, in two groups."""
     e, layers = s.equivalent_rank, s.base.layers
     found: dict[str, Method] = {}
 
@@ -132,20 +162,42 @@ def rate(s: Settings, method: Method) -> float:
 
 def put_on(model, method: Method, s: Settings, seed: int):
     """The adapted model. Torch's generator is the caller's to seed."""
-    targets, options = list(s.base.types), method.options
+    names, options = list(s.base.types), method.options
+    targets = {"target_parameters": names, "target_modules": []} if s.base.experts else {"target_modules": names}
     if method.kind == "mos":
-        return mos_ext.adapt(model, mos_ext.MoSConfig(**options, alpha=s.alpha, target_modules=targets, seed=seed))
+        return mos_ext.adapt(model, mos_ext.MoSConfig(**options, alpha=s.alpha, **targets, seed=seed))
+    if method.kind == "shared":
+        return put_shared_outer(model, options["r"], s, targets, seed)
     import peft
 
     if method.kind == "lora":
-        config = peft.LoraConfig(**options, lora_alpha=s.alpha, target_modules=targets)
+        config = peft.LoraConfig(**options, lora_alpha=s.alpha, **targets)
     elif method.kind == "vera":
-        config = peft.VeraConfig(**options, target_modules=targets, projection_prng_key=seed)
+        config = peft.VeraConfig(**options, **targets, projection_prng_key=seed)
     elif method.kind == "vblora":
-        config = peft.VBLoRAConfig(**options, target_modules=targets)
+        config = peft.VBLoRAConfig(**options, **targets)
     else:
-        raise ValueError(f"kind must be mos, lora, vera or vblora, got {method.kind!r}")
+        raise ValueError(f"kind must be mos, shared, lora, vera or vblora, got {method.kind!r}")
     return peft.get_peft_model(model, config)
+
+
+def put_shared_outer(model, r: int, s: Settings, targets: dict, seed: int):
+    """LoRA per expert whose side towards the residual stream is one for all experts of a layer, as of SGLang's.
+
+    That is A of gate_up_proj and B of down_proj. A corner of the index tables: whole vectors (l = 1), of which matrix
+    k has its own r on one side, and on the other those of its layer, in a pool that is as much smaller.
+    """
+    whole = {"r": r, "expert_equivalent_rank": r, "shards_per_vector": 1, "private_rank": 0}
+    model = mos_ext.adapt(model, mos_ext.MoSConfig(**whole, alpha=s.alpha, **targets, seed=seed))
+    own = np.arange(s.base.layers * s.base.experts * r, dtype=np.int32).reshape(-1, r, 1)
+    shared = own[: s.base.layers].repeat(s.base.experts, axis=0)
+    for pool in model.mos_pools.pools:
+        outer = "a" if "gate_up_proj" in pool.stream else "b"
+        values = getattr(pool, f"shards_{outer}")
+        setattr(pool, f"shards_{outer}", nn.Parameter(values.detach()[: s.base.layers * r].clone()))
+        a, b = (shared, own) if outer == "a" else (own, shared)
+        pool.set_tables(IndexTables(a, b))
+    return model
 
 
 def parameter_groups(model, lr: float) -> list[dict]:

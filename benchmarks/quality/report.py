@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -164,7 +165,7 @@ def shard_table(s: Settings, seeds: int = 20) -> list[str]:
 # ------------------------------------------------------------------------------------------------ plots
 
 
-def _pyplot():
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,8 +175,8 @@ def _pyplot():
 
 
 def plot_losses(results: Results, file: Path) -> None:
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(8, 5.5))
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5.5))
     s = results.settings
     big = s.p_equivalent_rank
     curves = {
@@ -206,7 +207,39 @@ def plot_losses(results: Results, file: Path) -> None:
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
+
+
+class Line(NamedTuple):
+    """Methods that a plot joins, from the smallest to the largest, and the label beside the last."""
+
+    label: str
+    names: Sequence[str]
+    color: str
+
+
+def plot_sizes(results: Results, lines: Sequence[Line], file: Path) -> None:
+    """Loss against trainable parameters, labels beside the points."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for line in lines:
+        means = [statistics.fmean(results.values(n)) for n in line.names]
+        errors = [spread(results.values(n)) for n in line.names]
+        sizes = [results.trainable[n] for n in line.names]
+        axis.errorbar(sizes, means, errors, fmt="o-", color=line.color, capsize=3)
+        where = {"xytext": (8, 6), "textcoords": "offset points"}
+        axis.annotate(line.label, (sizes[-1], means[-1]), color=line.color, **where)
+    sizes = sorted({results.trainable[n] for line in lines for n in line.names})
+    axis.set_xscale("log")
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=20, minor=False)
+    axis.set_xticks([], minor=True)
+    axis.margins(x=0.18)
+    axis.set(xlabel="trainable parameters", ylabel="test loss, nats per token")
+    axis.set_title(f"mean and standard deviation over seeds; frozen base {results.base:.3f}", fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def _panels(results: Results) -> dict[str, list[tuple[str, str]]]:
@@ -231,9 +264,9 @@ def _panels(results: Results) -> dict[str, list[tuple[str, str]]]:
 
 
 def plot_sweeps(results: Results, file: Path) -> None:
-    pyplot = _pyplot()
+    plt = pyplot()
     seeds = results.settings.sweep_seeds
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7))
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7))
     for axis, (title, points) in zip(axes.flat, _panels(results).items(), strict=True):
         labels, names = [p[0] for p in points], [p[1] for p in points]
         values = [results.values(n, seeds) for n in names]
@@ -255,13 +288,13 @@ def plot_sweeps(results: Results, file: Path) -> None:
     figure.suptitle("thin lines: one seed each", fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def plot_shards(s: Settings, file: Path) -> None:
-    pyplot = _pyplot()
+    plt = pyplot()
     rows = draws(s)
-    figure, axes = pyplot.subplots(len(rows), 2, figsize=(11, 2.3 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), 2, figsize=(11, 2.3 * len(rows)), squeeze=False)
     labels = [f"{t.removesuffix('_proj')} {side}" for t in s.base.types for side in "AB"]
     for line, d in zip(axes, rows, strict=True):
         found = {routing: d.uses(routing, 0, s.base.types) for routing in ("random", "balanced")}
@@ -276,13 +309,13 @@ def plot_shards(s: Settings, file: Path) -> None:
             figure.colorbar(image, ax=axis).set_label("layers", fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------ the report
 
 
-def _main_table(results: Results) -> list[str]:
+def main_table(results: Results) -> list[str]:
     lines = ["| method | trainable | of the budget | rate | seeds | test loss | share of the gap | loss - MoS's |"]
     lines += ["|---|---|---|---|---|---|---|---|", f"| frozen base | 0 | 0 | | | {results.base:.4f} | 0 % | |"]
     names = results.of_group("main")
@@ -389,22 +422,33 @@ def conclusions(results: Results) -> list[str]:
     return lines
 
 
+def origin(rows: Sequence[dict]) -> str:
+    """Where and when rows were made."""
+
+    def every(column: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[column]) for row in rows))
+
+    seconds = sum(row["seconds"] for row in rows)
+    return (
+        f"Commit {every('commit')} (tracked files changed: {every('modified')}), {min(r['date'] for r in rows)} to "
+        f"{max(r['date'] for r in rows)}. {every('cpu')}, {every('threads')} thread per run, torch {every('torch')}, "
+        f"PEFT {every('peft')}, Python {every('python')}. {len(rows)} runs, {seconds:.0f} core-seconds without the "
+        "base model."
+    )
+
+
 def write_report(s: Settings, rows: Sequence[dict], out: Path, command: str) -> None:
     results = Results(s, rows)
     plot_losses(results, out / "loss.png")
     plot_sweeps(results, out / "sweeps.png")
     plot_shards(s, out / "shards.png")
 
-    def every(column: str) -> str:
-        return ", ".join(dict.fromkeys(str(row[column]) for row in rows))
-
-    seconds = sum(row["seconds"] for row in rows)
-    lines = ["# The paper in miniature", "", f"`{command}`", ""]
-    lines += [
-        f"Commit {every('commit')} (tracked files changed: {every('modified')}), {min(r['date'] for r in rows)} to "
-        f"{max(r['date'] for r in rows)}. {every('cpu')}, {every('threads')} thread per run, torch {every('torch')}, "
-        f"PEFT {every('peft')}, Python {every('python')}. {len(rows)} runs, {seconds:.0f} core-seconds without the "
-        "base model.",
+    lines = [
+        "# The paper in miniature",
+        "",
+        f"`{command}`",
+        "",
+        origin(rows),
         "",
         f"A Llama of {s.base.layers} layers and hidden size {s.base.hidden}, trained on the source of Python's "
         f"standard library and adapted to the English of its manual: {s.steps} steps of {s.batch} x {s.base.length} "
@@ -421,7 +465,7 @@ def write_report(s: Settings, rows: Sequence[dict], out: Path, command: str) -> 
         "",
         "## One budget",
         "",
-        *_main_table(results),
+        *main_table(results),
         "",
         "VB-LoRA's parameters are those trained, its logits included; stored are fewer.",
         "",

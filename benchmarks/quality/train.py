@@ -81,21 +81,24 @@ def optimise(model: nn.Module, data: Tensor, groups: list[dict], steps: int, bat
 
 
 def new_model(base: Base) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A Llama, or a Qwen3-MoE."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=base.vocabulary,
-            hidden_size=base.hidden,
-            intermediate_size=base.intermediate,
-            num_hidden_layers=base.layers,
-            num_attention_heads=base.heads,
-            max_position_embeddings=base.length,
-            tie_word_embeddings=True,
-            eos_token_id=0,
-            bos_token_id=None,
-        )
-    )
+    options = {
+        "vocab_size": base.vocabulary,
+        "hidden_size": base.hidden,
+        "num_hidden_layers": base.layers,
+        "num_attention_heads": base.heads,
+        "max_position_embeddings": base.length,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+    }
+    if not base.experts:
+        return LlamaForCausalLM(LlamaConfig(**options, intermediate_size=base.intermediate))
+    mixture = {"num_experts": base.experts, "num_experts_per_tok": base.choices, "norm_topk_prob": True}
+    heads = {"num_key_value_heads": base.heads, "head_dim": base.hidden // base.heads}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**options, **mixture, **heads, moe_intermediate_size=base.intermediate))
 
 
 def _origin(base: Base) -> dict[str, object]:
@@ -115,9 +118,12 @@ def prepare(out: Path, base: Base, threads: int) -> Path:
         data = blocks(base)
         torch.manual_seed(base.seed)
         model = new_model(base)
+        # The balancing loss of a mixture of experts, while its router learns.
+        model.config.output_router_logits = bool(base.experts)
         with tqdm(total=base.steps, desc="base model", unit="step", dynamic_ncols=True) as bar:
             groups = [{"params": list(model.parameters()), "lr": base.lr}]
             optimise(model, data["base"], groups, base.steps, base.batch, base.seed, bar)
+        model.config.output_router_logits = False
         losses = {split: example().evaluate(model, data[split], 32) for split in ("validation", "test")}
     state = model.state_dict()
     digest = hashlib.sha256()
