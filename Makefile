@@ -9,10 +9,10 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts kernel-model quality gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts gpu-report native wheel clean
 
 help:
-	@echo "make demo        fine-tune a small model with MoS, no downloads of models or data (at most 4 minutes)"
+	@echo "make demo        MoS beside LoRA of the same budget and of eight times it, on a small model; no downloads (at most 4 minutes)"
 	@echo "make test        the test-suite"
 	@echo "make test-all    the test-suite, PEFT's own suite over MoS (fetched from PyPI), check-oldest with every newer torch"
 	@echo "make peft-suite  the latter alone; counts and reasons of skips go to build/peft-suite"
@@ -25,8 +25,10 @@ help:
 	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
 	@echo "make bench       what MoS costs on this CPU, beside PEFT: CSV, tables and plots in build/bench (at most 8 minutes)"
 	@echo "make bench-experts   what adapters on every expert cost, beside PEFT: CSV and tables (at most 7 minutes)"
+	@echo "make bench-step  what a training step of a whole model costs with adapters, MoS's and PEFT's: CSV and table (at most 6 minutes)"
 	@echo "make kernel-model   what the CUDA kernels of a layer should take, by a model; ARGS=\"--rows 2048 --rank 64\", or --table"
 	@echo "make quality     the paper in miniature: MoS, its ablations, LoRA, VeRA, VB-LoRA; report in build/quality (at most 15 minutes)"
+	@echo "make quality-experts   the same for a small mixture of experts, adapted on its experts; report in build/quality-experts"
 	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
 	@echo "make wheel       sdist and wheel in dist/"
 	@echo "make clean       remove builds and caches (not $(VENV))"
@@ -42,7 +44,7 @@ native: $(READY)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: native
-	$(BIN)/python examples/finetune.py
+	@$(BIN)/python -m benchmarks.quality.demo $(or $(OUT),demo-output)
 
 test: native
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -97,12 +99,19 @@ bench: native
 bench-experts: native
 	$(BIN)/python -m benchmarks.experts $(or $(OUT),build/bench)/experts.csv $(ARGS)
 
+# A training step of a whole model: step.csv and step.md beside those of `bench`.
+bench-step: native
+	$(BIN)/python -m benchmarks.step $(or $(OUT),build/bench)/step.csv $(ARGS)
+
 kernel-model: $(READY)
 	@$(BIN)/python -m benchmarks.kernel_model $(ARGS)
 
 # Resumable: run again to go on. See benchmarks/quality/README.md.
 quality: native
 	$(BIN)/python -m benchmarks.quality $(or $(OUT),build/quality) $(ARGS)
+
+quality-experts: native
+	$(BIN)/python -m benchmarks.quality $(or $(OUT),build/quality-experts) --experts $(ARGS)
 
 # With the interpreter that has a CUDA build of torch, not the virtual environment. See benchmarks/README.md.
 gpu-report:

@@ -14,15 +14,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
-import os
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +28,8 @@ from mos_ext.experts import Routing, adapted_experts
 from mos_ext.pools import ShardPool
 from mos_ext.routing import invert
 
-from .harness import CPU, ROOT, SMOKE, Sizes, Step, importable, measure, normal, release, saved_bytes
-from .memory import peak_bytes
+from .harness import CPU, SMOKE, Sizes, Step, importable, measure, normal, release, saved_bytes
+from .memory import ask_for_peaks, tell_peak
 from .rows import Rows, command_line, read_rows
 
 ops = torch.ops.mos_ext
@@ -318,7 +314,7 @@ def run(which: str, seconds: float, only: str = "") -> Iterator[tuple[str, list[
     """(what was done, its rows), the most important first, in about ``seconds``."""
     end, smoke = time.monotonic() + seconds, which == "smoke"
     sizes, few, adapters = (SMOKE, 16, (1, 4)) if smoke else (CPU, 64, (1, 8, 64))
-    peak = peaks(which, only, seconds / 4)
+    peak = ask_for_peaks("benchmarks.experts", (which, only), seconds / 4)
     items: list[tuple[str, dict, Callable[[], list[dict]]]] = [
         (case.name, case.row(), functools.partial(block, case, sizes)) for case in grid(which)
     ]
@@ -343,27 +339,8 @@ def run(which: str, seconds: float, only: str = "") -> Iterator[tuple[str, list[
         yield name, [{**columns, **row, "peak_mib": of_case.get(row.get("provider"))} for row in found]
 
 
-def peaks(which: str, only: str, seconds: float) -> dict[str, dict[str, float]]:
-    """Peak MiB of a step by case and provider, in a process where freed memory leaves (memory.py)."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.experts", PEAKS, which, only]
-    options = {"cwd": ROOT, "env": environment, "timeout": seconds}
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=False, **options).stdout.splitlines()
-    except subprocess.TimeoutExpired as expired:
-        lines = (expired.stdout or b"").decode().splitlines()
-    found: dict[str, dict[str, float]] = {}
-    for line in lines:
-        if line.startswith('["block') and line.endswith("]"):
-            case, provider, mib = json.loads(line)
-            found.setdefault(case, {})[provider] = mib
-    return found
-
-
 def print_peaks(which: str, only: str) -> None:
-    """A line for each case and provider, [case, provider, MiB]."""
-    if not Path("/proc/self/status").exists():
-        return
+    """A line for each case and provider."""
     for case in grid(which):
         if only not in case.name:
             continue
@@ -371,11 +348,7 @@ def print_peaks(which: str, only: str) -> None:
         for name in case.providers:
             if name == "frozen_again" or (name == "peft" and importable("peft")):
                 continue
-            step = step_of(data, BUILDERS[name](data))
-            step()
-            release("cpu")
-            peak = peak_bytes(step)
-            print(json.dumps([case.name, name, None if peak is None else round(peak / 2**20, 1)]), flush=True)
+            tell_peak(case.name, name, step_of(data, BUILDERS[name](data)))
 
 
 def tables(rows: Sequence[dict]) -> str:
@@ -405,13 +378,10 @@ def tables(rows: Sequence[dict]) -> str:
     return "\n".join([*lines, *other, *scattered]) + "\n"
 
 
-PEAKS = "--peaks"
-
-
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.simplefilter("ignore")  # optional packages' own
-    if arguments[:1] == [PEAKS]:
+    if arguments[:1] == ["--peaks"]:
         print_peaks(*arguments[1:])
         return 0
     options = command_line(__doc__, 370.0).parse_args(arguments)

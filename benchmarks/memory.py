@@ -1,6 +1,7 @@
-"""What does one full step hold at its peak? In a process of its own, for benchmarks/layer.py.
+"""What does one full step hold at its peak? In a process of its own.
 
-Cases come as JSON on standard input, results go out as a line each. Of a CPU's peak the system's record is taken
+Of benchmarks/layer.py, cases come as JSON on standard input, results go out as a line each; other benchmarks have their
+own steps, and ``ask_for_peaks`` calls them. Of a CPU's peak the system's record is taken
 (VmHWM), which has what kernels and libraries allocate past torch; the caller sets malloc up so that freed blocks leave.
 """
 
@@ -8,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from .harness import Step, release
+from .harness import ROOT, Step, release
 from .providers import Case, Data, make_ready, providers_of
 
 STEPS = 2
@@ -41,6 +45,39 @@ def peak_bytes(step: Step) -> int | None:
         step()
         found.append(max(0, _resident("VmHWM") - before))
     return min(found)  # another thread's pages only add
+
+
+def ask_for_peaks(module: str, arguments: Sequence[str], seconds: float) -> dict[str, dict[str, float | None]]:
+    """Peak MiB by case and provider that ``python -m module --peaks arguments`` tells, as far as it comes in time.
+
+    In a process where freed memory leaves.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", module, "--peaks", *arguments]
+    options = {"cwd": ROOT, "env": environment, "timeout": seconds}
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=False, **options).stdout
+    except subprocess.TimeoutExpired as expired:
+        text = (expired.stdout or b"").decode()
+    found: dict[str, dict[str, float | None]] = {}
+    for line in text.splitlines():
+        if line.startswith(_MARK) and line.endswith("]"):
+            case, provider, mib = json.loads(line.removeprefix(_MARK))
+            found.setdefault(case, {})[provider] = mib
+    return found
+
+
+def tell_peak(case: str, provider: str, step: Step) -> None:
+    """Prints a line for :func:`ask_for_peaks`; nothing where the system does not tell."""
+    if not Path("/proc/self/status").exists():
+        return
+    step()
+    release("cpu")
+    peak = peak_bytes(step)
+    print(_MARK + json.dumps([case, provider, None if peak is None else round(peak / 2**20, 1)]), flush=True)
+
+
+_MARK = "peak: "
 
 
 def main() -> int:

@@ -15,7 +15,18 @@ from .harness import environment, scrub
 # What was measured; the result; where.
 CASE = ("question", "case", "model", "mode", "T", "in", "out", "dtype", "r", "l", "e", "layers", "dropout", "provider")
 TIME = ("us", "us_q20", "us_q80", "ratio", "ratio_q20", "ratio_q80", "samples", "steps_per_sample", "timer")
-LOOK = ("peak_mib", "saved_bytes", "gradient_bytes", "aten_calls", "gflop_s", "gb_s", "of_gemm", "of_copy", "error")
+LOOK = (
+    "trainable",
+    "peak_mib",
+    "saved_bytes",
+    "gradient_bytes",
+    "aten_calls",
+    "gflop_s",
+    "gb_s",
+    "of_gemm",
+    "of_copy",
+    "error",
+)
 WHERE = ("device", "threads", "cpu", "cpu_cores", "torch", "peft", "python", "platform", "commit", "modified", "date")
 COLUMNS = (*CASE, "status", "cause", *TIME, *LOOK, *WHERE)
 NUMBERS = {

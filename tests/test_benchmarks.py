@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import mos_ext
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as everything  # noqa: E402
-from benchmarks import compare, harness, layer, memory, providers, scaling, summary  # noqa: E402
+from benchmarks import compare, experts, harness, layer, memory, providers, scaling, step, summary  # noqa: E402
 from benchmarks import rows as schema  # noqa: E402
 from benchmarks.plots import plot  # noqa: E402
 
@@ -358,3 +360,42 @@ def test_readme_has_the_numbers_of_the_committed_runs():
     report = (RESULTS / "quality" / "report.md").read_text().splitlines()
     assert len(quoted) >= 4
     assert not set(quoted) - set(report)
+
+
+# ------------------------------------------------------------------------------------------------ blocks and models
+
+
+@pytest.mark.parametrize("of", [experts, step], ids=["experts", "step"])
+def test_every_line_of_the_other_benchmarks(of, tmp_path):
+    file = tmp_path / "rows.csv"
+    assert of.main([str(file), "--grid", "smoke"]) == 0
+    rows = schema.read_rows(file)
+    assert {row["status"] for row in rows} <= {"ok", "absent"}
+    assert {row["provider"] for row in rows if row["status"] == "ok"} >= set(of.PROVIDERS)
+    measured = [r for r in rows if r["provider"] in of.PROVIDERS and r["status"] == "ok"]
+    assert all(row["us"] > 0 and row["ratio"] > 0 for row in measured)
+    whole = [r for r in measured if r["saved_bytes"] is not None and r["provider"] != "frozen_again"]
+    assert whole
+    assert all(r["peak_mib"] is not None for r in whole)
+    assert file.with_suffix(".md").read_text() == of.tables(rows)
+
+
+@pytest.mark.parametrize("of", [experts, step], ids=["experts", "step"])
+def test_committed_tables_are_of_the_committed_rows(of):
+    file = RESULTS / "cpu" / f"{of.__name__.rpartition('.')[2]}.csv"
+    rows = schema.read_rows(file)
+    assert file.with_suffix(".md").read_text() == of.tables(rows)
+    assert {row["modified"] for row in rows} == {"False"}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_of_a_step_are_on_every_linear_and_learn_from_the_first_pass():
+    case = step.grid("smoke")[0]
+    for name in step.PROVIDERS:
+        built = step.Built(name, case)
+        gradients = built.step()
+        assert len(gradients) == 1 + len(built.trained)
+        assert all(g.abs().max() > 0 for g in gradients), name
+        adapted = [n for n, m in built.model.named_modules() if n.endswith("_proj") and len(list(m.parameters())) > 1]
+        assert len(adapted) == (0 if name.startswith(("frozen", "mos")) else 7 * case.layers)
+    assert [t.num_layers for t in mos_ext.parameter_report(step.mos(case)).types] == [case.layers] * 7
