@@ -9,13 +9,14 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts gpu-report native wheel clean
 
 help:
 	@echo "make demo        MoS beside LoRA of the same budget and of eight times it, on a small model; no downloads (at most 4 minutes)"
 	@echo "make test        the test-suite"
 	@echo "make test-all    the test-suite, PEFT's own suite over MoS (fetched from PyPI), check-oldest with every newer torch"
 	@echo "make peft-suite  the latter alone; counts and reasons of skips go to build/peft-suite"
+	@echo "make docs        the documentation site in build/docs, without warnings (half a minute)"
 	@echo "make fuzz        odd input to the public face, and every causal model of transformers that can be made small (minutes)"
 	@echo "make lint        ruff, clang-format and mypy, as CI runs them; make format applies the first two"
 	@echo "make check-oldest  build against torch $(OLDEST) (fetched from PyPI, 530 MB), import and test beside it; CUDA, too, with nvcc"
@@ -54,6 +55,9 @@ test-all: test peft-suite
 
 peft-suite: native
 	$(BIN)/python tests/peft_suite/run.py -n auto
+
+docs: native
+	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs $(or $(OUT),build/docs)
 
 # -rf: architectures that cannot be made small are counted, not listed; ARGS=-rs lists them.
 fuzz: native

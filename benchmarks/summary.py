@@ -97,7 +97,7 @@ EXCERPT = {  # provider -> heading
 
 
 def excerpt(rows: list[dict]) -> str:
-    """The table of README: full steps of square layers, goals and peers."""
+    """The table of docs/performance.md: full steps of square layers, goals and peers."""
     lines = []
     for (mode, t, fan_in, fan_out, dtype, *_), by in cells(rows).items():
         if mode == "full" and fan_in == fan_out and "vblora" in by:

@@ -1,6 +1,11 @@
 """The documentation site: `make docs` builds it into build/docs. Nothing is fetched: links to other sites are plain."""
 
-from mos_ext import __version__
+import logging
+
+for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # what PEFT imports says what it misses
+    logging.getLogger(library).setLevel(logging.ERROR)
+
+from mos_ext import __version__  # noqa: E402
 
 project = "mos_ext"
 author = "the authors of mos_ext"
@@ -8,6 +13,7 @@ release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # reports that machines wrote begin at the third level
 exclude_patterns = ["pictures/*.py"]
 
 html_theme = "furo"

@@ -3,7 +3,7 @@
     import mos_ext
     model = mos_ext.adapt(model, mos_ext.MoSConfig(r=16, equivalent_rank=8, shards_per_vector=4, private_rank=1))
 
-See the README for a tour, ``python -m mos_ext`` for what was built.
+See ``docs/start.md`` for a tour, ``python -m mos_ext`` for what was built.
 """
 
 from . import functional, reference

@@ -371,8 +371,10 @@ class ParameterReport:
     """What an adapter costs: ``print`` it for a table.
 
     Attributes:
-        trainable: parameters with ``requires_grad``; total: all parameters, pools included.
-        equivalent_rank: the LoRA rank with as many trainable parameters. r: the LoRA rank that the adapter expands to.
+        trainable: parameters with ``requires_grad``.
+        total: all parameters, pools included.
+        equivalent_rank: the LoRA rank with as many trainable parameters.
+        r: the LoRA rank that the adapter expands to.
         expert_equivalent_rank: the same of experts, where they are adapted with a budget of their own; else None.
         lora_parameters: what LoRA of rank r would train on the same modules.
         types: per linear type.

@@ -88,8 +88,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtyp
         dtype: what the pools are stored in; None keeps theirs. bfloat16 halves the file.
 
     Raises:
-        ValueError: the model is not adapted, or its pools are on the meta device. TypeError: ``dtype`` is not a float
-            type.
+        ValueError: the model is not adapted, or its pools are on the meta device.
+        TypeError: ``dtype`` is not a float type.
     """
     contents = _contents(model, Path(path), dtype)
     if contents is not None:
@@ -616,7 +616,7 @@ def export_lora(
         ValueError: the model is not adapted, ``rank`` is below r, a PEFT model has several active adapters, or one that
             trains biases; or PEFT would take adapted linears for something else: those of a model with experts that
             are called like what experts were made of in transformers 4, and ``Conv1D`` beside adapted experts.
-            TypeError: ``dtype`` is not a float type.
+        TypeError: ``dtype`` is not a float type.
     """
     model, peft_config = unwrap(model), None
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):

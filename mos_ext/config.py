@@ -282,7 +282,7 @@ class MoSConfig:
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied by where no pattern matches: alpha / r, or alpha / sqrt(r)."""
+        """alpha / r, or alpha / sqrt(r): what the low-rank product is multiplied by where no pattern matches."""
         return self._scale(self.alpha, self.r)
 
     def _scale(self, alpha: float, r: int) -> float:

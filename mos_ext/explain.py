@@ -18,7 +18,8 @@ class LayerExplanation:
     """One adapted layer.
 
     Attributes:
-        name: of the module. base: the class of its base layer.
+        name: of the module.
+        base: the class of its base layer.
         path: what a call takes now: ``"fused with the base layer"`` (native kernels, one node with the base: the fast
             way), ``"the base layer alone"`` (merged, or switched off), or the cause of another way.
         calls: path -> eager calls that took it so far. Compiled calls are not counted.
@@ -35,8 +36,9 @@ class Explanation:
     """What :func:`explain` found: ``print`` it for a summary.
 
     Attributes:
-        layers: those that are adapted. left_out: experts that are not, though ``"all-linear"`` asked for everything:
-            parameter -> which argument would include it.
+        layers: those that are adapted.
+        left_out: experts that are not, though ``"all-linear"`` asked for everything: parameter -> which argument would
+            include it.
     """
 
     layers: tuple[LayerExplanation, ...]

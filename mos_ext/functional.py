@@ -68,9 +68,10 @@ def mos_linear(
 
     Args:
         x: (..., in), float64, float32, bfloat16 or float16; any leading shape, any strides; a nested tensor gives one.
-        weight: (out, in), of x's dtype. bias: (out,) or None.
-        pool_a: (n_a, in/l), pool_b: (n_b, out/l): float32, or x's dtype. float32 pools under bf16/fp16 x are converted
-            inside the kernel.
+        weight: (out, in), of x's dtype.
+        bias: (out,) or None.
+        pool_a: (n_a, in/l): float32, or x's dtype. float32 pools under bf16/fp16 x are converted inside the kernel.
+        pool_b: (n_b, out/l), likewise.
         index_a, index_b: (r, l) int32, entries in [0, n); 1 <= r <= 256. Read once, and again when they have changed,
             which waits for the GPU; not while a CUDA graph is captured: kernels themselves stop at an entry out of
             range.
@@ -126,7 +127,7 @@ def grouped_low_rank(
 
     Args:
         x: (T, in), float64, float32, bfloat16 or float16.
-        pool_a: (n_a, in/l), pool_b: (n_b, out/l), as of :func:`mos_linear`.
+        pool_a, pool_b: (n_a, in/l) and (n_b, out/l), as of :func:`mos_linear`.
         index_a, index_b: (G, r, l) int32, the tables of all groups.
         scale: alpha / r.
         ends: (G,) int32, where the rows of each group end, as torch's ``grouped_mm`` has it: group g has the rows from

@@ -550,7 +550,8 @@ class MoSLinear(MoSModule, nn.Linear):
         it returns.
 
         Raises:
-            TypeError: a module that has no features. ValueError: a pool of other features.
+            TypeError: a module that has no features.
+            ValueError: a pool of other features.
         """
         _features(linear)
         kind = CalledMoSLinear if why_opaque(linear) is not None else MoSConv1D if is_conv1d(linear) else MoSLinear

@@ -61,12 +61,13 @@ class ShardPool(nn.Module):
         device: of pools and tables.
 
     Attributes:
-        shards_a: parameter (n, in/l), U(-1/sqrt(in), 1/sqrt(in)) at first. shards_b: parameter (n, out/l), zeros at
-            first, so a new adapter changes nothing.
+        shards_a: parameter (n, in/l), U(-1/sqrt(in), 1/sqrt(in)) at first.
+        shards_b: parameter (n, out/l), zeros at first, so a new adapter changes nothing.
         tables: the index tables in host memory, (L, r, l) int32 each; :meth:`set_tables` replaces them.
         index_a, index_b: the same on the device of the pools. Derived: no buffers and in no ``state_dict``, so nobody
             averages, filters or loses them; made anew wherever the pools move.
-        ranks, scales: of each layer; :meth:`set_strength` changes the latter. stream: as given.
+        ranks, scales: of each layer; :meth:`set_strength` changes the latter.
+        stream: as given.
 
     Raises:
         ValueError, TypeError: features that l does not divide, ranks that L layers cannot have, scales that are not
