@@ -282,7 +282,7 @@ class MoSConfig:
 
     @property
     def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r): what the low-rank product is multiplied by where no pattern matches."""
+        """What multiplies the low-rank product where no pattern matches, alpha / r or alpha / sqrt(r)."""
         return self._scale(self.alpha, self.r)
 
     def _scale(self, alpha: float, r: int) -> float:

@@ -458,50 +458,38 @@ def test_every_reason_has_its_line():
 # ------------------------------------------------------------------------------------------------ the site
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The site, built as `make docs` builds it: a warning, a reference to nothing, a missing picture is an error."""
-    out = tmp_path_factory.mktemp("site")
-    python_m = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-b", "html", "docs", str(out)]
-    result = subprocess.run(python_m, cwd=ROOT, capture_output=True, text=True)
+SPHINX = ("-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-b", "html", "docs")
+
+
+def test_the_site(tmp_path):
+    """As `make docs` builds it: a warning, a reference to nothing, a missing picture, a page in no menu is an error."""
+    result = subprocess.run([sys.executable, *SPHINX, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return out
+    html = {file: file.read_text() for file in tmp_path.rglob("*.html") if file.stem not in ("genindex", "search")}
+    wanted = {f"{page.removeprefix('docs/').removesuffix('.md')}.html" for page in PAGES if page != "README.md"}
+    assert wanted <= {str(file.relative_to(tmp_path)) for file in html}
 
-
-def test_the_site_has_every_page(site):
-    assert {f"{page.removeprefix('docs/').removesuffix('.md')}.html" for page in PAGES if page != "README.md"} <= {
-        str(file.relative_to(site)) for file in site.rglob("*.html")
-    }
-
-
-def test_the_makefile_builds_the_same_site():
-    recipe = (ROOT / "Makefile").read_text().partition("\ndocs:")[2].partition("\n\n")[0]
-    assert "-m sphinx -q -W --keep-going -n -b html docs" in recipe
-
-
-def test_every_public_name_is_in_the_reference(site):
-    inventory = (site / "objects.inv").read_bytes()
-    names = {line.split()[0] for line in zlib.decompress(inventory.split(b"\n", 4)[4]).decode().splitlines()}
+    # Every public name is in the reference.
+    inventory = zlib.decompress((tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
     public = {f"mos_ext.{name}" for name in mos_ext.__all__ if name not in ("functional", "reference", "__version__")}
     public |= {f"mos_ext.functional.{name}" for name in mos_ext.functional.__all__}
     public |= {f"mos_ext.integrations.peft.{name}" for name in mos_peft.__all__}
-    assert public <= names
+    assert public <= {line.split()[0] for line in inventory.splitlines()}
 
-
-def test_links_inside_the_site(site):
-    """What Sphinx does not look at: that fragments and files of the built pages are there."""
-    pages = {
-        file: file.read_text() for file in site.rglob("*.html") if file.name not in ("genindex.html", "search.html")
-    }
-    for file, text in pages.items():
+    # What Sphinx does not look at: that files and fragments of the built pages are there.
+    for file, text in html.items():
         for link in re.findall(r'(?:href|src)="([^"]+)"', text):
             target, _, fragment = link.partition("#")
             if re.match(r"\w+:|//", target):
                 continue
-            there = file if not target else (file.parent / target.partition("?")[0]).resolve()
+            there = (file.parent / target.partition("?")[0]).resolve() if target else file
             assert there.is_file(), (file.name, link)
-            if fragment and there in pages:
-                assert f'id="{fragment}"' in pages[there], (file.name, link)
+            assert not fragment or f'id="{fragment}"' in html.get(there, f'id="{fragment}"'), (file.name, link)
+
+
+def test_the_makefile_builds_the_same_site():
+    recipe = (ROOT / "Makefile").read_text().partition("\ndocs:")[2].partition("\n\n")[0]
+    assert " ".join(SPHINX) in recipe
 
 
 def test_links_of_the_readme():

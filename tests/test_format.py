@@ -111,7 +111,10 @@ def read(folder, linears, stacks=()):
         if wanted and not selects(config["exclude_modules"], name):
             grouped.setdefault((role(name), 0, fan_in, fan_out), []).append(name)
     for name, experts, fan_in, fan_out in stacks:
-        if selects(config["target_parameters"], name):
+        excluded = selects(config["exclude_modules"], name) or selects(
+            config["exclude_modules"], name.rpartition(".")[0]
+        )
+        if selects(config["target_parameters"], name) and in_layers(config, name) and not excluded:
             grouped.setdefault((role(name), experts, fan_in, fan_out), []).append(name)
 
     key_names, streams, digested, products = [], [], {}, {}
@@ -248,11 +251,15 @@ def test_tables_that_the_file_carries(tmp_path):
     check(model, linears, (), tmp_path, 1e-6)
 
 
-def test_experts(tmp_path):
+@pytest.mark.parametrize(
+    "changes", [{}, {"layers_to_transform": [1], "r": 1, "private_rank": 0}, {"exclude_modules": ["0.mlp.experts"]}]
+)
+def test_experts(changes, tmp_path):
     model = moe("qwen3_moe")
     linears, stacks = linears_of(model), stacks_of(model)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = replace(BASE, r=2, target_modules=["q_proj"], target_parameters=targets, expert_equivalent_rank=3 / 8)
+    config = replace(BASE, r=2, target_modules=["q_proj"], target_parameters=targets, expert_equivalent_rank=1 / 2)
+    config = replace(config, **changes)
     randomize(mos_ext.adapt(model, config))
     mos_ext.save_adapter(model, tmp_path)
     check(model, linears, stacks, tmp_path, 1e-6)
