@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import rows as schema  # noqa: E402
+from benchmarks import summary  # noqa: E402
 from benchmarks.quality import methods  # noqa: E402
 from benchmarks.quality.settings import Settings  # noqa: E402
 from benchmarks.quality.train import new_model  # noqa: E402
@@ -336,19 +337,53 @@ def test_speed_and_memory_of_the_layers():
             assert found == [f"{by[p][column]:.{digits}f}" for p in providers]
 
 
-def test_what_decoding_costs_beside_lora():
-    cells = measured()
-    rows = [cells["decode", t, 4096, dtype] for t in (1, 16) for dtype in ("bfloat16", "float32")]
-    ratios = [by["mos"]["ratio"] / by["peft"]["ratio"] for by in rows]
-    assert all(1.0 < ratio < 1.05 for ratio in ratios)  # "a few per cent faster"
+def test_what_is_said_of_layers():
+    cells, page = measured(), PAGES["docs/performance.md"]
+    small, one = cells["full", 256, 1024, "bfloat16"], cells["full", 1, 1024, "float32"]
+
+    def added(by):
+        return (by["mos"]["ratio"] - 1) * by["frozen"]["us"] / 1000
+
+    assert f"T = 256 MoS adds {added(small):.2f} ms to a bfloat16 step" in page
+    assert f"adds {added(one):.2f} ms to a float32 step of {one['frozen']['us'] / 1000:.2f}" in page
+    assert f"{small['mos']['aten_calls']} ATen calls, and {small['peft']['aten_calls']} with PEFT's LoRA" in page
+
+    def over_lora(mode, t, width, dtype):
+        by = cells[mode, t, width, dtype]
+        return by["mos"]["ratio"] / min(by[name]["ratio"] for name in ("peft", "peft_fp32") if name in by)
+
+    both = [(width, dtype) for width in (1024, 4096) for dtype in ("bfloat16", "float32")]
+    tokens = [100 * over_lora("full", 1, *of) - 100 for of in both]
+    assert f"MoS takes {min(tokens):.0f} to {max(tokens):.0f} % longer" in page
+    decoding = [over_lora("decode", t, 4096, dtype) for t in (1, 16) for dtype in ("bfloat16", "float32")]
+    assert all(1.0 < ratio < 1.05 for ratio in decoding)  # "within 5 %", and "a few per cent faster" in docs/when.md
+    assert "the two are within 5 % of each other" in page
+
+    peak = {name: f"{row['peak_mib'] or 0:.0f}" for name, row in cells["full", 2048, 4096, "bfloat16"].items()}
+    assert peak["frozen"] == peak["mos"]
+    assert f"peaks at {peak['mos']} MiB, as the frozen linear does; PEFT's LoRA at {peak['peft']}" in page
+    assert f"by default at {peak['peft_fp32']}; plain ATen in the best order, like MoS, at {peak['aten']}" in page
+
+    grown = summary.growth(schema.read_rows(RESULTS / "cpu" / "bench.csv"))
+    own = [100 * (max(points.values())[1] / points[1][1] - 1) for points in (grown["e"], grown["l"])]
+    assert f"grows by {own[0]:.0f} % from e = 1 to 64 and by {own[1]:.0f} % from l = 1 to 16" in page
 
 
-def test_experts_beside_lora():
-    lines = [line.split(" | ") for line in (RESULTS / "cpu" / "experts.md").read_text().splitlines()]
-    both = [(float(cells[4]), float(cells[6])) for cells in lines if cells[2:3] != ["routing"] and cells[6:7] > [""]]
-    for side in zip(*both, strict=True):
-        for page in ("docs/when.md", "docs/guides/experts.md"):
-            assert f"{min(side):.2f} to {max(side):.2f} times" in PAGES[page]
+def test_what_is_said_of_experts():
+    tables = [line.strip("| ").split(" | ") for line in (RESULTS / "cpu" / "experts.md").read_text().splitlines()]
+    blocks_of = [cells for cells in tables if len(cells) == 9 and cells[6].strip() and cells[0] != "block"]
+    page = PAGES["docs/performance.md"]
+    quoted = [cells[2:] for cells in table_rows("docs/performance.md", "Experts")]
+    assert quoted == [[mos, lora, loop, noise, peak] for *_, mos, noise, lora, loop, peak in blocks_of]
+    for column in (4, 6):
+        values = [float(cells[column]) for cells in blocks_of]
+        for name in ("docs/when.md", "docs/guides/experts.md"):
+            assert f"{min(values):.2f} to {max(values):.2f} times" in PAGES[name]
+    growth = [float(cells[4]) for cells in tables if cells[0].startswith("growth")]
+    assert f"from {growth[0]:.2f} to {growth[-1]:.2f}" in page
+    rows = {cells[2]: f"{100 * float(cells[3]) - 100:.0f}" for cells in tables if cells[0] == "64 x 4096"}
+    mos, loop = ([rows[f"{who}, {count} adapters"] for count in (1, 8, 64)] for who in ("mos", "loop"))
+    assert "the adapters add {}, {} and {} %; a loop over adapters {}, {} and {} %".format(*mos, *loop) in page
 
 
 def test_what_was_learnt():
