@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import re
+import sys
 import warnings
 from importlib import metadata
 
@@ -21,6 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's deprecations at import
     import peft
     from peft import PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.peft_types import PeftType
 
 import mos_ext.integrations.peft as mos_peft
@@ -1131,3 +1134,26 @@ def test_strength(tmp_path):
     with pytest.raises(ValueError, match="scale must not be 0"):
         first.unscale_layer(0)
     check(0)
+
+
+# ------------------------------------------------------------------------------------------------ what PEFT looks for
+
+
+def test_what_pefts_table_of_capabilities_looks_for_by_name():
+    """``scripts/generate_method_capabilities.py`` of PEFT's repository reads names; ``make metamathqa-dry`` runs it."""
+    model_cls = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.MOS]
+    assert model_cls is mos_peft.MoSModel
+    assert issubclass(model_cls, BaseTuner)  # "adapter"
+    module = sys.modules[model_cls.tuner_layer_cls.__module__]
+    layers = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    layers = [c for c in layers if issubclass(c, BaseTunerLayer)]
+    assert {c.__name__ for c in layers} == {"MoSLayer", "MoSLinear", "MoSExperts"}
+    assert any(c.merge is not BaseTunerLayer.merge for c in layers)
+    assert hasattr(MoSLinear, "_mixed_batch_forward")
+    assert hasattr(model_cls, "_enable_peft_forward_hooks")
+    assert "resolve_quantization_backend" in inspect.getsource(module)
+    links = [set(re.findall(r"https://arxiv\.org/abs/[^\s)]+", c.__doc__)) for c in (MoSConfig, model_cls)]
+    assert links == [{"https://arxiv.org/abs/2410.00938"}, set()]
+    options = {f.name for f in dataclasses.fields(MoSConfig)}
+    assert {"modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern", "use_rslora"} <= options
+    assert "trainable_token_indices" not in options

@@ -59,6 +59,8 @@ class MoSConfig(PeftConfig):
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Source: Wang et al., ICLR 2025 (https://arxiv.org/abs/2410.00938).
     """
 
     r: int = field(default=16, metadata={"help": "rank of every assembled A and B"})

@@ -284,7 +284,7 @@ class MoSLinear(MoSLayer, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         names = self.names_in_use()
         if not names:
             return self.base_alone(x, *args, **kwargs)
@@ -302,7 +302,7 @@ class MoSLinear(MoSLayer, nn.Module):
     def base_name(self) -> str:
         return type(self.get_base_layer()).__name__
 
-    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """One adapter per row of a batch; ``"__base__"`` for none."""
         # In PEFT's own words: users search for them.
         if len(adapter_names) != len(x):
