@@ -236,6 +236,16 @@ def test_a_row_for_every_run(finished):
     assert not list(finished.rglob("*.part"))
 
 
+def test_every_run_is_there_in_pefts_structure_too(finished):
+    rows = {f"{r['method']}-seed{r['seed']}": r for r in rows_of(finished)}
+    there = {file.stem: json.loads(file.read_text()) for file in (finished / "results").iterdir()}
+    assert there.keys() == rows.keys()
+    for name, content in there.items():
+        assert content["train_info"]["num_trainable_params"] == int(rows[name]["trainable"])
+        assert content["train_info"]["metrics"][-1]["test loss"] == float(rows[name]["loss"])
+        assert content["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == float(rows[name]["lr"])
+
+
 def test_a_finished_run_is_never_repeated(out, monkeypatch):
     before = rows_of(out)
     monkeypatch.setattr(train, "run_job", lambda *_: pytest.fail("repeated"))

@@ -15,6 +15,7 @@ from pathlib import Path
 from .experts import write_report as write_experts_report
 from .methods import GRIDS, methods, rate
 from .report import write_report
+from .results import write_results
 from .settings import EXPERTS, Settings
 from .train import Job, OtherSettings, run_all
 
@@ -41,8 +42,10 @@ def jobs_of(s: Settings) -> list[Job]:
 
 
 def measure(s: Settings, out: Path, workers: int, command: str) -> None:
-    rows = run_all(s, jobs_of(s), out, "runs", workers)
+    jobs = jobs_of(s)
+    rows = run_all(s, jobs, out, "runs", workers)
     write_csv(out / "runs.csv", rows)
+    write_results(s, jobs, rows, out / "results")
     (write_experts_report if s.base.experts else write_report)(s, rows, out, command)
 
 
