@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts gpu-report native wheel clean
+.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts metamathqa-dry gpu-report native wheel clean
 
 help:
 	@echo "make demo        MoS beside LoRA of the same budget and of eight times it, on a small model; no downloads (at most 4 minutes)"
@@ -30,6 +30,7 @@ help:
 	@echo "make kernel-model   what the CUDA kernels of a layer should take, by a model; ARGS=\"--rows 2048 --rank 64\", or --table"
 	@echo "make quality     the paper in miniature: MoS, its ablations, LoRA, VeRA, VB-LoRA; report in build/quality (at most 15 minutes)"
 	@echo "make quality-experts   the same for a small mixture of experts, adapted on its experts; report in build/quality-experts"
+	@echo "make metamathqa-dry PEFT=dir   rehearse PEFT's comparison on MetaMathQA, and its table of capabilities; dir is a clone of PEFT"
 	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
 	@echo "make wheel       sdist and wheel in dist/"
 	@echo "make clean       remove builds and caches (not $(VENV))"
@@ -116,6 +117,11 @@ quality: native
 
 quality-experts: native
 	$(BIN)/python -m benchmarks.quality $(or $(OUT),build/quality-experts) --experts $(ARGS)
+
+# PEFT's package does not hold these scripts. See benchmarks/metamathqa/README.md.
+metamathqa-dry: native
+	@test -n "$(PEFT)" || { echo "make metamathqa-dry PEFT=dir: PEFT must be a git checkout of PEFT's repository, got none"; exit 2; }
+	PEFT="$(abspath $(PEFT))" $(BIN)/python -m pytest tests/peft_checkout.py
 
 # With the interpreter that has a CUDA build of torch, not the virtual environment. See benchmarks/README.md.
 gpu-report:
