@@ -355,13 +355,9 @@ def test_documents_have_the_numbers_of_the_committed_runs():
     page, excerpt = (ROOT / "docs" / "performance.md").read_text(), summary.excerpt(rows)
     assert excerpt in page
     goals = summary.goals(rows)
-<<<<<<< HEAD
-    assert f"{sum(met for *_, met in goals)} of the {len(goals)} goals there are met" in readme
-    learnt = readme.partition("## What it learns")[2].partition("\n## ")[0]
-    quoted = [line for line in learnt.splitlines() if line.startswith("| ") and "±" in line]
-    report = (RESULTS / "quality" / "report.md").read_text().splitlines()
-    assert len(quoted) >= 4
-    assert not set(quoted) - set(report)
+    assert f"{sum(met for *_, met in goals)} of the {len(goals)} goals there are met" in page
+    quoted = (ROOT / "README.md").read_text().partition("<!-- training-step -->\n")[2].partition("<!-- /")[0]
+    assert quoted == (RESULTS / "cpu" / "step.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ blocks and models
@@ -401,9 +397,3 @@ def test_adapters_of_a_step_are_on_every_linear_and_learn_from_the_first_pass():
         adapted = [n for n, m in built.model.named_modules() if n.endswith("_proj") and len(list(m.parameters())) > 1]
         assert len(adapted) == (0 if name.startswith(("frozen", "mos")) else 7 * case.layers)
     assert [t.num_layers for t in mos_ext.parameter_report(step.mos(case)).types] == [case.layers] * 7
-=======
-    assert f"{sum(met for *_, met in goals)} of the {len(goals)} goals there are met" in page
-    quoted = (ROOT / "README.md").read_text().partition("<!-- training-step -->\n")[2].partition("<!-- /")[0]
-    assert len(quoted.splitlines()) >= 3
-    assert not set(quoted.splitlines()) - set(excerpt.splitlines())
->>>>>>> 17072f8 (README is short; one mechanism executes its snippets and those of every page)

@@ -475,7 +475,9 @@ def test_report_as_json(disabled):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["environment"]["mos_ext"] == mos_ext.__version__
-    assert found["self_test"] == {"passed": True, "cases": 9, "problem": None} | {"seconds": found["self_test"]["seconds"]}
+    assert found["self_test"] == {"passed": True, "cases": 9, "problem": None} | {
+        "seconds": found["self_test"]["seconds"]
+    }
     assert set(found["operators"]["cpu"]) == set(OPERATORS)
     served = {why is None for why in found["operators"]["cpu"].values()}
     assert served == {not disabled}
