@@ -36,7 +36,7 @@ class Case:
     shift: int = 0  # elements by which what kernels read is off the alignment of vectors
     gap: int = 0  # elements between two shards of the pool
     dx_pad: int = 0  # more of `pad` for dx than for x
-    s_shift: int = 0  # more of `shift` for planes that are read; half of it for the sum of them that expand writes
+    s_shift: int = 0  # more of `shift` for planes that are read; half of it for their sums
     planes: int = 0  # that kernels read; 0: drawn, one to three
 
     @property

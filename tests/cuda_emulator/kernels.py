@@ -256,14 +256,14 @@ class Kernels:
         return self._done(out, grad_out)
 
     def sum(self, planes):
-        out = self.emulator.buffer(shape=planes.shape[1:], dtype=planes.dtype)
+        out = self._buffer(shape=planes.shape[1:], dtype=planes.dtype, more=self.s_shift // 2)
         dtype = "f64" if planes.dtype == np.float64 else "f32"
         self._call("mos_sum", self._given_planes(planes), out, C.c_int(DTYPES[dtype]))
         return self._done(out)
 
     def sums(self, planes):
         """Two sums in one launch."""
-        outs = [self.emulator.buffer(shape=p.shape[1:], dtype=p.dtype) for p in planes]
+        outs = [self._buffer(shape=p.shape[1:], dtype=p.dtype, more=self.s_shift // 2) for p in planes]
         given = [self._given_planes(p) for p in planes]
         self._call("mos_sums", *given, *outs, C.c_int(DTYPES["f64" if planes[0].dtype == np.float64 else "f32"]))
         return self._done(*outs)
