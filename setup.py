@@ -57,6 +57,7 @@ if MODE not in MODES:
 # Real code for every architecture the kernels are tuned or tested for, and PTX that others translate: Jetsons (8.7 and
 # 11.0), which run no other GPU's real code, and whatever comes after 12. The library has 21 MB.
 CUDA_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0;10.0+PTX;12.0"
+EXPORTS = "csrc/common/exports.map"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest supported
 NO_TORCH = (
     "mos_ext needs torch to build its native libraries: run `pip install torch` and then "
@@ -128,12 +129,13 @@ def extension(name, *, cuda):
     site = Path(torch.__file__).parent.parent
     relative = [f"-ffile-prefix-map={path}/=" for path in dict.fromkeys((ROOT, site, site.resolve()))]
     cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *relative, *warnings, *system]
-    link = ["-Wl,--no-undefined"]  # what this torch lacks is missed here, not when the library is loaded
+    # What this torch lacks is missed here, not when the library is loaded.
+    link = ["-Wl,--no-undefined", f"-Wl,--version-script={ROOT / EXPORTS}"]
     if not cuda:
         return Extension(
             name,
-            sources("cpu", ".cpp"),
-            depends=sources("cpu", ".h") + sources("common", ".h"),
+            sources("common", ".cpp") + sources("cpu", ".cpp"),
+            depends=[EXPORTS, *sources("cpu", ".h"), *sources("common", ".h")],
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch_cpu"],
             extra_compile_args={"cxx": cxx},
@@ -144,17 +146,17 @@ def extension(name, *, cuda):
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
     return Extension(
         name,
-        sources("cuda", ".cpp", ".cu"),
-        depends=sources("cuda", ".h", ".cuh") + sources("common", ".h"),
+        sources("common", ".cpp") + sources("cuda", ".cpp", ".cu"),
+        depends=[EXPORTS, *sources("cuda", ".h", ".cuh"), *sources("common", ".h")],
         include_dirs=[f"{home}/include"],
         library_dirs=[*cpp_extension.library_paths(), f"{home}/lib64", f"{home}/lib"],
         # The runtime is linked in: the library must load whatever CUDA minor version torch brought.
         libraries=["torch_cpu", "cudart_static", "rt", "dl", "pthread"],
         extra_compile_args={
             "cxx": [*cxx, "-DUSE_CUDA"],
-            # Line numbers for profilers, compressed: the library of all architectures would be five times as large.
+            # Compressed: the library of all architectures would be five times as large.
             "nvcc": [
-                *("-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"),
+                *("-O3", "-std=c++17", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"),
                 f"-Xcompiler={relative[0]}",  # no .cu knows torch
                 *gencode_flags(architectures),
             ],
@@ -191,6 +193,9 @@ def native_build():
                     f"mos_ext's libraries belong beside the sources of an editable install, and {package} cannot be "
                     "written: install without --editable, or from a copy, or with MOS_EXT_BUILD=python."
                 )
+            if beside_sources:  # for profilers; elsewhere these would be folders that nobody else has
+                for ext in self.extensions:
+                    ext.extra_compile_args.get("nvcc", []).append("-lineinfo")
             super().run()
             package.mkdir(parents=True, exist_ok=True)
             forget(package, [f"{name}.so" for name in self.record["skipped"]])
