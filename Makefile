@@ -32,7 +32,7 @@ help:
 	@echo "make quality-experts   the same for a small mixture of experts, adapted on its experts; report in build/quality-experts"
 	@echo "make metamathqa-dry PEFT=dir   rehearse PEFT's comparison on MetaMathQA, and its table of capabilities; dir is a clone of PEFT"
 	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
-	@echo "make wheel       sdist and wheel in dist/"
+	@echo "make wheel       sdist and manylinux wheel in dist/, checked as an index would; with the CUDA kernels where there is nvcc"
 	@echo "make clean       remove builds and caches (not $(VENV))"
 
 $(READY): pyproject.toml setup.py
@@ -128,8 +128,9 @@ gpu-report:
 	@test -n "$(OUT)" || { echo "make gpu-report OUT=dir [PART=build,test,sanitize,bench]: OUT must be given"; exit 2; }
 	@$(PYTHON) -m benchmarks.gpu_report "$(OUT)" $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE))
 
+# MOS_EXT_BUILD=cpu leaves the CUDA kernels out where there is nvcc.
 wheel: $(READY)
-	$(BIN)/python -m build --no-isolation
+	$(BIN)/python tests/release.py dist
 
 clean:
 	rm -rf build dist *.egg-info mos_ext/*.so mos_ext/_build_info.json .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -55,7 +55,7 @@ if MODE not in MODES:
     sys.exit(f"MOS_EXT_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
 
 # Real code for every architecture the kernels are tuned or tested for, and PTX that others translate: Jetsons (8.7 and
-# 11.0), which run no other GPU's real code, and whatever comes after 12. The library has 21 MB.
+# 11.0), which run no other GPU's real code, and whatever comes after 12. The library has 8 MB; with lines, 21.
 CUDA_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0;10.0+PTX;12.0"
 EXPORTS = "csrc/common/exports.map"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest supported
@@ -108,6 +108,20 @@ def why_no_cuda():
     if not Path(home, "bin", "nvcc").exists():
         return f"there is no bin/nvcc in {home}, where CUDA_HOME or PATH say that the CUDA toolkit is"
     return None
+
+
+def description():
+    """README for a page that is not beside the files it links to: an index's."""
+    project = (ROOT / "pyproject.toml").read_text()
+    repository = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE).group(1)
+
+    def absolute(link):
+        target = link.group(1)
+        kind = "raw" if target.endswith((".png", ".svg")) else "blob"
+        return f"]({repository}/{kind}/HEAD/{target})"
+
+    parts = re.split(r"(^```.*?^```$)", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    return "".join(p if p.startswith("```") else re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", absolute, p) for p in parts)
 
 
 def forget(package, files):
@@ -260,16 +274,16 @@ class PlatformWheel(bdist_wheel):
         return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
-options = {}
+options = {"long_description": description(), "long_description_content_type": "text/markdown"}
 if not os.access(ROOT, os.W_OK):  # a read-only source tree, which pip builds in all the same
     scratch = tempfile.TemporaryDirectory(prefix="mos_ext-build-")
-    options = {"egg_info": {"egg_base": scratch.name}, "build": {"build_base": scratch.name}}
+    options["options"] = {"egg_info": {"egg_base": scratch.name}, "build": {"build_base": scratch.name}}
 
 if MODE == "python":
-    setup(options=options, cmdclass={"build_ext": NoLibraries, "build_py": PythonOnly})
+    setup(**options, cmdclass={"build_ext": NoLibraries, "build_py": PythonOnly})
 elif torch is None:
     setup(
-        options=options,
+        **options,
         ext_modules=[Extension("mos_ext._C", [])],
         cmdclass={"build_ext": NoTorch, "bdist_wheel": PlatformWheel},
     )
@@ -278,7 +292,7 @@ else:
     if not why_cpu_only():
         extensions.append(extension("mos_ext._C_cuda", cuda=True))
     setup(
-        options=options,
+        **options,
         ext_modules=extensions,
         cmdclass={"build_ext": native_build(), "bdist_wheel": PlatformWheel},
     )

@@ -3,15 +3,21 @@
 import ctypes
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import cuda_gates
 import pytest
+import release
+from packaging.requirements import Requirement
 
 import mos_ext
 from mos_ext.ops import loader
@@ -98,23 +104,99 @@ def import_warnings(site, **env):
     return [line for line in text.splitlines() if "Warning: " in line]
 
 
-def test_sdist_and_wheel(tree):
-    """sdist -> wheel -> installed: the native library is in it, tagged for every Python 3, and runs."""
+def bare_environment(folder, *names):
+    """A virtual environment of nothing but installed distributions of these names and what they require, by links."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": folder, "platbase": folder}))
+    wanted, seen = list(names), set()
+    while wanted:
+        name = wanted.pop()
+        if name in seen or not (found := next(iter(metadata.distributions(name=name)), None)):
+            continue  # those that are not installed do not matter: torch's CUDA libraries beside its CPU build
+        seen.add(name)
+        for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(found.locate_file(top))
+        for requirement in map(Requirement, found.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                wanted.append(requirement.name)
+    return folder / "bin" / "python", site
+
+
+ADAPTER = """
+import importlib.util, torch, mos_ext
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(4))
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x
+
+base, x = Model(), torch.randn(5, 32)
+weights = base.state_dict()
+model = mos_ext.adapt(base, mos_ext.MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, private_rank=1))
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+losses = []
+for _ in range(20):
+    losses.append(model(x).square().mean())
+    losses[-1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert losses[-1] < losses[0]
+mos_ext.save_adapter(model, "adapter")
+fresh = Model()
+fresh.load_state_dict(weights, strict=False)
+assert torch.equal(mos_ext.load_adapter(fresh, "adapter")(x), model(x))
+print("bare:", [name for name in ("peft", "transformers") if importlib.util.find_spec(name)])
+"""
+
+
+def test_release(tree, tmp_path):
+    """What goes to an index: the sdist, without tests, and its wheel, which serves every Python 3 where torch's own do,
+    names no folder of this machine (see release.py) and trains, saves and loads an adapter in a bare environment."""
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", "dist", ".", cwd=tree)
-    (sdist,) = (tree / "dist").glob("*.tar.gz")
-    run("tar", "xzf", sdist, cwd=tree)
-    assert not (tree / sdist.name.removesuffix(".tar.gz") / "tests").exists()  # none rather than some
-    name, site, record = wheel(tree / sdist.name.removesuffix(".tar.gz"), MOS_EXT_BUILD="cpu")
-    assert "-py3-none-linux" in name
+    _, text = run(sys.executable, tree / "tests" / "release.py", tree / "dist", cwd=tree, MOS_EXT_BUILD="cpu")
+    sdist, wheel = sorted((tree / "dist").iterdir(), key=lambda path: path.suffix)
+    assert [line.partition(" (")[0] for line in text.splitlines()] == [str(sdist), str(wheel)]
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert not [name for name in names if "test" in name.split("/")[0] or name.startswith("csrc/testing")]
+    assert wheel.name == f"mos_ext-{mos_ext.__version__}-py3-none-manylinux_2_28_{platform.machine()}.whl"
+
+    python, site = bare_environment(tmp_path / "bare", "torch", "numpy", "safetensors")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", f"{wheel}[io]", cwd=tmp_path)
+    record = json.loads((site / "mos_ext" / "_build_info.json").read_text())
     assert record["built"] == ["_C"]
     assert record["skipped"] == {"_C_cuda": "MOS_EXT_BUILD=cpu"}
-    _, text = report(site)
+    _, text = run(python, "-m", "mos_ext", cwd=tmp_path)
     assert f"loaded from {site / 'mos_ext' / '_C.so'}" in text
     assert "cpu native     gather_concat, scatter_add, shrink" in text
     assert "self-test      passed" in text
+    assert run(python, "-c", ADAPTER, cwd=tmp_path)[1] == "bare: []\n"
     assert (site / "mos_ext" / "py.typed").exists()
-    assert not list(site.rglob("*.cpp"))
+    assert not list((site / "mos_ext").rglob("*.cpp"))
+
+
+def test_links_on_an_index(tree):
+    """Nothing on its page is beside the files that README links to; code stays as it is."""
+    readme = "[a](docs/a.md) ![b](b/c.png) [d](https://e.org/f) [g](#g)\n```python\nh[i](j)\n```\n"
+    (tree / "README.md").write_text(readme)
+    run(sys.executable, "setup.py", "egg_info", cwd=tree, MOS_EXT_BUILD="python")
+    page = (tree / "mos_ext.egg-info" / "PKG-INFO").read_text().partition("\n\n")[2]
+    home = "https://github.com/mos-ext/mos_ext"
+    assert page == readme.replace("docs/a.md", f"{home}/blob/HEAD/docs/a.md").replace(
+        "b/c.png", f"{home}/raw/HEAD/b/c.png"
+    )
+
+
+def test_what_names_a_folder():
+    assert release.named_folders(
+        b"\0/opt/cuda/include/cub.cuh\0csrc/cuda/../common/stable.h\0a//b.h /proc/self/maps"
+    ) == ["/opt/cuda/include/cub.cuh"]
+    assert release.named_folders(b'{"why": "nothing in /opt/cuda/bin"}', [Path("/opt/cuda"), "/home"]) == ["/opt/cuda"]
 
 
 def test_python_only(tree):
