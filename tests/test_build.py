@@ -8,16 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import cuda_gates
 import pytest
 import release
-from packaging.requirements import Requirement
+from bare import bare_environment
 
 import mos_ext
 from mos_ext.ops import loader
@@ -102,25 +100,6 @@ def import_warnings(site, **env):
     """What `import mos_ext`, twice in one process, warns of."""
     _, text = run(sys.executable, "-c", "import mos_ext, mos_ext.ops.loader, mos_ext", cwd=site, **env)
     return [line for line in text.splitlines() if "Warning: " in line]
-
-
-def bare_environment(folder, *names):
-    """A virtual environment of nothing but installed distributions of these names and what they require, by links."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
-    site = Path(sysconfig.get_path("purelib", "venv", {"base": folder, "platbase": folder}))
-    wanted, seen = list(names), set()
-    while wanted:
-        name = wanted.pop()
-        if name in seen or not (found := next(iter(metadata.distributions(name=name)), None)):
-            continue  # those that are not installed do not matter: torch's CUDA libraries beside its CPU build
-        seen.add(name)
-        for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
-            if not (site / top).exists():
-                (site / top).symlink_to(found.locate_file(top))
-        for requirement in map(Requirement, found.requires or ()):
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                wanted.append(requirement.name)
-    return folder / "bin" / "python", site
 
 
 ADAPTER = """
