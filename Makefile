@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts metamathqa-dry gpu-report native wheel check-install clean
+.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts metamathqa-dry gpu-report native wheel check-install check-aarch64 clean
 
 help:
 	@echo "make demo        MoS beside LoRA of the same budget and of eight times it, on a small model; no downloads (at most 4 minutes)"
@@ -34,6 +34,7 @@ help:
 	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
 	@echo "make wheel       sdist and manylinux wheel in dist/, checked as an index would; with the CUDA kernels where there is nvcc"
 	@echo "make check-install   every situation of README's Install table, by the commands that stand there (half an hour)"
+	@echo "make check-aarch64   the CPU kernels on aarch64, cross-compiled and executed by qemu-user (2 minutes); needs Debian's packages of both"
 	@echo "make clean       remove builds and caches (not $(VENV))"
 
 $(READY): pyproject.toml setup.py
@@ -132,6 +133,9 @@ gpu-report:
 # MOS_EXT_BUILD=cpu leaves the CUDA kernels out where there is nvcc.
 wheel: $(READY)
 	$(BIN)/python tests/release.py dist
+
+check-aarch64: $(READY)
+	$(BIN)/python tests/aarch64.py
 
 # Long: a clone and an environment for each situation, compiled anew. ARGS="'CPU kernels'" runs some of them.
 check-install: wheel

@@ -248,6 +248,16 @@ def test_cpu_without_a_compiler_fails(tree, no_compiler):
     assert "there is no C++ compiler: c++ was not found" in text
 
 
+def test_no_cross_compiler(no_compiler):
+    """`make check-aarch64` says that it checked nothing."""
+    code, text = run(sys.executable, "tests/aarch64.py", cwd=ROOT, check=False, **no_compiler)
+    assert code != 0
+    assert text.strip() == (
+        "check-aarch64: nothing was checked, there is no aarch64-linux-gnu-g++ here: apt-get install g++-aarch64-linux-gnu "
+        "qemu-user-static, on Debian or Ubuntu"
+    )
+
+
 @pytest.mark.parametrize(
     ("home", "reason"),
     [
