@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "2.11"
 COMPILERS = re.compile(r"(.*-)?(c\+\+|cc|g\+\+|gcc|clang|clang\+\+|nvcc)(-[\d.]+)?")
 NVCC = re.compile("nvcc")
+NINJA = re.compile("ninja(-build)?")
 NOTHING = re.compile("(?!)")
 NO_NVCC = "no CUDA toolkit was found"
 NO_COMPILER = "there is no C++ compiler"
@@ -54,7 +55,7 @@ CASES = [
     Case("no compiler", "no compiler", COMPILERS, (SPEAKS_FOR_ITSELF, SPEAKS_FOR_ITSELF)),
     Case("CPU kernels only", "nvcc, torch for CPUs", NOTHING, ("loaded from", SPEAKS_FOR_ITSELF)),
     Case("CPU kernels only", "no compiler", COMPILERS, NO_COMPILER),
-    Case("CUDA kernels or fail", "nvcc, torch for CPUs", NOTHING, ("loaded from", CPU_TORCH)),
+    Case("CUDA kernels or fail", "nvcc, torch for CPUs, no ninja", NINJA, ("loaded from", CPU_TORCH)),
     Case("CUDA kernels or fail", "no nvcc", NVCC, NO_NVCC),
     Case("to work on it", "no nvcc, torch for CPUs", NVCC, ("loaded from", CPU_TORCH), all_packages=True),
 ]
