@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import check_install
 import cuda_gates
 import pytest
 import release
@@ -246,6 +247,15 @@ def test_cpu_without_a_compiler_fails(tree, no_compiler):
     code, text = run(sys.executable, "setup.py", "build_ext", cwd=tree, check=False, MOS_EXT_BUILD="cpu", **no_compiler)
     assert code != 0
     assert "there is no C++ compiler: c++ was not found" in text
+
+
+def test_every_situation_of_readme_has_its_check():
+    """`make check-install` runs what stands in README's Install table, and nothing stands there that it does not run."""
+    listed = check_install.commands()
+    *situations, last = listed
+    assert {row for row in situations for case in check_install.CASES if case.row in row} == set(situations)
+    assert all(len(listed[row]) == 2 for row in situations)
+    assert listed[last] == listed[situations[0]][:1]  # the report, which is asked for after each
 
 
 def test_no_cross_compiler(no_compiler):
