@@ -146,7 +146,8 @@ def check(case, scratch):
         empty.mkdir()
         report = subprocess.run([python, "-m", "mos_ext"], cwd=empty, env=variables, capture_output=True, text=True)
         said = dict(re.findall(r"^(_C|_C_cuda|self-test) +(.+)$", report.stdout, re.MULTILINE))
-        result = [said.get(name, "?").replace(str(scratch), "...") for name in ("_C", "_C_cuda", "self-test")]
+        nothing = (report.stderr.strip().splitlines() or ["?"])[-1]
+        result = [said.get(name, nothing).replace(str(scratch), "...") for name in ("_C", "_C_cuda", "self-test")]
         words = case.expected if isinstance(case.expected, tuple) else ("refused", "refused")
         good = result[2].startswith("passed") and all(w in r for w, r in zip(words, result, strict=False))
     return [situation, case.machine, *result, f"{time.perf_counter() - started:.0f}"], good
