@@ -112,16 +112,19 @@ def why_no_cuda():
 
 def description():
     """README for a page that is not beside the files it links to: an index's."""
-    project = (ROOT / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     repository = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE).group(1)
 
     def absolute(link):
-        target = link.group(1)
+        before, target = link.groups()
         kind = "raw" if target.endswith((".png", ".svg")) else "blob"
-        return f"]({repository}/{kind}/HEAD/{target})"
+        return f"{before}{repository}/{kind}/HEAD/{target}"
 
-    parts = re.split(r"(^```.*?^```$)", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    return "".join(p if p.startswith("```") else re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", absolute, p) for p in parts)
+    parts = re.split(
+        r"(^```.*?^```$)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    link = re.compile(r"""(\]\(|\b(?:src|href)=")(?!\w+:|#)([^)"\s]+)""")
+    return "".join(part if part.startswith("```") else link.sub(absolute, part) for part in parts)
 
 
 def forget(package, files):

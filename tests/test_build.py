@@ -162,13 +162,16 @@ def test_release(tree, tmp_path):
 
 def test_links_on_an_index(tree):
     """Nothing on its page is beside the files that README links to; code stays as it is."""
-    readme = "[a](docs/a.md) ![b](b/c.png) [d](https://e.org/f) [g](#g)\n```python\nh[i](j)\n```\n"
+    readme = (
+        '[a](docs/a.md) [![b](b/c.png)](d) [e](https://e.org/f) [g](#g) <img src="b/c.svg">\n```python\nh[i](j)\n```\n'
+    )
     (tree / "README.md").write_text(readme)
     run(sys.executable, "setup.py", "egg_info", cwd=tree, MOS_EXT_BUILD="python")
     page = (tree / "mos_ext.egg-info" / "PKG-INFO").read_text().partition("\n\n")[2]
-    home = "https://github.com/mos-ext/mos_ext"
-    assert page == readme.replace("docs/a.md", f"{home}/blob/HEAD/docs/a.md").replace(
-        "b/c.png", f"{home}/raw/HEAD/b/c.png"
+    files, pictures = (f"https://github.com/mos-ext/mos_ext/{kind}/HEAD" for kind in ("blob", "raw"))
+    assert page == (
+        f"[a]({files}/docs/a.md) [![b]({pictures}/b/c.png)]({files}/d) [e](https://e.org/f) [g](#g) "
+        f'<img src="{pictures}/b/c.svg">\n```python\nh[i](j)\n```\n'
     )
 
 
