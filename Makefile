@@ -33,7 +33,7 @@ help:
 	@echo "make metamathqa-dry PEFT=dir   rehearse PEFT's comparison on MetaMathQA, and its table of capabilities; dir is a clone of PEFT"
 	@echo "make gpu-report OUT=dir   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks (under 9 minutes)"
 	@echo "make wheel       sdist and manylinux wheel in dist/, checked as an index would; with the CUDA kernels where there is nvcc"
-	@echo "make check-install   every situation of README's Install table, by the commands that stand there (half an hour)"
+	@echo "make check-install   every situation of the table of docs/install.md, by the commands that stand there (half an hour)"
 	@echo "make check-aarch64   the CPU kernels on aarch64, cross-compiled and executed by qemu-user (2 minutes); needs Debian's packages of both"
 	@echo "make clean       remove builds and caches (not $(VENV))"
 

@@ -1,4 +1,4 @@
-"""Every situation of README's Install table, by the very commands that stand there: `make check-install`.
+"""Every situation of the table of docs/install.md, by the very commands that stand there: `make check-install`.
 
     python tests/check_install.py [WORD ...]   # those that have one of these words in them
 
@@ -36,7 +36,7 @@ CHOSEN = "MOS_EXT_BUILD="
 
 @dataclass
 class Case:
-    """A row of README, a machine, and what its libraries, in order, have to be called in the report."""
+    """A row of the table, a machine, and what its libraries, in order, have to be called in the report."""
 
     row: str
     machine: str
@@ -63,7 +63,7 @@ CASES = [
 
 def commands():
     """situation -> what stands above the table, and in its row, to be run."""
-    section = (ROOT / "README.md").read_text().partition("\n## Install\n")[2].partition("\n## ")[0]
+    section = (ROOT / "docs" / "install.md").read_text().partition("\n## ")[0]
     first = re.search("`(pip install [^`]+)`", section).group(1)
     rows = re.findall(r"^\| (.+?) \| (.*`.*) \|$", section, re.MULTILINE)
     return {situation: [first, *re.findall(r"`([^`]*pip install[^`]+)`", cell)] for situation, cell in rows}

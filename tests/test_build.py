@@ -253,7 +253,7 @@ def test_cpu_without_a_compiler_fails(tree, no_compiler):
 
 
 def test_every_situation_of_readme_has_its_check():
-    """`make check-install` runs what stands in README's Install table, and nothing stands there that it does not run."""
+    """`make check-install` runs what stands in the table of docs/install.md, and nothing stands there that it does not run."""
     listed = check_install.commands()
     *situations, last = listed
     assert {row for row in situations for case in check_install.CASES if case.row in row} == set(situations)

@@ -29,6 +29,8 @@ RATES: dict[str, float] = {
     "mos-r12": 0.02,
     "vera": 0.1,
     "vblora": 0.03,
+    **dict.fromkeys(("experts-lora-r1", "experts-lora-r8", "experts-shared-outer"), 0.01),
+    **dict.fromkeys(("experts-mos", "experts-mos-e0.5", "experts-mos-e0.25", "experts-mos-e0.125"), 0.02),
 }
 # What --tune tries; a grid goes on until its best is inside it.
 _GRID = (3e-3, 1e-2, 2e-2, 3e-2)
