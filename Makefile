@@ -26,7 +26,7 @@ help:
 	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
 	@echo "make bench       what MoS costs on this CPU, beside PEFT: CSV, tables and plots in build/bench (at most 8 minutes)"
 	@echo "make bench-experts   what adapters on every expert cost, beside PEFT: CSV and tables (at most 7 minutes)"
-	@echo "make bench-step  what a training step of a whole model costs with adapters, MoS's and PEFT's: CSV and table (at most 6 minutes)"
+	@echo "make bench-step  what a training step of a whole model costs with adapters, MoS's and PEFT's: CSV and table (at most 7 minutes)"
 	@echo "make kernel-model   what the CUDA kernels of a layer should take, by a model; ARGS=\"--rows 2048 --rank 64\", or --table"
 	@echo "make quality     the paper in miniature: MoS, its ablations, LoRA, VeRA, VB-LoRA; report in build/quality (at most 15 minutes)"
 	@echo "make quality-experts   the same for a small mixture of experts, adapted on its experts; report in build/quality-experts"
