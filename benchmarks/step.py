@@ -195,11 +195,10 @@ def print_peaks(which: str, only: str) -> None:
 
 
 def tables(rows: Sequence[dict]) -> str:
-    """Markdown: a line for each provider, of all cases side by side."""
+    """Markdown: a line for each provider, of all cases side by side; time over the frozen model's, and peak memory."""
     cases = list(dict.fromkeys((row["dtype"], row["T"]) for row in rows))
     of = {(row["dtype"], row["T"], row["provider"]): row for row in rows if row["status"] == "ok"}
-    titles = [f"{dtype}, {tokens:,} tokens" for dtype, tokens in cases]
-    head = ["", "trainable", *(f"{title}{unit}" for title in titles for unit in (": time", ", peak MiB"))]
+    head = ["", "trainable", *(f"{dtype}, {tokens:,} tokens" for dtype, tokens in cases)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in ("frozen", "mos", "lora_same", "lora", "vera", "vblora", "frozen_again"):
         mine = [of.get((*case, name)) or {} for case in cases]
@@ -210,7 +209,7 @@ def tables(rows: Sequence[dict]) -> str:
         for row in mine:
             us = row.get("us")
             time_cell = f"{us / 1e3:.0f} ms" if name == "frozen" and us else f"{row['ratio']:.3f}" if us else ""
-            cells += [time_cell, f"{row['peak_mib']:.0f}" if row.get("peak_mib") is not None else ""]
+            cells.append(time_cell + (f", {row['peak_mib']:.0f} MiB" if row.get("peak_mib") is not None else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -388,10 +388,15 @@ def test_what_is_said_of_experts():
 
 def test_what_was_learnt():
     report = (RESULTS / "quality" / "report.md").read_text().splitlines()
+    of_experts = (RESULTS / "quality-experts" / "report.md").read_text().splitlines()
     for page in ("docs/when.md", "docs/quality.md"):
         quoted = [line for line in PAGES[page].splitlines() if line.startswith("| ") and "±" in line]
         assert len(quoted) >= 5
-        assert not set(quoted) - set(report)
+        assert not set(quoted) - {*report, *of_experts}
+    assert "| MoS against LoRA per expert, one budget | -0.0547 ± 0.0071 | lower |" in of_experts
+    half = next(line for line in of_experts if line.startswith("| MoS of 0.5 of the budget against LoRA per expert"))
+    assert half.endswith("| not shown to differ |")
+    assert "by 0.0547 ± 0.0071 at its budget, and at half of it the two cannot be told apart" in PAGES["README.md"]
     for page, number, method in (
         ("README.md", "0.0351 ± 0.0026", "LoRA r=2"),
         ("README.md", "0.0636 ± 0.0053", "LoRA r=16"),
@@ -408,6 +413,27 @@ def test_what_was_learnt():
     page = PAGES["docs/when.md"]
     assert f"VeRA needs rank {methods.vera_rank(Settings())}" in page
     assert f"took {vera:.0f} s where LoRA's r=2 took {lora:.0f}" in page
+
+
+def test_what_is_said_of_a_training_step():
+    table = (RESULTS / "cpu" / "step.md").read_text()
+    for page in ("README.md", "docs/performance.md"):
+        assert table in PAGES[page]
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[2] for row in table.splitlines()[2:]}
+    page = PAGES["docs/when.md"]
+    for provider, text in (
+        ("MoS (r=16, e=4)", "MoS {} times"),
+        ("PEFT LoRA r=16, adapter in the base's dtype", "LoRA {} in the base's dtype"),
+        ("PEFT LoRA r=16", "and {} by default"),
+        ("PEFT VB-LoRA r=4", "VB-LoRA {}"),
+        ("PEFT VeRA r=256", "VeRA (r=256) {}"),
+    ):
+        assert text.format(cells[provider].split(",")[0]) in page
+    peaks = [
+        cells[name].split(", ")[1].split()[0] for name in ("the frozen model", "MoS (r=16, e=4)", "PEFT LoRA r=16")
+    ]
+    assert cells["PEFT LoRA r=16, adapter in the base's dtype"].endswith(f", {peaks[1]} MiB")
+    assert "peaks at {} MiB, MoS and LoRA in the base's dtype at {}, LoRA by default at {}".format(*peaks) in page
 
 
 def test_files_are_as_large_as_the_page_says(tmp_path):
