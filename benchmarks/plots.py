@@ -7,27 +7,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .providers import PROVIDERS
+from .drawing import Label, color, label_points, pyplot, ratio_axis
 from .rows import read_rows
 from .summary import cells, growth
 
 LEFT_OUT = ("frozen_again",)
-# The same colour in every panel; "mos" is black.
-COLORS = dict(
-    zip([p for p in PROVIDERS if p not in ("frozen", "mos", "mos_layer", *LEFT_OUT)], range(10), strict=False)
-)
 
 
 def _panels(groups: dict, draw: Callable, file: Path, across: int = 2) -> None:
     """One panel for each group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plt = pyplot()
     across = min(across, len(groups))
     down = -(-len(groups) // across)
-    figure, axes = pyplot.subplots(down, across, figsize=(5.2 * across, 3.8 * down), squeeze=False)
+    figure, axes = plt.subplots(down, across, figsize=(5.2 * across, 3.8 * down), squeeze=False)
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis, (name, group) in zip(axes.flat, groups.items(), strict=False):
@@ -36,41 +28,51 @@ def _panels(groups: dict, draw: Callable, file: Path, across: int = 2) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def _ratio(axis, group: dict[str, list[dict]]) -> None:
     for provider, rows in group.items():
-        rows = sorted(rows, key=lambda r: r["T"])
+        rows.sort(key=lambda r: r["T"])
         low_high = [[abs(r["ratio"] - r[q]) for r in rows] for q in ("ratio_q20", "ratio_q80")]
-        line = {"linewidth": 1.0, "color": f"C{COLORS.get(provider, 9)}"}
-        if provider == "mos":
-            line = {"linewidth": 2.5, "color": "black"}
-        axis.errorbar([r["T"] for r in rows], [r["ratio"] for r in rows], low_high, marker="o", label=provider, **line)
+        dashes = "--" if provider.endswith("_compiled") else ":" if provider.endswith("_fp32") else "-"
+        line = {"linewidth": 2.5 if provider == "mos" else 1.0, "color": color(provider), "linestyle": dashes}
+        axis.errorbar([r["T"] for r in rows], [r["ratio"] for r in rows], low_high, marker="o", markersize=4, **line)
     axis.axhline(1.0, color="gray", linestyle=":")
+    ratios = [r[q] for rows in group.values() for r in rows for q in ("ratio_q20", "ratio_q80")]
+    tokens = sorted({r["T"] for rows in group.values() for r in rows})
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    axis.set_xlim(tokens[0] / 32, tokens[-1] * 2)
+    axis.set_xticks(tokens, [f"{t:,}" for t in tokens])
+    ratio_axis(axis, min(0.97, *ratios), 1.03 * max(ratios))
     axis.set_xlabel("T")
     axis.set_ylabel("time over the frozen linear")
-    axis.legend(fontsize=7)
+    first = [(rows[0]["T"], rows[0]["ratio"], provider, color(provider)) for provider, rows in group.items()]
+    label_points(axis, [Label(*of) for of in first if of[0] == tokens[0]])
 
 
 def _memory(axis, by: dict[str, dict]) -> None:
-    axis.barh(list(by), [row["peak_mib"] for row in by.values()], label="peak")
-    axis.barh(list(by), [(row["saved_bytes"] or 0) / 2**20 for row in by.values()], height=0.4, label="saved")
-    axis.set_xlabel("MiB")
+    axis.barh(list(by), [row["peak_mib"] for row in by.values()], color=[color(p) for p in by], alpha=0.55)
+    axis.barh(list(by), [(row["saved_bytes"] or 0) / 2**20 for row in by.values()], height=0.3, color="white")
+    axis.set_xlabel("MiB: peak, and in white saved for backward")
     axis.invert_yaxis()
-    axis.legend(fontsize=7)
 
 
 def _growth(axis, points: dict[int, tuple[float, float]]) -> None:
-    axis.plot(list(points), [1e3 * us for us, _ in points.values()], marker="o", label="frozen and MoS")
-    axis.plot(list(points), [1e3 * own for _, own in points.values()], marker="o", label="MoS's share")
+    lines = {
+        "frozen and MoS": [1e3 * us for us, _ in points.values()],
+        "MoS": [1e3 * own for _, own in points.values()],
+    }
+    for (label, values), shade in zip(lines.items(), ("tab:gray", "black"), strict=True):
+        axis.plot(list(points), values, marker="o", color=shade)
+        axis.annotate(
+            label, (next(iter(points)), values[0]), (4, 6), textcoords="offset points", color=shade, fontsize=8
+        )
     axis.set_xscale("log", base=2)
+    axis.set_xticks(list(points), [f"{x:,}" for x in points])
     low = min(0.0, *(own for _, own in points.values()))
-    axis.set_ylim(1.1e3 * low, 1.1e3 * max(us for us, _ in points.values()))
+    axis.set_ylim(1.1e3 * low, 1.15e3 * max(us for us, _ in points.values()))
     axis.set_ylabel("ns per module and token")
-    axis.legend(fontsize=7)
 
 
 NAMES = {

@@ -335,11 +335,12 @@ def draw(runs: list[Run], file: Path) -> None:
     for run in runs:
         window = max(1, len(run.losses) // 30)
         smooth = [statistics.fmean(run.losses[max(0, i - window + 1) : i + 1]) for i in range(len(run.losses))]
-        axes.plot(
-            smooth, label=f"{run.name}: {run.trainable:,} parameters, evaluation {run.before:.3f} to {run.after:.3f}"
-        )
+        color = "black" if run.name == "MoS" else "tab:gray"
+        axes.plot(smooth, color=color)
+        label = f"{run.name}, evaluation {run.after:.3f}"
+        axes.annotate(label, (len(smooth) - 1, smooth[-1]), (4, 0), textcoords="offset points", color=color, fontsize=8)
     axes.set(xlabel="step", ylabel="training loss (moving average)")
-    axes.legend(fontsize=8)
+    axes.set_xlim(right=1.4 * max(len(run.losses) for run in runs))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=120)

@@ -4,6 +4,7 @@ Nothing here asserts a time. That compare.py finds a slow-down is tested with in
 """
 
 import csv
+import itertools
 import math
 import random
 import sys
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as everything  # noqa: E402
-from benchmarks import compare, experts, harness, layer, memory, providers, scaling, step, summary  # noqa: E402
+from benchmarks import compare, drawing, experts, harness, layer, memory, providers, scaling, step, summary  # noqa: E402
 from benchmarks import rows as schema  # noqa: E402
 from benchmarks.plots import plot  # noqa: E402
 
@@ -358,6 +359,49 @@ def test_documents_have_the_numbers_of_the_committed_runs():
     assert f"{sum(met for *_, met in goals)} of the {len(goals)} goals there are met" in page
     quoted = (ROOT / "README.md").read_text().partition("<!-- training-step -->\n")[2].partition("<!-- /")[0]
     assert quoted == (RESULTS / "cpu" / "step.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.97, 1.1), (0.97, 1.8), (0.9, 6.0), (0.9, 20.0)])
+def test_ratio_axes_have_plain_numbers(low, high):
+    plt = drawing.pyplot()
+    figure, axis = plt.subplots()
+    drawing.ratio_axis(axis, low, high)
+    figure.canvas.draw()
+    shown = [label.get_text() for label in axis.get_yticklabels(which="both") if label.get_text()]
+    plt.close(figure)
+    assert len(shown) >= 3
+    assert "1" in shown
+    assert all(low <= float(text) <= high for text in shown)
+
+
+def test_labels_stand_apart_and_inside():
+    plt = drawing.pyplot()
+    figure, axis = plt.subplots()
+    axis.set(xlim=(-5, 2), ylim=(0, 1))
+    heights = [0.0, 0.001, 0.5, 0.5, 0.501, 0.999, 1.0]
+    drawing.label_points(axis, [drawing.Label(1, y, f"at {y}", "black") for y in heights])
+    figure.canvas.draw()
+    boxes = [type(axis.title).get_window_extent(text) for text in axis.texts]  # of the text, without its line
+    plt.close(figure)
+    assert len(boxes) == len(heights)
+    boxes.sort(key=lambda box: box.y0)
+    assert all(a.y1 <= b.y0 for a, b in itertools.pairwise(boxes))
+    assert all(axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1 for box in boxes)
+
+
+def test_one_colour_for_each_provider():
+    names = [
+        n
+        for n in providers.PROVIDERS
+        if n not in ("frozen_again", "mos_layer") and not n.endswith(("_compiled", "_fp32"))
+    ]
+    assert len({drawing.color(n) for n in names}) == len(names)
+    assert drawing.color("peft") == drawing.color("lora-r16") == drawing.color("peft_fp32")
+    assert drawing.color("mos") == drawing.color("mos_compiled") == drawing.color("mos-e4-p1")
+    assert drawing.color("vblora") != drawing.color("vera")
 
 
 # ------------------------------------------------------------------------------------------------ blocks and models

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..drawing import color
 from .methods import methods, rate
 from .report import Line, Results, plot_sizes
 from .settings import Settings
@@ -73,7 +74,9 @@ def main(argv: list[str] | None = None, s: Settings | None = None) -> int:
     results = Results(s, rows)
     lora, mos, ceiling = names(s)
     plot_sizes(
-        results, [Line("LoRA", (lora, ceiling), "tab:gray"), Line("MoS", (mos,), "black")], options.out / "loss.png"
+        results,
+        [Line("LoRA", (lora, ceiling), color("lora")), Line("MoS", (mos,), color("mos"))],
+        options.out / "loss.png",
     )
     print("\n".join(["", *table(results), "", *sentences(results), ""]))
     print(f"wrote {options.out / 'loss.png'} in {time.perf_counter() - start:.0f} s")

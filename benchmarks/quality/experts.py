@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..drawing import color
 from .report import Line, Results, main_table, origin, plot_sizes
 from .settings import Settings
 
@@ -48,8 +49,8 @@ def write_report(s: Settings, rows: Sequence[dict], out: Path, command: str) -> 
         tuple(sorted((n for n, m in results.methods.items() if m.kind == kind), key=results.trainable.__getitem__))
         for kind in ("mos", "lora")
     )
-    others = Line(results.methods["shared-outer"].label, ("shared-outer",), "tab:red")
-    plot_sizes(results, [Line("MoS", mos, "black"), Line("LoRA", lora, "tab:gray"), others], out / "loss.png")
+    others = Line(results.methods["shared-outer"].label, ("shared-outer",), color("shared-outer"))
+    plot_sizes(results, [Line("MoS", mos, color("mos")), Line("LoRA", lora, color("lora")), others], out / "loss.png")
     lines = [
         "# Experts in miniature",
         "",

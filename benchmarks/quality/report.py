@@ -14,6 +14,7 @@ import numpy as np
 from mos_ext import MoSConfig
 from mos_ext.routing import draw_tables
 
+from ..drawing import Label, color, label_points, pyplot
 from .methods import methods
 from .settings import Settings
 
@@ -165,15 +166,6 @@ def shard_table(s: Settings, seeds: int = 20) -> list[str]:
 # ------------------------------------------------------------------------------------------------ plots
 
 
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def plot_losses(results: Results, file: Path) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 5.5))
@@ -183,29 +175,31 @@ def plot_losses(results: Results, file: Path) -> None:
         "LoRA": [results.lora, f"lora-r{big}", results.ceiling],
         "MoS": ["mos", f"mos-e{big}-p{s.p}"],
     }
-    for (label, names), color in zip(curves.items(), ("tab:gray", "black"), strict=True):
+    for label, names in curves.items():
         names = [n for n in names if n in results.losses]
-        means = [statistics.fmean(results.values(n)) for n in names]
+        means, shade = [statistics.fmean(results.values(n)) for n in names], color(label.lower())
         errors = [spread(results.values(n)) for n in names]
-        axis.errorbar(
-            [results.trainable[n] for n in names], means, errors, fmt="o-", color=color, capsize=3, label=label
-        )
+        sizes = [results.trainable[n] for n in names]
+        axis.errorbar(sizes, means, errors, fmt="o-", color=shade, capsize=3)
+        axis.annotate(label, (sizes[-1], means[-1]), (8, 6), textcoords="offset points", color=shade)
     others = [n for n in results.of_group("main") if n not in (*curves["LoRA"], *curves["MoS"])]
+    axis.set_xscale("log")
+    labels = []
     for i, name in enumerate(others):
-        # Side by side: at one budget all stand on one spot. C7 is LoRA's grey.
+        # Side by side: at one budget all stand on one spot.
         x = results.trainable[name] * 1.035 ** (i - len(others) - 1)
         mean, error = statistics.fmean(results.values(name)), spread(results.values(name))
-        label = results.methods[name].label
-        axis.errorbar([x], [mean], [error], fmt="s", color=f"C{i + (i >= 7)}", capsize=3, markersize=4, label=label)
-    axis.set_xscale("log")
+        axis.errorbar([x], [mean], [error], fmt="s", color=color(name), capsize=3, markersize=4)
+        labels.append(Label(x, mean, results.methods[name].label, color(name)))
+    axis.set_xlim(results.trainable["mos"] / 5, 1.5 * max(results.trainable.values()))
     ticks = sorted({results.trainable[n] for names in curves.values() for n in names if n in results.trainable})
     axis.set_xticks(ticks, [f"{t:,}" for t in ticks], minor=False)
     axis.set_xticks([], minor=True)
     axis.set(xlabel="trainable parameters (points of one budget are moved apart)", ylabel="test loss, nats per token")
     axis.set_title(f"mean and standard deviation over seeds; frozen base {results.base:.3f}", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
     figure.tight_layout()
+    label_points(axis, labels, size=8)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
@@ -277,15 +271,17 @@ def plot_sweeps(results: Results, file: Path) -> None:
                 axis.plot(labels[part], line, color="tab:gray", linewidth=0.8, alpha=0.7)
         means, errors = [statistics.fmean(v) for v in values], [spread(v) for v in values]
         style = "o" if paired else "o-"
-        axis.errorbar(labels, means, errors, fmt=style, color="black", capsize=3, label="MoS, mean and deviation")
+        axis.errorbar(labels, means, errors, fmt=style, color=color("mos"), capsize=3)
         lora = f"lora-r{results.settings.p_equivalent_rank}" if title.startswith("private") else results.lora
         level = statistics.fmean(results.values(lora, seeds))
-        axis.axhline(level, color="tab:red", linestyle=":", label=f"{results.methods[lora].label}, the same budget")
+        axis.axhline(level, color=color("lora"), linestyle=":")
+        text = f"{results.methods[lora].label}, the same budget"
+        where = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points"}
+        axis.annotate(text, (1, level), (-4, -3), ha="right", va="top", fontsize=7, color=color("lora"), **where)
         axis.set_title(title, fontsize=10)
         axis.set_ylabel("test loss")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.suptitle("thin lines: one seed each", fontsize=9)
+    figure.suptitle("black: MoS, mean and standard deviation; thin lines: one seed each", fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
