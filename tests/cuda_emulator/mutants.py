@@ -7,7 +7,7 @@ check_grouped, check_gather, check_chains and check_masks, and the test of table
 of each schedule, first; where that finds nothing, asan; then tsan. One line per mutant: who found it, and what was
 said. The exit status is 1 where one survives that EQUIVALENT does not explain.
 
-After a change of a kernel or of the grid, run this by hand; it is not part of the test suite. It takes half an hour
+After a change of a kernel or of the grid, run this by hand; it is not part of the test suite. It takes an hour or two
 on two cores. A mutant whose text no longer occurs in the sources is an error: rewrite it.
 """
 
