@@ -90,5 +90,5 @@ def test_all_linear(model_type):
     logits.square().sum().backward()
     for linear_type, pool in zip(model.mos_pools.linear_types, model.mos_pools.pools, strict=True):
         if not any(part in linear_type.name for part in (*CROSS, *PICKS)):
-            assert pool.b.grad is not None, linear_type.name
-            assert pool.b.grad.abs().sum() > 0, linear_type.name
+            assert pool.shards_b.grad is not None, linear_type.name
+            assert pool.shards_b.grad.abs().sum() > 0, linear_type.name
