@@ -23,7 +23,7 @@ help:
 	@echo "make check-cuda  check-oldest, and check the machine code of every .cu for every architecture; needs nvcc, no GPU"
 	@echo "make cuda-resources    check-cuda, and keep its table of registers and occupancy"
 	@echo "make check-ptx   execute the PTX that nvcc makes of the CUDA kernels, on this CPU (3 minutes); needs nvcc, no GPU"
-	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (minutes)"
+	@echo "make mutants     plant bugs in the CUDA kernels and show which are found (an hour or two)"
 	@echo "make bench       what MoS costs on this CPU, beside PEFT: CSV, tables and plots in build/bench (at most 8 minutes)"
 	@echo "make bench-experts   what adapters on every expert cost, beside PEFT: CSV and tables (at most 7 minutes)"
 	@echo "make bench-step  what a training step of a whole model costs with adapters, MoS's and PEFT's: CSV and table (at most 7 minutes)"

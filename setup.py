@@ -147,7 +147,7 @@ def extension(name, *, cuda):
     relative = [f"-ffile-prefix-map={path}/=" for path in dict.fromkeys((ROOT, site, site.resolve()))]
     cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *relative, *warnings, *system]
     # What this torch lacks is missed here, not when the library is loaded.
-    link = ["-Wl,--no-undefined", f"-Wl,--version-script={ROOT / EXPORTS}"]
+    link = ["-Wl,--no-undefined", "-Xlinker", f"--version-script={ROOT / EXPORTS}"]
     if not cuda:
         return Extension(
             name,

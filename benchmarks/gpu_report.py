@@ -37,7 +37,7 @@ GRACE = 10  # a program that is told to stop may take this long
 NOT_HERE = (
     *("test_benchmarks.py", "test_build.py", "test_cuda_emulator.py", "test_cuda_kernels.py", "test_distributed.py"),
     *("test_gpu_report.py", "test_kernel_model.py", "test_memory.py", "test_peft.py", "test_quantized.py"),
-    *("test_docs.py", "test_format.py"),
+    *("test_docs.py", "test_examples.py", "test_format.py", "test_metamathqa.py"),
 )
 # What a file imports that a machine with a GPU may not have: it is left out then, and the report says why.
 NEEDS = {"test_training.py": ("accelerate", "datasets", "trl", "mos_ext.integrations.peft")}

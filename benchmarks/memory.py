@@ -56,7 +56,10 @@ def ask_for_peaks(module: str, arguments: Sequence[str], seconds: float) -> dict
     command = [sys.executable, "-m", module, "--peaks", *arguments]
     options = {"cwd": ROOT, "env": environment, "timeout": seconds}
     try:
-        text = subprocess.run(command, capture_output=True, text=True, check=False, **options).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        text = done.stdout
+        if done.returncode:  # what was told before it ended stands
+            print(f"{module} --peaks ended with {done.returncode}: {done.stderr[-300:].strip()}", file=sys.stderr)
     except subprocess.TimeoutExpired as expired:
         text = (expired.stdout or b"").decode()
     found: dict[str, dict[str, float | None]] = {}

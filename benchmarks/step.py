@@ -1,11 +1,11 @@
-"""What does a training step of a whole model cost with an adapter on every linear, over the frozen model?
+"""What does a training step of a whole model, forward and backward, cost with an adapter on every linear?
 
     python -m benchmarks.step FILE.csv [--grid default|smoke] [--seconds N] [--only TEXT]
 
-A Llama of 6 layers and width 768, forward and backward from its embeddings on, so that the frozen model has a backward
-pass too. MoS, and PEFT's LoRA, VeRA and VB-LoRA as PEFT makes them by default: their adapters are float32, and x is
-cast to it and back; ``lora_same`` is LoRA without these casts, its parameters in the dtype of the base. Peak memory of
-each in a process of its own. A table goes to FILE.md.
+A Llama of 6 layers and width 768, over the same of the frozen model; from its embeddings on, so that the frozen model
+has a backward pass too. MoS, and PEFT's LoRA, VeRA and VB-LoRA as PEFT makes them by default: their adapters are
+float32, and x is cast to it and back; ``lora_same`` is LoRA without these casts, its parameters in the dtype of the
+base. Peak memory of each in a process of its own. A table goes to FILE.md.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def absent(name: str, case: Case) -> str | None:
 def step(case: Case, sizes: Sizes) -> list[dict]:
     missing = {name: why for name in PROVIDERS if (why := absent(name, case))}
     built = {name: Built(name, case) for name in PROVIDERS if name not in missing}
-    saved = {name: saved_bytes(b.forward, list(b.model.parameters())) for name, b in built.items()}
+    known = {name: [*b.model.parameters(), *b.model.buffers()] for name, b in built.items()}
+    saved = {name: saved_bytes(b.forward, known[name]) for name, b in built.items()}
     release("cpu")
     steps: dict[str, list[Step]] = {name: [b.step] for name, b in built.items()}
     rows = []

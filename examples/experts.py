@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     config = mos_ext.MoSConfig(
         r=16 if options.model else 4,
         equivalent_rank=8 if options.model else 2,
-        # The linears of attention beside the experts; router and norms stay as they are.
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        # All linears beside the experts, attention's above all; norms, and routers of parameters, stay as they are.
+        target_modules="all-linear",
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
         # LoRA has at least rank 1 on each of thousands of experts. A pool that they share may have an eighth of that.
         expert_equivalent_rank=1 / 8 if options.model else 1 / 2,
     )

@@ -103,7 +103,11 @@ def environment(case, scratch):
         libraries = [str(other / "stand_ins")]
     constraint = scratch / "constraint.txt"  # or the isolated build would fetch a torch for CUDA
     constraint.write_text(f"torch=={version.partition('+')[0]}\n")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOS_EXT_", "CUDA_", "PYTHON"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("MOS_EXT_", "CUDA_", "PYTHON")) and k not in ("CC", "CXX")
+    }
     path = path_without(case.hidden, scratch / "programs")
     return python, {
         **kept,

@@ -476,7 +476,7 @@ def test_parameters_of_a_model_of_a_billion():
         assert f"{count:,}" in page
         assert f"{4 * count / 1e6:.1f} MB" in page
     assert f"saves {12 * (lora - trained[2]) / 1e6:.0f} MB of {12 * lora / 1e6:.0f} in float32" in page
-    assert f"{trained[2] / 1e6:.1f} M parameters; LoRA of r=16: {lora / 1e6:.1f} M" in PAGES["README.md"]
+    assert f"{2 * trained[2] / 1e6:.1f} M parameters; LoRA of r=16: {lora / 1e6:.1f} M" in PAGES["README.md"]
 
 
 # ------------------------------------------------------------------------------------------------ troubleshooting

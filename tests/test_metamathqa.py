@@ -169,7 +169,7 @@ def test_a_run_that_was_not_finished_is_an_error(checkout, tmp_path):
 def test_without_a_name_all_run_each_in_a_process(checkout, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(program, "check_machine", lambda model_id: None)
-    monkeypatch.setattr(subprocess, "call", lambda command, cwd: calls.append(command) or len(calls) - 1)
+    monkeypatch.setattr(subprocess, "call", lambda command, cwd: calls.append(command) or (-9, 0)[len(calls) - 1])
     assert program.main(["--peft", str(checkout), "--out", str(tmp_path / "out"), "--clean"]) == 1
     assert [command[-3:] for command in calls] == [["--experiment", name, "--clean"] for name in CONFIGS]
     assert all(command[:3] == [sys.executable, "-m", "benchmarks.metamathqa"] for command in calls)

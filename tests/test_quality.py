@@ -391,6 +391,11 @@ def test_what_the_demo_says_follows_the_numbers():
     assert "MoS comes 45 % of the way from the frozen base to it, and LoRA r=2 40 %" in shown
     assert "MoS's loss is lower by 0.1000 ± 0.0058 (paired by seed; zero is outside the 95 % interval)" in shown
     assert not_shown.startswith("Not shown")
+    for row in rows:
+        row["loss"] += 0.3 * (row["method"] == "mos" and row["seed"] == 1)
+    unclear, _ = demo.sentences(report.Results(TINY, rows))
+    assert unclear.startswith("Seen, but not shown: ")
+    assert "zero is inside the 95 % interval" in unclear
 
 
 def test_answers_follow_the_numbers():

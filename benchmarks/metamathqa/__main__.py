@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
             check_machine(model_of(checkout, name))
         if not options.experiment:  # a process each: the script wants a device that nothing has used
             command = [sys.executable, "-m", "benchmarks.metamathqa", "--peft", str(checkout), "--out", str(out)]
-            return max(subprocess.call([*command, "--experiment", name, *arguments], cwd=ROOT) for name in names())
+            codes = [subprocess.call([*command, "--experiment", name, *arguments], cwd=ROOT) for name in names()]
+            return int(any(codes))  # one that was killed has a negative one
         use(checkout, out)
         result = run(checkout, options.experiment, out, arguments)
     except Refused as error:

@@ -46,8 +46,9 @@ def sentences(results: Results) -> list[str]:
     gap = {name: 100 * statistics.fmean(results.gap(name)) for name in (lora, mos)}
     label = {name: results.methods[name].label.partition(" (")[0] for name in (lora, mos, ceiling)}
     word, where = "lower" if difference.mean > 0 else "higher", "outside" if difference.clear else "inside"
+    shown = "Shown" if difference.clear else "Seen, but not shown"
     return [
-        f"Shown: with 1/{s.ceiling} of the parameters of {label[ceiling]}, MoS comes {gap[mos]:.0f} % of the way "
+        f"{shown}: with 1/{s.ceiling} of the parameters of {label[ceiling]}, MoS comes {gap[mos]:.0f} % of the way "
         f"from the frozen base to it, and {label[lora]} {gap[lora]:.0f} %; MoS's loss is {word} by "
         f"{abs(difference.mean):.4f} ± {difference.error:.4f} (paired by seed; zero is {where} the 95 % interval).",
         "Not shown: that it is so for your model, your text, or a budget that is not tight "

@@ -28,8 +28,9 @@ def questions(s: Settings) -> list[Question]:
         Question("shared-outer LoRA against LoRA per expert, one budget", "shared-outer", lora),
     ]
     for e, name in zip(s.fractions, fractions, strict=True):
-        found.append(Question(f"MoS of {e:g} of the budget against LoRA per expert of all of it", name, lora))
-        found.append(Question(f"MoS of {e:g} of the budget against MoS of all of it", name, "mos"))
+        share = e / s.equivalent_rank
+        found.append(Question(f"MoS of {share:g} of the budget against LoRA per expert of all of it", name, lora))
+        found.append(Question(f"MoS of {share:g} of the budget against MoS of all of it", name, "mos"))
     return found
 
 

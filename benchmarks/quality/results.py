@@ -43,7 +43,7 @@ def result(s: Settings, job: Job, row: dict) -> dict:
     kind = job.method.kind
     alpha = {_ALPHA[kind]: s.alpha} if kind in _ALPHA else {}
     packages = {f"{name}-{what}": None for name in PACKAGES for what in ("version", "commit-hash")}
-    # Of other versions than those of the base model, which are today's, a row would have been refused.
+    # Today's: where those that train the model differ from the base model's, a row would have been refused.
     packages |= {f"{name}-version": _version(name) for name in PACKAGES}
     packages |= {"torch-version": row["torch"], "peft-version": row["peft"], "mos_ext-commit-hash": row["commit"]}
     train_config = {

@@ -10,12 +10,16 @@
 
 #if defined(__x86_64__)
 #define MOS_EXT_JUMP "jmp"
+#define MOS_EXT_FAR "@PLT"  // binutils before 2.31 ask for it in a shared library
 #define MOS_EXT_OLD "GLIBC_2.2.5"
 #define MOS_EXT_OLD_DLMOPEN "GLIBC_2.3.4"
 #elif defined(__aarch64__)
 #define MOS_EXT_JUMP "b"
+#define MOS_EXT_FAR ""
 #define MOS_EXT_OLD "GLIBC_2.17"
 #define MOS_EXT_OLD_DLMOPEN "GLIBC_2.17"
+#else
+#error "CUDA kernels are built for x86-64 and aarch64"
 #endif
 
 __asm__(R"(
@@ -26,7 +30,7 @@ __asm__(R"(
   .type \name, %function
   .text
 \name:
-  )" MOS_EXT_JUMP R"( old_\name
+  )" MOS_EXT_JUMP R"( old_\name)" MOS_EXT_FAR R"(
   .size \name, . - \name
 .endm
 take dlmopen, )" MOS_EXT_OLD_DLMOPEN R"(
