@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts metamathqa-dry gpu-report native wheel check-install check-aarch64 clean
+.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest matrix check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step kernel-model quality quality-experts metamathqa-dry gpu-report native wheel check-install check-aarch64 clean
 
 help:
 	@echo "make demo        MoS beside LoRA of the same budget and of eight times it, on a small model; no downloads (at most 4 minutes)"
@@ -18,8 +18,9 @@ help:
 	@echo "make peft-suite  the latter alone; counts and reasons of skips go to build/peft-suite"
 	@echo "make docs        the documentation site in build/docs, without warnings (half a minute)"
 	@echo "make fuzz        odd input to the public face, and every causal model of transformers that can be made small (minutes)"
-	@echo "make lint        ruff, clang-format and mypy, as CI runs them; make format applies the first two"
+	@echo "make lint        ruff, clang-format, mypy and the linters of workflows, as CI runs them; make format applies the first two"
 	@echo "make check-oldest  build against torch $(OLDEST) (fetched from PyPI, 530 MB), import and test beside it; CUDA, too, with nvcc"
+	@echo "make matrix      the wheel beside every Python, torch, PEFT and transformers it promises, as docs/install.md shows (an hour)"
 	@echo "make check-cuda  check-oldest, and check the machine code of every .cu for every architecture; needs nvcc, no GPU"
 	@echo "make cuda-resources    check-cuda, and keep its table of registers and occupancy"
 	@echo "make check-ptx   execute the PTX that nvcc makes of the CUDA kernels, on this CPU (3 minutes); needs nvcc, no GPU"
@@ -71,6 +72,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(BIN)/zizmor --quiet --offline --pedantic .github
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -80,6 +83,10 @@ format: $(READY)
 # Everything is compiled against the oldest torch only; the newest meets csrc/cuda/ops.cpp in the emulator and test-all.
 check-oldest: native
 	$(BIN)/python tests/torch_versions.py $(OLDEST)
+
+# WHEEL=file or folder takes that instead of building one; ARGS="--python 3.12 --torch 2.13" runs one cell.
+matrix: $(if $(WHEEL),,wheel)
+	@$(if $(WHEEL),$(PYTHON),$(BIN)/python) tests/matrix.py --wheel $(or $(WHEEL),dist) $(ARGS)
 
 check-cuda: check-oldest
 	@if [ -f build/check-cuda/mos_ext/_C_cuda.so ]; then \
