@@ -34,6 +34,7 @@ from torch_versions import CORE, newest, run, stand_ins
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "matrix.csv", ROOT / "docs" / "install.md"
 BUILD = ROOT / "build" / "matrix"
+SOURCES = ("csrc", "mos_ext", "tests", "setup.py", "pyproject.toml")  # what a row is of
 
 EVERY_TORCH = "3.11"  # the Python that meets each
 CORE = (*CORE, "grouped", "adapt", "merging", "checkpoint", "peft")
@@ -127,6 +128,7 @@ def check(python, environment, folder):
     (suite,) = ElementTree.parse(folder / "results.xml").getroot().iter("testsuite")
     count = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
+    reasons = {element.get("message") for element in suite.iter("skipped")} | set([] if experts else [NO_EXPERTS])
     return {
         "Python": about["environment"]["python"],
         "torch": about["environment"]["torch"],
@@ -134,23 +136,26 @@ def check(python, environment, folder):
         "passed": count["tests"] - failed - count["skipped"],
         "failed": failed,
         "skipped": count["skipped"],
-        "not run": "" if experts else NO_EXPERTS,
+        "not run": "; ".join(sorted(reasons)),
         "machine": f"{about['environment']['platform']}, {about['environment']['cpu']}",
     }
 
 
 def run_cell(cell, wheel, oldest, index):
     started, folder = time.perf_counter(), BUILD / str(cell)
-    commit = run("git", "describe", "--always", "--dirty", cwd=ROOT, stdout=subprocess.PIPE).stdout.strip()
+    log, diff = ("log", "-1", "--format=%h"), ("diff", "--quiet", "HEAD")
+    commit = run("git", *log, "--", *SOURCES, cwd=ROOT, stdout=subprocess.PIPE).stdout.strip()
+    commit += " (modified)" if subprocess.run(["git", *diff, "--", *SOURCES], cwd=ROOT).returncode else ""
     row = dict.fromkeys(FIELDS, "") | {"cell": str(cell), "Python": cell.python, "torch": cell.torch, "commit": commit}
     row["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     executable = interpreter(cell.python)
     if executable is None:
         return row | {"not run": f"anything: no python{cell.python} on this machine"}
     try:
-        row |= check(*install(cell, executable, folder, wheel, oldest, index), folder)
-    except Exception as error:  # the other cells are still to be run
-        return row | {"failed": "all", "not run": f"anything: {' '.join(str(error).split())}"}
+        python, environment = install(cell, executable, folder, wheel, oldest, index)
+    except subprocess.CalledProcessError:  # pip has said why
+        return row | {"not run": f"anything: torch {cell.torch} and the {cell.libraries} libraries cannot be installed"}
+    row |= check(python, environment, folder)
     if not row["failed"]:
         shutil.rmtree(folder)  # torch has 2 GB
     return row | {"seconds": round(time.perf_counter() - started)}
@@ -203,8 +208,8 @@ def main():
         rows.append(run_cell(cell, wheel, oldest, options.index))
         write(rows[-1])
     print(table(rows))
-    if any(row["failed"] for row in rows):
-        sys.exit(f"matrix: there are failures; what failed is left in {BUILD.relative_to(ROOT)}")
+    if any(row["failed"] != 0 for row in rows):
+        sys.exit(f"matrix: not every cell passed; those that did not are left in {BUILD.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

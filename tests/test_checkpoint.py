@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from models import BUILDERS, gpt2, inputs, llama, randomize
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,13 @@ def by_hand(pools):
     for pool in pools:
         other = draw_tables(replace(pool.config, seed=77), pool.stream, pool.ranks)
         pool.set_tables(IndexTables(other.a, other.b))
+
+
+def holds_complex():
+    try:
+        return bool(safetensors.torch.save({"x": torch.zeros(1, dtype=torch.complex64)}))
+    except KeyError:
+        return False
 
 
 def test_tables_are_derived_not_stored(tmp_path):
@@ -342,9 +350,12 @@ def test_contradictions(saved, change, message):
             lambda t, c: t.update({f"{Q}.index_b": t[f"{Q}.index_b"].float()}),
             "index_b must be an integer tensor, .* got torch.float32",
         ),
-        (
+        pytest.param(
             lambda t, c: t.update({f"{Q}.index_a": t[f"{Q}.index_a"].to(torch.complex64)}),
             "index_a must be an integer tensor, .* got torch.complex64",
+            marks=pytest.mark.skipif(
+                not holds_complex(), reason="files with complex numbers, which this safetensors cannot write"
+            ),
         ),
         (
             lambda t, c: t[f"{Q}.index_a"].view(-1).__setitem__(0, 200),

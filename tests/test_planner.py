@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from models import Block, bert, gpt2, llama, randomize, stack, vit
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -222,6 +223,7 @@ GATED = {
     "linear_num_value_heads": 4,
 }
 GATE = "mlp.shared_expert_gate"
+TRANSFORMERS = int(transformers.__version__.split(".")[0])
 # model_type -> what its configuration needs, which ranks the defaults get, what is left out.
 ARCHITECTURES = {
     "deepseek_v3": ({**LATENT, **EXPERTS}, {8, 15, 16}, set()),
@@ -232,15 +234,30 @@ ARCHITECTURES = {
     "falcon_mamba": (STATES, {16}, {"mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"}),
     "falcon_h1": (HYBRID, {16}, {"mamba.out_proj"}),
     "jamba": (
-        {"mamba_d_state": 4, "mamba_dt_rank": 4, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+        {
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,  # transformers 4 refuses a CPU otherwise
+        },
         {8, 15},
         {"mamba.dt_proj"},
     ),
     "llama4_text": ({**EXPERTS, "head_dim": 8, "intermediate_size_mlp": 64}, {16}, {"feed_forward.router"}),
-    "phimoe": (EXPERTS, {16}, {"mlp.router"}),
+    "phimoe": (EXPERTS, {16}, {"mlp.router"} if TRANSFORMERS >= 5 else set()),  # 4 has a plain linear there
     "mixtral": (EXPERTS, {16}, set()),
     "gemma2": ({"head_dim": 8}, {16}, set()),
 }
+
+
+def known(model_type, *values):
+    """A case that is run where there is such a model."""
+    missing = pytest.mark.skipif(
+        model_type not in CONFIG_MAPPING, reason="architectures that this transformers does not have"
+    )
+    return pytest.param(model_type, *values, marks=missing)
 
 
 def tiny(model_type):
@@ -258,7 +275,7 @@ def under_peft(model, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore")  # other people's deprecations
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [known(name) for name in ARCHITECTURES])
 def test_all_linear_with_the_defaults_runs_on_every_model(model_type, caplog, tmp_path):
     """Natively and under PEFT the same modules get the same ranks; files say which, and load."""
     _, ranks, others = ARCHITECTURES[model_type]
@@ -277,7 +294,7 @@ def test_all_linear_with_the_defaults_runs_on_every_model(model_type, caplog, tm
     report = mos_ext.parameter_report(model)
     assert {re.split(r"\*\.", role_of(name))[-1] for name in report.left_out} == others
     warned = ranks != {16} or others
-    assert [r.name for r in caplog.records if "kernel" not in r.name] == ["mos_ext"] * bool(warned)
+    assert [r.name for r in caplog.records if r.name == "mos_ext"] == ["mos_ext"] * bool(warned)
     for module in others:
         assert module in caplog.text
         assert module in str(report)
@@ -381,7 +398,7 @@ def test_what_is_named_keeps_its_error():
         ("mamba", "out_proj", "MambaMixer"),
         ("mamba", "dt_proj", "MambaMixer"),
         ("mamba2", "out_proj", "Mamba2Mixer"),
-        ("falcon_h1", "mamba.out_proj", "FalconH1Mixer"),
+        known("falcon_h1", "mamba.out_proj", "FalconH1Mixer"),
     ],
 )
 def test_state_space_blocks_read_weights(model_type, module, reader):
