@@ -243,7 +243,7 @@ ARCHITECTURES = {
             "use_mamba_kernels": False,  # transformers 4 refuses a CPU otherwise
         },
         {8, 15},
-        {"mamba.dt_proj"},
+        {"mamba.dt_proj"} | (set() if TRANSFORMERS >= 5 else {"feed_forward.router"}),  # of two experts
     ),
     "llama4_text": ({**EXPERTS, "head_dim": 8, "intermediate_size_mlp": 64}, {16}, {"feed_forward.router"}),
     "phimoe": (EXPERTS, {16}, {"mlp.router"} if TRANSFORMERS >= 5 else set()),  # 4 has a plain linear there
