@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
@@ -64,8 +65,10 @@ def _boolean(name: str, value: object) -> None:
 
 def _check_expression(name: str, expression: str, shown: str) -> None:
     try:
-        re.compile(expression)
-    except re.error as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # Python 3.10's of what newer ones refuse
+            re.compile(expression)
+    except (re.error, DeprecationWarning) as error:
         raise ValueError(f"{name} must be a valid regular expression, got {shown!r} ({error})") from None
 
 

@@ -239,7 +239,7 @@ def test_backward_inside_of_autocast_is_that_outside(dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch.func.jvp's own
 def test_second_derivatives_and_forward_mode_are_errors(device):
     """Loud, in every way to ask for them; never a silently missing term."""
     case = random_case(3, 12, 8, 3, 2, dtype=torch.float64, device=device)
