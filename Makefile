@@ -20,7 +20,7 @@ help:
 	@echo "make fuzz        odd input to the public face, and every causal model of transformers that can be made small (minutes)"
 	@echo "make lint        ruff, clang-format, mypy and the linters of workflows, as CI runs them; make format applies the first two"
 	@echo "make check-oldest  build against torch $(OLDEST) (fetched from PyPI, 530 MB), import and test beside it; CUDA, too, with nvcc"
-	@echo "make matrix      the wheel beside every Python, torch, PEFT and transformers it promises, as docs/install.md shows (an hour)"
+	@echo "make matrix      the wheel beside every Python, torch, PEFT and transformers it promises, as docs/install.md shows (half an hour)"
 	@echo "make check-cuda  check-oldest, and check the machine code of every .cu for every architecture; needs nvcc, no GPU"
 	@echo "make cuda-resources    check-cuda, and keep its table of registers and occupancy"
 	@echo "make check-ptx   execute the PTX that nvcc makes of the CUDA kernels, on this CPU (3 minutes); needs nvcc, no GPU"

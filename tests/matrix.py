@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -137,7 +138,7 @@ def check(python, environment, folder):
         "failed": failed,
         "skipped": count["skipped"],
         "not run": "; ".join(sorted(reasons)),
-        "machine": f"{about['environment']['platform']}, {about['environment']['cpu']}",
+        "machine": f"{platform.system()} {platform.machine()}, {about['environment']['cpu']}",
     }
 
 
@@ -154,7 +155,9 @@ def run_cell(cell, wheel, oldest, index):
     try:
         python, environment = install(cell, executable, folder, wheel, oldest, index)
     except subprocess.CalledProcessError:  # pip has said why
-        return row | {"not run": f"anything: torch {cell.torch} and the {cell.libraries} libraries cannot be installed"}
+        return row | {
+            "not run": f"anything: pip did not install torch {cell.torch} with the {cell.libraries} libraries"
+        }
     row |= check(python, environment, folder)
     if not row["failed"]:
         shutil.rmtree(folder)  # torch has 2 GB
@@ -166,6 +169,10 @@ def read():
         return list(csv.DictReader(stream))
 
 
+def minor(version):
+    return re.findall(r"\d+", version)[:2]
+
+
 def table(rows):
     lines = [COLUMNS, ["---"] * len(COLUMNS), *([row[name] for name in COLUMNS] for row in rows)]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
@@ -174,7 +181,7 @@ def table(rows):
 def write(row):
     """Puts a row among the results, and these on the page."""
     rows = {r["cell"]: r for r in (read() if RESULTS.exists() else [])} | {row["cell"]: row}
-    ordered = sorted(rows.values(), key=lambda r: [int(n) for n in re.findall(r"\d+", f"{r['Python']} {r['torch']}")])
+    ordered = sorted(rows.values(), key=lambda r: [int(n) for name in COLUMNS[:2] for n in minor(r[name])])
     with RESULTS.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         writer.writeheader()
