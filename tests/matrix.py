@@ -38,7 +38,14 @@ BUILD = ROOT / "build" / "matrix"
 SOURCES = ("csrc", "mos_ext", "tests", "setup.py", "pyproject.toml")  # what a row is of
 
 EVERY_TORCH = "3.11"  # the Python that meets each
-CORE = (*CORE, "grouped", "adapt", "merging", "checkpoint", "peft")
+CORE = (
+    *(name for name in CORE if name != "layers"),
+    "grouped",
+    "adapt",
+    "merging",
+    "checkpoint",
+    "peft",
+)  # of the wheel
 EXPERTS = ("experts", "experts_peft")
 NO_EXPERTS = "experts: transformers 4 has no stacks of them"
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
