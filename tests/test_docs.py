@@ -36,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import rows as schema  # noqa: E402
 from benchmarks import summary  # noqa: E402
-from benchmarks.quality import methods  # noqa: E402
+from benchmarks.quality import demo, methods  # noqa: E402
+from benchmarks.quality.report import Results  # noqa: E402
 from benchmarks.quality.settings import Settings  # noqa: E402
 from benchmarks.quality.train import new_model  # noqa: E402
 
@@ -413,6 +414,16 @@ def test_what_was_learnt():
     page = PAGES["docs/when.md"]
     assert f"VeRA needs rank {methods.vera_rank(Settings())}" in page
     assert f"took {vera:.0f} s where LoRA's r=2 took {lora:.0f}" in page
+
+
+def test_what_the_demo_printed():
+    with (RESULTS / "demo" / "runs.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        row |= {"seed": int(row["seed"]), "trainable": int(row["trainable"])}
+        row |= {name: float(row[name]) for name in ("loss", "base_loss", "lr")}
+    assert {row["modified"] for row in rows} == {"False"}
+    assert f"```text\n{demo.text(Results(Settings(seeds=demo.SEEDS), rows))}\n```" in PAGES["README.md"]
 
 
 def test_what_is_said_of_a_training_step():

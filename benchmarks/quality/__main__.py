@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from .experts import write_report as write_experts_report
@@ -17,17 +15,7 @@ from .methods import GRIDS, methods, rate
 from .report import write_report
 from .results import write_results
 from .settings import EXPERTS, Settings
-from .train import Job, OtherSettings, run_all
-
-
-def write_csv(file: Path, rows: Sequence[dict]) -> None:
-    """All or nothing."""
-    temporary = file.with_name(file.name + ".part")
-    with temporary.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(file)
+from .train import Job, OtherSettings, run_all, write_csv
 
 
 def jobs_of(s: Settings) -> list[Job]:

@@ -18,7 +18,7 @@ from ..drawing import color
 from .methods import methods, rate
 from .report import Line, Results, plot_sizes
 from .settings import Settings
-from .train import Job, OtherSettings, run_all
+from .train import Job, OtherSettings, run_all, write_csv
 
 SEEDS = 3
 
@@ -56,6 +56,10 @@ def sentences(results: Results) -> list[str]:
     ]
 
 
+def text(results: Results) -> str:
+    return "\n".join([*table(results), "", *sentences(results)])
+
+
 def main(argv: list[str] | None = None, s: Settings | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.demo", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the directory for everything written; run again to go on")
@@ -72,6 +76,7 @@ def main(argv: list[str] | None = None, s: Settings | None = None) -> int:
         return 2
     finally:
         logging.disable(logging.NOTSET)
+    write_csv(options.out / "runs.csv", rows)
     results = Results(s, rows)
     lora, mos, ceiling = names(s)
     plot_sizes(
@@ -79,7 +84,7 @@ def main(argv: list[str] | None = None, s: Settings | None = None) -> int:
         [Line("LoRA", (lora, ceiling), color("lora")), Line("MoS", (mos,), color("mos"))],
         options.out / "loss.png",
     )
-    print("\n".join(["", *table(results), "", *sentences(results), ""]))
+    print(f"\n{text(results)}\n")
     print(f"wrote {options.out / 'loss.png'} in {time.perf_counter() - start:.0f} s")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import logging
@@ -249,3 +250,13 @@ def run_all(s: Settings, jobs: Sequence[Job], out: Path, folder: str, workers: i
             bar.set_postfix_str(f"{job.name} {row['loss']:.3f}", refresh=False)
             bar.update()
     return [done[job.name] for job in jobs]
+
+
+def write_csv(file: Path, rows: Sequence[dict]) -> None:
+    """All or nothing."""
+    temporary = file.with_name(file.name + ".part")
+    with temporary.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(file)
