@@ -16,7 +16,6 @@ import copy
 import functools
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,8 +28,8 @@ from mos_ext.pools import ShardPool
 from mos_ext.routing import invert
 
 from .harness import CPU, SMOKE, Sizes, Step, importable, measure, normal, release, saved_bytes
-from .memory import ask_for_peaks, tell_peak
-from .rows import Rows, command_line, read_rows
+from .memory import ask_for_peaks, tell_peak, tell_peaks
+from .rows import answer, command_line
 
 ops = torch.ops.mos_ext
 R, L_SHARDS = 16, 4
@@ -380,18 +379,9 @@ def tables(rows: Sequence[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    warnings.simplefilter("ignore")  # optional packages' own
     if arguments[:1] == ["--peaks"]:
-        print_peaks(*arguments[1:])
-        return 0
-    options = command_line(__doc__, 370.0).parse_args(arguments)
-    with Rows(options.file, "experts") as rows:
-        for name, found in run(options.grid, options.seconds, options.only):
-            rows.add(name, found)
-    text = tables(read_rows(options.file))
-    options.file.with_suffix(".md").write_text(text)
-    print(text)
-    return rows.status
+        return tell_peaks(print_peaks, *arguments[1:])
+    return answer(command_line(__doc__, 370.0).parse_args(arguments), "experts", run, tables)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -106,3 +106,14 @@ def command_line(doc: str, seconds: float) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases of a layer whose name contains it")
     parser.add_argument("--providers", type=Path, help="a file of more providers, PROVIDERS = {name: build}")
     return parser
+
+
+def answer(options: argparse.Namespace, what: str, run: Callable, tables: Callable[[Sequence[dict]], str]) -> int:
+    """Writes the rows of ``run(grid, seconds, only)`` to a file, and their tables beside it: the exit status."""
+    with Rows(options.file, what) as rows:
+        for name, found in run(options.grid, options.seconds, options.only):
+            rows.add(name, found)
+    text = tables(read_rows(options.file))
+    options.file.with_suffix(".md").write_text(text)
+    print(text)
+    return rows.status

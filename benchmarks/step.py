@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 import mos_ext
 
 from .harness import CPU, SMOKE, Sizes, Step, importable, measure, normal, release, saved_bytes
-from .memory import ask_for_peaks, tell_peak
-from .rows import Rows, command_line, read_rows
+from .memory import ask_for_peaks, tell_peak, tell_peaks
+from .rows import answer, command_line
 
 R, E, L_SHARDS, P = 16, 4, 4, 1
 PROVIDERS = ("frozen", "mos", "frozen_again", "lora", "lora_same", "vera", "vblora")
@@ -217,18 +216,9 @@ def tables(rows: Sequence[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    warnings.simplefilter("ignore")  # optional packages' own
     if arguments[:1] == ["--peaks"]:
-        print_peaks(*arguments[1:])
-        return 0
-    options = command_line(__doc__, 360.0).parse_args(arguments)
-    with Rows(options.file, "step") as rows:
-        for name, found in run(options.grid, options.seconds, options.only):
-            rows.add(name, found)
-    text = tables(read_rows(options.file))
-    options.file.with_suffix(".md").write_text(text)
-    print(text)
-    return rows.status
+        return tell_peaks(print_peaks, *arguments[1:])
+    return answer(command_line(__doc__, 360.0).parse_args(arguments), "step", run, tables)
 
 
 if __name__ == "__main__":
