@@ -6,11 +6,8 @@
 The data is a dataset of the Hub, or a .jsonl file, with the columns ``chosen`` and ``rejected`` (and ``prompt``).
 """
 
-import argparse
-from pathlib import Path
-
+import common
 import tiny
-from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -18,19 +15,9 @@ from mos_ext.integrations.peft import MoSConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a name of the Hub or a folder; a tiny random model when left out")
-    parser.add_argument("--data", help="a dataset of the Hub or a .jsonl file; made up when left out")
-    parser.add_argument("--output", type=Path, default=Path("dpo-output"))
-    parser.add_argument("--steps", type=int, help="default: 20 of the tiny model, 1000 of another")
-    options = parser.parse_args(argv)
+    options = common.arguments(__doc__, argv, "dpo-output", "a dataset of the Hub or a .jsonl file", (20, 1000))
     model = options.model or tiny.language_model(options.output / "base")
-    if options.data is None:
-        data = tiny.preferences(64)
-    elif options.data.endswith(".jsonl"):
-        data = load_dataset("json", data_files=options.data, split="train")
-    else:
-        data = load_dataset(options.data, split="train")
+    data = common.dataset(options.data, tiny.preferences(64))
 
     adapter = MoSConfig(
         r=16 if options.model else 4,
@@ -40,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = DPOConfig(
         output_dir=str(options.output / "run"),
-        max_steps=options.steps or (1000 if options.model else 20),
+        max_steps=options.steps,
         learning_rate=5e-5 if options.model else 5e-3,
         per_device_train_batch_size=4,
         logging_steps=10,

@@ -7,9 +7,7 @@ The data is a text file. Any model with the experts interface of transformers 5 
 DeepSeek-V3, OLMoE, Granite-MoE, GLM4-MoE and others.
 """
 
-import argparse
-from pathlib import Path
-
+import common
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,22 +16,9 @@ import mos_ext
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a name of the Hub or a folder; a tiny random model when left out")
-    parser.add_argument("--data", type=Path, help="a text file; made up when left out")
-    parser.add_argument("--output", type=Path, default=Path("experts-output"))
-    parser.add_argument("--steps", type=int, help="default: 20 of the tiny model, 1000 of another")
-    options = parser.parse_args(argv)
+    options = common.arguments(__doc__, argv, "experts-output", "a text file", (20, 1000))
     name = options.model or tiny.language_model(options.output / "base", experts=8)
-    steps, length = options.steps or (1000 if options.model else 20), 512 if options.model else 32
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if options.data:
-        text = options.data.read_text(encoding="utf-8")
-    else:
-        text = "\n".join(turn["content"] for row in tiny.conversations(64) for turn in row["messages"])
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    blocks = ids[: len(ids) // length * length].view(-1, length)
+    blocks = common.blocks(AutoTokenizer.from_pretrained(name), options.data, length=512 if options.model else 32)
 
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto" if options.model else None)
     config = mos_ext.MoSConfig(
@@ -53,13 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    for step in range(steps):
+    for step in range(options.steps):
         batch = blocks[torch.randint(len(blocks), (4,))].to(model.device)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0 or step == steps - 1:
+        if step % 10 == 0 or step == options.steps - 1:
             print(f"step {step}: loss {loss.item():.3f}")
 
     mos_ext.save_adapter(model, options.output / "adapter")

@@ -6,9 +6,7 @@
 The data is a dataset of the Hub with a column of images and one of class labels.
 """
 
-import argparse
-from pathlib import Path
-
+import common
 import numpy as np
 import tiny
 import torch
@@ -20,14 +18,9 @@ from mos_ext.integrations.peft import MoSConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a name of the Hub or a folder; a tiny random model when left out")
-    parser.add_argument("--data", default="beans", help="a dataset of the Hub; images are drawn for the tiny model")
-    parser.add_argument("--output", type=Path, default=Path("image-output"))
-    parser.add_argument("--steps", type=int, help="default: 30 of the tiny model, 500 of another")
-    options = parser.parse_args(argv)
+    options = common.arguments(__doc__, argv, "image-output", "a dataset of the Hub; images", (30, 500))
     name = options.model or tiny.vision_model(options.output / "base")
-    data = load_dataset(options.data) if options.model else tiny.images(96)
+    data = load_dataset(options.data or "beans") if options.model else tiny.images(96)
     test = next(split for split in ("validation", "test") if split in data)
     label = next(column for column, feature in data["train"].features.items() if hasattr(feature, "names"))
     image = next(column for column, feature in data["train"].features.items() if type(feature).__name__ == "Image")
@@ -54,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     model.print_trainable_parameters()
     arguments = TrainingArguments(
         str(options.output / "run"),
-        max_steps=options.steps or (500 if options.model else 30),
+        max_steps=options.steps,
         learning_rate=2e-3 if options.model else 1e-2,
         per_device_train_batch_size=16,
         remove_unused_columns=False,

@@ -6,9 +6,7 @@
 The data is a text file. bitsandbytes quantises on GPUs and on CPUs.
 """
 
-import argparse
-from pathlib import Path
-
+import common
 import tiny
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
@@ -20,22 +18,9 @@ from mos_ext.integrations.peft import MoSConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a name of the Hub or a folder; a tiny random model when left out")
-    parser.add_argument("--data", type=Path, help="a text file; made up when left out")
-    parser.add_argument("--output", type=Path, default=Path("qlora-output"))
-    parser.add_argument("--steps", type=int, help="default: 20 of the tiny model, 1000 of another")
-    options = parser.parse_args(argv)
+    options = common.arguments(__doc__, argv, "qlora-output", "a text file", (20, 1000))
     name = options.model or tiny.language_model(options.output / "base")
-    steps, length = options.steps or (1000 if options.model else 20), 512 if options.model else 32
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if options.data:
-        text = options.data.read_text(encoding="utf-8")
-    else:
-        text = "\n".join(turn["content"] for row in tiny.conversations(64) for turn in row["messages"])
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    blocks = ids[: len(ids) // length * length].view(-1, length)
+    blocks = common.blocks(AutoTokenizer.from_pretrained(name), options.data, length=512 if options.model else 32)
 
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -59,14 +44,14 @@ def main(argv: list[str] | None = None) -> None:
         (p for p in model.parameters() if p.requires_grad), lr=2e-4 if options.model else 1e-2
     )
     model.train()
-    for step in range(steps):
+    for step in range(options.steps):
         batch = blocks[torch.randint(len(blocks), (4,))].to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0 or step == steps - 1:
+        if step % 10 == 0 or step == options.steps - 1:
             print(f"step {step}: loss {loss.item():.3f}")
     model.save_pretrained(options.output / "adapter")
     print(mos_ext.explain(model))  # which way each layer takes over its quantised base

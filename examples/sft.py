@@ -7,11 +7,8 @@ The data is a dataset of the Hub, or a .jsonl file, with a column of ``messages`
 ``completion``: whatever TRL takes).
 """
 
-import argparse
-from pathlib import Path
-
+import common
 import tiny
-from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -20,19 +17,9 @@ from mos_ext.integrations.peft import MoSConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a name of the Hub or a folder; a tiny random model when left out")
-    parser.add_argument("--data", help="a dataset of the Hub or a .jsonl file; made up when left out")
-    parser.add_argument("--output", type=Path, default=Path("sft-output"))
-    parser.add_argument("--steps", type=int, help="default: 20 of the tiny model, 1000 of another")
-    options = parser.parse_args(argv)
+    options = common.arguments(__doc__, argv, "sft-output", "a dataset of the Hub or a .jsonl file", (20, 1000))
     model = options.model or tiny.language_model(options.output / "base")
-    if options.data is None:
-        data = tiny.conversations(64)
-    elif options.data.endswith(".jsonl"):
-        data = load_dataset("json", data_files=options.data, split="train")
-    else:
-        data = load_dataset(options.data, split="train")
+    data = common.dataset(options.data, tiny.conversations(64))
 
     # The parameters of LoRA of rank 8 (of 2 for the tiny model, whose 4 layers share less), at rank 16.
     adapter = MoSConfig(
@@ -44,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = SFTConfig(
         output_dir=str(options.output / "run"),
-        max_steps=options.steps or (1000 if options.model else 20),
+        max_steps=options.steps,
         learning_rate=2e-4 if options.model else 1e-2,
         per_device_train_batch_size=4,
         logging_steps=10,

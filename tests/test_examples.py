@@ -1,6 +1,8 @@
 """Every example runs as it is, on its tiny model, and leaves an adapter that loads and has learnt."""
 
+import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import mos_ext
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = ("sft", "dpo", "qlora", "experts", "image_classification")
+SHARED = ("common", "tiny")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, TRL and PEFT about each other's changes
 
@@ -22,7 +25,7 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def run(name, steps):
-        for module in (name, "tiny"):
+        for module in (name, *SHARED):
             monkeypatch.delitem(sys.modules, module, raising=False)
         torch.manual_seed(0)
         importlib.import_module(name).main(["--output", str(tmp_path), "--steps", str(steps)])
@@ -33,8 +36,25 @@ def run(monkeypatch, tmp_path, capsys):
 
 def test_they_are_short_and_all_of_them_are_here():
     found = {file.stem for file in EXAMPLES.glob("*.py")}
-    assert found == {*NAMES, "tiny", "finetune"}
-    assert max(len((EXAMPLES / f"{name}.py").read_text().splitlines()) for name in (*NAMES, "tiny")) <= 120
+    assert found == {*NAMES, *SHARED, "finetune"}
+    assert max(len((EXAMPLES / f"{name}.py").read_text().splitlines()) for name in (*NAMES, *SHARED)) <= 120
+
+
+def test_their_extra_has_what_they_import():
+    imported = set()
+    for file in EXAMPLES.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    text = (EXAMPLES.parent / "pyproject.toml").read_text()
+    needed = re.findall(r"^(?:io|peft|dependencies) = \[(.*)\]$", text, re.MULTILINE)
+    needed.append(re.search(r"^examples = \[(.*?)\n\]$", text, re.MULTILINE | re.DOTALL).group(1))
+    names = {re.match(r"[\w-]+", word).group() for part in needed for word in re.findall(r'"([^"]+)"', part)}
+    own = {"mos_ext", "PIL", *SHARED}  # pillow is imported as PIL
+    assert "pillow" in names
+    assert imported - own - set(sys.stdlib_module_names) <= names
 
 
 def learnt(folder):
