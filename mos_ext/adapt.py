@@ -13,7 +13,7 @@ from torch import nn
 from .config import MoSConfig
 from .experts import MoSExperts, adapted_experts
 from .linear import AdaptedLayer, MoSLinear, MoSModule
-from .planner import LinearType, by_role, device_of, keep_calling, left_out, plan, stop_calling, type_keys, unwrap
+from .planner import Base, LinearType, by_role, device_of, keep_calling, left_out, plan, stop_calling, type_keys, unwrap
 from .pools import ShardPool
 from .ranks import same_on_every_rank
 from .routing import IndexTables
@@ -223,7 +223,7 @@ def install(model: nn.Module, config: MoSConfig, linear_types: Sequence[LinearTy
             else:
                 layers[module] = MoSLinear.from_linear(module, pool=pool, layer=k, register_pool=False)
     layers.update({module: adapted_experts(module, adapters) for module, adapters in stacks.items()})
-    adapter = Adapter(config, linear_types, pools, left_out(model, config))
+    adapter = Adapter(config, linear_types, pools, left_out(Base.of(model), config))
 
     model.requires_grad_(False)
     installed = _Installed()

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from .files import CONFIG, FORMAT_VERSION, WEIGHTS
 from .linear import AdaptedLayer
 from .ops.checks import check_integer
 from .planner import (
+    Base,
     Kind,
     LinearType,
     device_of,
@@ -42,6 +43,7 @@ from .planner import (
 )
 from .pools import ShardPool
 from .routing import IndexTables, check_tables, streams, table_digest
+from .stored import StoredAdapter, StoredType
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 POOLS, TABLES = ("shards_a", "shards_b"), ("index_a", "index_b")  # what a file holds of a ShardPool; tables rarely
@@ -352,13 +354,39 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     model = unwrap(base_model)
     check_unadapted(model)
     folder = Path(path)
+    stored = read_mos(Base.of(model), folder)
+    config = cast(MoSConfig, stored.config)
+    _check_base_in_memory(model, stored)
+    values, modules = _check_beside(model, stored, folder)
+
+    install(model, config, [t.linear_type for t in stored.types])
+    adapter = adapter_of(model)
+    with torch.no_grad():
+        for t, pool in zip(stored.types, adapter.pools, strict=True):
+            for side in POOLS:
+                getattr(pool, side).copy_(getattr(t, side))
+        for target, value in values:
+            target.copy_(value)
+    adapter.modules_to_save = frozenset(modules)
+    for name in modules:
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return base_model
+
+
+def read_mos(base: Base, folder: Path) -> StoredAdapter:
+    """The adapter in a directory, checked whole against the model that it is for. Nothing happens to the model.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_adapter`.
+    """
     stored = _read_config(folder / CONFIG)
     tensors = files.read_weights(folder / WEIGHTS, stored.get("tensor_digest"))
     try:
         config = _method_config(stored)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} must hold a valid MoS configuration, got {error}") from None
-    types = _types_here(model, config, folder)
+    types = _types_here(base, config, folder)
     keys = type_keys([kind.name for kind in types])
     digest = take_digest(tensors)
     beside = {name: tensors.pop(name) for name in [name for name in tensors if name.startswith(_BESIDE)]}
@@ -374,44 +402,49 @@ def load_adapter(base_model: nn.Module, path: str | os.PathLike) -> nn.Module:
     _check_pools(keys, linear_types, config, tensors, folder)
     for said in (digest, stored.get("table_digest")):
         check_digest(said, {t.stream: t.tables for t in linear_types})
-    values, modules = _check_beside(model, stored.get("modules_to_save"), beside, folder)
+    patterns = stored.get("modules_to_save")
+    if not isinstance(patterns, (list, type(None))) or not all(isinstance(name, str) for name in patterns or ()):
+        raise ValueError(f"{folder / CONFIG} must have a list of names as modules_to_save, got {patterns!r}")
+    return StoredAdapter(
+        method="MoS",
+        config=config,
+        r=max(max(t.ranks) for t in linear_types),
+        shards_per_vector=config.shards_per_vector,
+        equivalent_rank=config.equivalent_rank,
+        types=tuple(
+            StoredType(t, *(tensors[_tensor_name(key, side)] for side in POOLS))
+            for key, t in zip(keys, linear_types, strict=True)
+        ),
+        modules_to_save=tuple(patterns or ()),
+        beside={name.removeprefix(_BESIDE): value for name, value in beside.items()},
+    )
 
-    install(model, config, linear_types)
-    adapter = adapter_of(model)
-    with torch.no_grad():
-        for key, pool in zip(keys, adapter.pools, strict=True):
-            for side in POOLS:
-                getattr(pool, side).copy_(tensors[_tensor_name(key, side)])
-        for target, value in values:
-            target.copy_(value)
-    adapter.modules_to_save = frozenset(modules)
-    for name in modules:
-        for parameter in model.get_submodule(name).parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-    return base_model
+
+def _check_base_in_memory(model: nn.Module, stored: StoredAdapter) -> None:
+    first = [(t.linear_type.kind, t.linear_type.modules[0]) for t in stored.types]
+    places = {device_of(model.get_submodule(n.rpartition(".")[0] if kind.experts else n)) for kind, n in first}
+    if any(place is not None and place.type == "meta" for place in places):
+        raise ValueError("base_model must have its values in memory, got parameters on the meta device")
 
 
 def _check_beside(
-    model: nn.Module, patterns: object, tensors: Mapping[str, Tensor], folder: Path
+    model: nn.Module, stored: StoredAdapter, folder: Path
 ) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
     """What a file has beside the adapter: (tensor of the model, its value) pairs, and the modules to train again.
 
     Raises:
         ValueError: something is missing, or is not for this model.
     """
-    if not isinstance(patterns, (list, type(None))) or not all(isinstance(name, str) for name in patterns or ()):
-        raise ValueError(f"{folder / CONFIG} must have a list of names as modules_to_save, got {patterns!r}")
-    here = model.state_dict(keep_vars=True)
+    here, beside = model.state_dict(keep_vars=True), stored.beside
     # As PEFT reads them.
-    modules = [name for name, _ in model.named_modules() if name and name.endswith(tuple(patterns or ()))]
-    stored = {name.removeprefix(_BESIDE): value for name, value in tensors.items()}
+    modules = [name for name, _ in model.named_modules() if name and name.endswith(stored.modules_to_save)]
     wanted = {name for name, value in here.items() if _is_inside(name, modules) and isinstance(value, Tensor)}
-    if (missing := wanted - set(stored)) or (missing := set(stored) - set(here)):
+    if (missing := wanted - set(beside)) or (missing := set(beside) - set(here)):
         raise ValueError(
             f"{folder / WEIGHTS} must hold the modules that were trained beside the adapter, and be for this model, a "
             f"{type(model).__name__}; got a difference in {sorted(missing)}"
         )
-    for name, value in stored.items():
+    for name, value in beside.items():
         target = here[name]
         if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
             raise ValueError(
@@ -421,7 +454,7 @@ def _check_beside(
         if target.is_meta:
             raise ValueError(f"base_model must have its values in memory, got {name} on the meta device")
         _check_finite({name: value.to(target.dtype)})
-    return [(here[name], value) for name, value in stored.items()], modules
+    return [(here[name], value) for name, value in beside.items()], modules
 
 
 def _read_config(file: Path) -> dict:
@@ -459,19 +492,13 @@ def _method_config(stored: dict) -> MoSConfig:
     return MoSConfig.from_dict(values)
 
 
-def _types_here(model: nn.Module, config: MoSConfig, folder: Path) -> dict[Kind, tuple[str, ...]]:
+def _types_here(base: Base, config: MoSConfig, folder: Path) -> dict[Kind, tuple[str, ...]]:
     """The linear types that the configuration selects in this model."""
     try:
-        here = kinds_of(model, config)
+        return kinds_of(base, config)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{folder} must be an adapter for this model, a {type(model).__name__}, got: {error}"
-        ) from None
-    first = [(kind, modules[0]) for kind, modules in here.items()]
-    places = {device_of(model.get_submodule(n.rpartition(".")[0] if kind.experts else n)) for kind, n in first}
-    if any(place is not None and place.type == "meta" for place in places):
-        raise ValueError("base_model must have its values in memory, got parameters on the meta device")
-    return here
+        name = type(base.modules[""]).__name__
+        raise ValueError(f"{folder} must be an adapter for this model, a {name}, got: {error}") from None
 
 
 def check_names(expected: set[str], there: set[str], what: object) -> None:

@@ -356,6 +356,41 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class Base:
+    """What an adapter of a model needs to know of it, whether it carries adapters of PEFT's or none.
+
+    Attributes:
+        modules: its modules by name, without any adapter's: an adapted layer stands for its base.
+        head: see :func:`output_head`.
+    """
+
+    modules: Mapping[str, nn.Module]
+    head: nn.Module | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Base:
+        """That of a model, compiled or not; of a PEFT model with the names that its base model has."""
+        model = unwrap(model)
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = cast(Any, model).get_base_model()
+        modules: dict[str, nn.Module] = {}
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if not (inside and name.startswith(inside)):
+                modules[name] = base = _base_layer(module)
+                if base is not module:
+                    inside += (f"{name}.",)
+        head = output_head(model)
+        return cls(modules, None if head is None else _base_layer(head))
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    """What a layer of PEFT's adapts; any other module itself."""
+    getter = getattr(module, "get_base_layer", None)
+    return getter() if callable(getter) else module
+
+
 def linear_modules(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """Every ``nn.Linear`` (quantised ones are subclasses) and ``Conv1D`` among named modules."""
     return [(n, m) for n, m in named if isinstance(m, nn.Linear) or is_conv1d(m)]
@@ -378,29 +413,25 @@ def every_linear(named: Iterable[tuple[str, nn.Module]], head: nn.Module | None)
     return [n for n in names if "*" in role_of(n).split(".")] or names
 
 
-def select_modules(model: nn.Module, config: MoSConfig) -> list[tuple[str, nn.Module]]:
-    """The modules that ``target_modules`` and ``exclude_modules`` select, in the model's order.
+def left_out(base: Base, config: MoSConfig) -> dict[str, str]:
+    """The modules that ``"all-linear"`` stands for and that cannot be adapted: name -> why."""
+    return select_modules(base, config)[1]
 
-    Of ``"all-linear"`` those that can be adapted; :func:`left_out` has the others.
+
+def select_modules(base: Base, config: MoSConfig) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
+    """The modules that ``target_modules`` and ``exclude_modules`` select, in the model's order, and those left out.
+
+    Of ``"all-linear"`` those that can be adapted; the others are what :func:`left_out` has.
 
     Raises:
         ValueError: nothing matches (the message lists what exists).
     """
-    return _select(model, config)[0]
-
-
-def left_out(model: nn.Module, config: MoSConfig) -> dict[str, str]:
-    """The modules that ``"all-linear"`` stands for and that cannot be adapted: name -> why."""
-    return _select(model, config)[1]
-
-
-def _select(model: nn.Module, config: MoSConfig) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
-    modules = dict(model.named_modules())
+    modules = base.modules
     all_linear = config.target_modules == "all-linear"
     if not config.target_modules:
         return [], {}
     if all_linear:
-        names = set(every_linear(modules.items(), output_head(model)))
+        names = set(every_linear(modules.items(), base.head))
     else:
         names = {n for n in modules if n and _matches(config.target_modules, n) and in_layers(config, n)}
     named = [(n, m) for n, m in modules.items() if n in names and not _matches(config.exclude_modules, n)]
@@ -536,10 +567,10 @@ def group_modules(
     return {kind: tuple(members) for kind, members in groups.items()}
 
 
-def kinds_of(model: nn.Module, config: MoSConfig) -> dict[Kind, tuple[str, ...]]:
+def kinds_of(base: Base, config: MoSConfig) -> dict[Kind, tuple[str, ...]]:
     """What ``config`` selects in a model, by kind. Errors as of :func:`group_modules` and of what selects."""
-    modules = dict(model.named_modules())
-    return group_modules(select_modules(model, config), modules, select_stacks(modules, config))
+    named, _ = select_modules(base, config)
+    return group_modules(named, base.modules, select_stacks(base.modules, config))
 
 
 def plan_modules(
@@ -585,8 +616,9 @@ def linear_type(
 
 def plan(model: nn.Module, config: MoSConfig) -> tuple[MoSConfig, list[LinearType]]:
     """The linear types of the modules that ``config`` selects, and the configuration with the ranks that they have."""
-    modules = dict(model.named_modules())
-    named, others = _select(model, config)
+    base = Base.of(model)
+    modules = base.modules
+    named, others = select_modules(base, config)
     fitted, stacks = config, select_stacks(modules, config)
     if config.target_modules == "all-linear":
         fitted = fit_ranks(config, named, modules)

@@ -34,6 +34,7 @@ LEVEL = {
     "routing": 6,
     "merging": 4,
     "planner": 7,
+    "stored": 8,
     "pools": 8,
     "linear": 9,
     "experts": 9.5,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from ...checkpoint import (
 from ...config import matching_patterns
 from ...linear import AdaptedLayer
 from ...planner import (
+    Base,
     LinearType,
     adaptable,
     device_of,
@@ -36,7 +37,6 @@ from ...planner import (
     fit_ranks,
     is_conv1d,
     keep_calling,
-    output_head,
     plan_modules,
     select_stacks,
     shape_of,
@@ -137,9 +137,10 @@ class MoSModel(BaseTuner):
         all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
         if not all_linear and targets is not None:
             return peft_config
-        bases = dict(self._bases(self.model))
+        base = Base.of(self.model)
+        bases = base.modules
         if all_linear:
-            peft_config.target_modules = set(every_linear(bases.items(), output_head(self.model)))
+            peft_config.target_modules = set(every_linear(bases.items(), base.head))
         named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
         if named:  # if not, PEFT says so
             method = peft_config.method()
@@ -162,7 +163,7 @@ class MoSModel(BaseTuner):
                     f"model must not be adapted with mos_ext.adapt, got one where {name} is a {type(module).__name__}: "
                     f"start from the base model, or call mos_ext.unload(model) first"
                 )
-        bases = dict(self._bases(model))
+        bases = Base.of(model).modules
         with same_on_every_rank() as say:
             named = [(n, m) for n, m in bases.items() if n and self._check_target_module_exists(peft_config, n)]
             stacks = self._stacks(peft_config, bases)
@@ -187,7 +188,7 @@ class MoSModel(BaseTuner):
                 self._placed[name] = key, k
 
     @staticmethod
-    def _stacks(peft_config: Any, bases: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    def _stacks(peft_config: Any, bases: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
         """The stacks of experts to adapt; those in a module that is saved whole are not, like modules in one."""
         whole = peft_config.modules_to_save or ()
         stacks = select_stacks(bases, peft_config.method())
@@ -228,7 +229,7 @@ class MoSModel(BaseTuner):
         config: MoSConfig,
         method: Any,
         linear_type: LinearType,
-        bases: dict[str, nn.Module],
+        bases: Mapping[str, nn.Module],
         device: torch.device | None,
     ) -> ShardPool:
         first = linear_type.modules[0]
@@ -238,18 +239,6 @@ class MoSModel(BaseTuner):
             bound = 1.0 / math.sqrt(pool.out_features)
             nn.init.uniform_(pool.shards_b, -bound, bound)
         return pool
-
-    @staticmethod
-    def _bases(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of the model without any adapter's: an adapted layer stands for its base."""
-        inside: tuple[str, ...] = ()
-        for name, module in model.named_modules():
-            if name.startswith(inside) and inside:
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside += (f"{name}.",)
-                module = module.get_base_layer()
-            yield name, module
 
     def _create_and_replace(
         self,
