@@ -6,7 +6,7 @@
 See ``docs/start.md`` for a tour, ``python -m mos_ext`` for what was built.
 """
 
-from . import functional, reference
+from . import functional, reference, serving
 from ._version import __version__
 from .adapt import ParameterReport, adapt, disabled, merge, parameter_report, unload, unmerge
 from .checkpoint import export_lora, load_adapter, save_adapter
@@ -33,6 +33,7 @@ __all__ = [
     "parameter_report",
     "reference",
     "save_adapter",
+    "serving",
     "unload",
     "unmerge",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ class Routing(NamedTuple):
     Attributes:
         order: (P,) the pairs of token and choice, sorted by expert. place: (P,) where each pair stands in that order.
         token: (P,) the row of x at each place. expert: (P,) its expert. ends: (E,) int32, where each expert's places
-            end. choices: how many experts each token has.
+            end. choices: how many experts each token has. group_ends: where those of each expert and owner end, the
+            same as ``ends`` where tokens have no owners.
     """
 
     order: Tensor
@@ -44,17 +45,27 @@ class Routing(NamedTuple):
     expert: Tensor
     ends: Tensor
     choices: int
+    group_ends: Tensor
 
     @classmethod
-    def of(cls, top_k_index: Tensor, num_experts: int) -> Routing:
-        """Of the experts (T, k) that a router chose. Nothing is read on the host."""
-        expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        numbers = torch.arange(num_experts, device=expert.device, dtype=expert.dtype)
+    def of(cls, top_k_index: Tensor, num_experts: int, owner: Tensor | None = None, owners: int = 1) -> Routing:
+        """Of the experts (T, k) that a router chose. Nothing is read on the host.
+
+        With ``owner`` (T,), below ``owners``, an expert's pairs are sorted by their token's owner: groups that have
+        factors of their own are ``expert * owners + owner`` then.
+        """
+        choices, key = top_k_index.shape[-1], top_k_index.reshape(-1)
+        if owner is not None:
+            key = key * owners + owner.repeat_interleave(choices)
+        key, order = torch.sort(key, stable=True)
+        numbers = torch.arange(num_experts * owners, device=key.device, dtype=key.dtype)
         place = torch.empty_like(order)
         place[order] = torch.arange(order.shape[0], device=order.device)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
-        choices = top_k_index.shape[-1]
-        return cls(order, place, order // choices, expert, ends, choices)
+        group_ends = torch.searchsorted(key, numbers, right=True, out_int32=True)
+        expert, ends = key, group_ends
+        if owners > 1:
+            expert, ends = key // owners, group_ends[owners - 1 :: owners].contiguous()
+        return cls(order, place, order // choices, expert, ends, choices, group_ends)
 
     def combine(self, rows: Tensor) -> Tensor:
         """(T, d): the sum of the rows (P, d) of every token's choices, in the order of the choices."""
@@ -214,27 +225,19 @@ class AdaptedExperts(AdaptedLayer):
     ) -> Tensor:
         """The block with adapters on its parameters, each a pool and the layer's number in it. The call is counted."""
         base = self.experts()
-        if kwargs:  # models call them top_k_index or router_indices
-            args = inspect.signature(self.experts_class().forward).bind(base, *args, **kwargs).args[1:]
-        x, top_k_index, top_k_weights = args
-        if base._is_expert_parallel:
-            raise RuntimeError("adapted experts must all be on one rank, got a module under expert parallelism")
+        x, top_k_index, top_k_weights = call_arguments(self.experts_class(), base, args, kwargs)
         routing, names = Routing.of(top_k_index, base.num_experts), _stack_names(base)
         flat = [adapter for name in names for adapter in adapters.get(name, ())]
         branches = iter(self._branches(x, flat, training, GROUPED, "grouped_low_rank"))
-        (rows,) = autocast(x.reshape(-1, x.shape[-1]))
-        if rows.dtype == x.dtype:  # no autocast: as the base does it
-            rows = rows.to(getattr(base, names[0]).dtype)
-        with without_autocast(rows):
-            groups = Groups(routing.ends)
-            up, down = (
-                _stack(base, name, islice(branches, len(adapters.get(name, ()))), groups).cast(rows.dtype)
-                for name in names
-            )
-            norm: Any = base.post_expert_norm if getattr(base, "has_post_expert_norm", False) else None
-            gate: Any = base._apply_gate if base.has_gate else base.act_fn
-            out = _compute(Block(up, down, gate, norm), rows, top_k_weights, routing)
-        return out.view(x.shape).to(x.dtype)
+        groups = Groups(routing.ends)
+        of_stacks = {
+            name: [
+                branch._replace(recipe=branch.recipe._replace(groups=groups))
+                for branch in islice(branches, len(adapters.get(name, ())))
+            ]
+            for name in names
+        }
+        return run_block(base, x, top_k_weights, routing, of_stacks)
 
     def path(self) -> str:
         base, _ = self.base_and_cause()
@@ -314,17 +317,42 @@ class AdaptedExperts(AdaptedLayer):
         self.mark_merged(*self.merged_weights())
 
 
+def call_arguments(cls: type[nn.Module], base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """(x, top_k_index, top_k_weights) of a call of experts, which are of a class. RuntimeError where they are spread
+    over ranks."""
+    if kwargs:  # models call them top_k_index or router_indices
+        args = inspect.signature(cls.forward).bind(base, *args, **kwargs).args[1:]
+    if base._is_expert_parallel:
+        raise RuntimeError("adapted experts must all be on one rank, got a module under expert parallelism")
+    return args
+
+
+def run_block(
+    base: Any, x: Tensor, top_k_weights: Tensor, routing: Routing, branches: Mapping[str, Sequence[Branch]]
+) -> Tensor:
+    """What experts compute with branches, in the groups of ``routing``, on the parameters that these are named by."""
+    names = _stack_names(base)
+    (rows,) = autocast(x.reshape(-1, x.shape[-1]))
+    if rows.dtype == x.dtype:  # no autocast: as the base does it
+        rows = rows.to(getattr(base, names[0]).dtype)
+    with without_autocast(rows):
+        up, down = (_stack(base, name, branches.get(name, ())).cast(rows.dtype) for name in names)
+        norm: Any = base.post_expert_norm if getattr(base, "has_post_expert_norm", False) else None
+        gate: Any = base._apply_gate if base.has_gate else base.act_fn
+        out = _compute(Block(up, down, gate, norm), rows, top_k_weights, routing)
+    return out.view(x.shape).to(x.dtype)
+
+
 def _stack_names(base: Any) -> tuple[str, str]:
     """What the parameters of the two products are called."""
     return ("gate_up_proj" if base.has_gate else "up_proj"), "down_proj"
 
 
-def _stack(base: Any, name: str, branches: Iterator[Branch], groups: Groups) -> Stack:
+def _stack(base: Any, name: str, branches: Sequence[Branch]) -> Stack:
     weight, bias = getattr(base, name), getattr(base, f"{name}_bias") if base.has_bias else None
     if (why := why_opaque_weight(weight)) is not None:
         raise RuntimeError(f"the weights of adapted experts must be whole while they compute, got {name}: {why}")
-    grouped = tuple(branch._replace(recipe=branch.recipe._replace(groups=groups)) for branch in branches)
-    return Stack(weight if base.is_transposed else weight.mT, bias, grouped)
+    return Stack(weight if base.is_transposed else weight.mT, bias, tuple(branches))
 
 
 class MoSExperts(AdaptedExperts, nn.Module):

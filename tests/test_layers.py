@@ -49,6 +49,10 @@ LEVEL = {
     "env": 10,
     "testing": 10,
     "checkpoint": 11,
+    "serving.arena": 10,
+    "serving.route": 11,
+    "serving.bank": 11.5,
+    "serving": 11.6,
     "__main__": 11,
     "__init__": 12,
 }
