@@ -50,6 +50,7 @@ LEVEL = {
     "testing": 10,
     "checkpoint": 11,
     "serving.arena": 10,
+    "serving.tiles": 0,
     "serving.route": 11,
     "serving.bank": 11.5,
     "serving": 11.6,

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from ..checkpoint import read_mos as read_adapter
 from ..config import MoSConfig
 from ..linear import AdaptedLayer, is_fresh
 from ..ops.checks import check_integer, why_not_native
-from ..planner import Base, device_of, kinds_of
+from ..planner import Base, device_of, is_experts, kinds_of
 from ..stored import StoredAdapter
 from .arena import Arena, Part, Tables
 from .route import Layer, Route
+from .tiles import in_tiles
 
 logger = logging.getLogger("mos_ext")
 
@@ -172,7 +173,7 @@ class _Served:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
         route = self.switch.route
-        if route is None or self.layer.arena not in route.arenas or not _is_here(route):
+        if route is None or not route.has(self.layer) or not _is_here(route):
             return None
         return route.add(self.layer, args[0], y)
 
@@ -185,8 +186,7 @@ class _ServedExperts:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         route = self.switch.route
-        used = route is not None and any(layer.arena in route.arenas for layer in self.layers.values())
-        if route is None or not used or not _is_here(route):
+        if route is None or not any(map(route.has, self.layers.values())) or not _is_here(route):
             return type(self.module).forward(self.module, *args, **kwargs)
         return route.run_experts(self.module, self.layers, args, kwargs)
 
@@ -277,7 +277,7 @@ class AdapterBank:
             self._arenas[kind] = Arena(kind, names, l, dtype, self.device, share)
         self._members: dict[str, _Member] = {}  # by name; versions without one live as long as somebody holds them
         self._nameless: set[_Member] = set()
-        self._rank = 1  # of the tables of routes
+        self._rank, self._used = 1, set[Arena]()  # of the tables of routes: they only grow
         self._clock = itertools.count(1)
         self._evictions = 0
         self._lock = threading.RLock()  # of all that is said of members; held for moments
@@ -410,6 +410,7 @@ class AdapterBank:
                 member.named, member.used = True, next(self._clock)
                 self._members[name] = member
                 self._rank = max(self._rank, *(part.index_a.shape[1] for part in member.parts.values()))
+                self._used |= member.parts.keys()
                 if old is not None:
                     old.named = False
                     self._nameless.add(old)
@@ -610,26 +611,37 @@ class AdapterBank:
     # -------------------------------------------------------------------------------------------- routes
 
     @contextmanager
-    def route(self, model: nn.Module, names: Sequence[str | Lease | None]) -> Iterator[nn.Module]:
+    def route(
+        self, model: nn.Module, names: Sequence[str | Lease | None], *, batch_invariant: bool = False
+    ) -> Iterator[nn.Module]:
         """``with bank.route(model, ["fr", None, ...]):`` each sequence of a batch gets its adapter, or the base alone.
 
         Inside, the model computes batches of as many sequences: forward passes and ``generate``, with beams and other
         repetitions of each, of any length, padded or not, encoders and decoders. A row of a layer's input belongs to
-        the sequence in whose part of the batch it lies. What an adapter adds to a row does not depend, to the bit, on
-        the other rows. Threads take turns; other threads' calls outside of a route compute the base alone.
+        the sequence in whose part of the batch it lies. Threads take turns; other threads' calls outside of a route
+        compute the base alone.
+
+        What an adapter adds to a row does not depend, to the bit, on the other rows. What the base computes does: its
+        products round otherwise for another number of rows. ``batch_invariant`` makes them in tiles of always the same
+        number, so that a sequence gets the same bits alone and among others of its (padded) length. (With MKL, torch's
+        library on x86, attention's products also depend on where operands lie in memory, unless the environment has
+        ``MKL_CBWR=AUTO``.)
 
         Args:
             model: the bank's model, or what it was made into since (``torch.compile``, PEFT).
             names: an adapter for each sequence: a name, a :class:`Lease`, or None.
+            batch_invariant: see above. It takes longer, and is for models without experts.
 
         Raises:
             ValueError: a name is unknown, or its adapter evicted; before anything runs. RuntimeError: inside, a batch
                 of other sequences.
         """
         self._check_model(model)
+        if batch_invariant and any(map(is_experts, self._base.modules.values())):
+            raise ValueError("batch_invariant must be False for models with experts, whose products are grouped")
         if isinstance(names, (str, bytes)) or not isinstance(names, Sequence) or not len(names):
             raise ValueError(f"names must be a list with an adapter for each sequence, got {names!r}")
-        with self._routing:
+        with self._routing, in_tiles() if batch_invariant else nullcontext():
             members = self._hold_all(names)
             before = self._switch.route
             try:
@@ -674,10 +686,10 @@ class AdapterBank:
     def _route_of(self, members: list[_Member | None]) -> Route:
         """The route of members that are held; the last one again where they are the same."""
         adapters = [None if member is None else member.tables for member in members]
-        key = tuple(map(id, adapters)), self._rank, threading.get_ident()
+        key = tuple(map(id, adapters)), self._rank, len(self._used), threading.get_ident()
         if (last := self._last) is not None and last[0] == key:
             return last[1]
-        route = Route(adapters, self._rank, self.device)
+        route = Route(adapters, self._used, self._rank, self.device)
         with self._lock:
             self._last = key, route
         return route

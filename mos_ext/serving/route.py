@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ class Route:
 
     Args:
         adapters: what each sequence's adapter has in memory, or None for the base alone.
+        arenas: all that adapters of the bank use, so that compiled models see the same of every route.
         rank: of the tables, at least that of every adapter, so that shapes do not change with routes.
         device: of the tables.
 
@@ -48,7 +49,9 @@ class Route:
         sequences: how many there are. thread: that the route is for.
     """
 
-    def __init__(self, adapters: Sequence[Tabled | None], rank: int, device: torch.device) -> None:
+    def __init__(
+        self, adapters: Sequence[Tabled | None], arenas: Iterable[Arena], rank: int, device: torch.device
+    ) -> None:
         self.sequences, self.device, self.rank = len(adapters), device, rank
         numbers: dict[int, int] = {}  # of each adapter, in the order in which they come
         groups = np.array([numbers.setdefault(id(adapter), len(numbers)) for adapter in adapters])
@@ -58,12 +61,12 @@ class Route:
         self._order = torch.from_numpy(np.argsort(groups, kind="stable")).to(device)
         counts = np.bincount(groups, minlength=self.sequences)  # as many groups as sequences: most have no rows
         self._ends = torch.from_numpy(np.cumsum(counts).astype(np.int32)).to(device)
-        self.arenas = {arena for adapter in self._members if adapter is not None for arena in adapter}
+        self._used = {arena for adapter in self._members if adapter is not None for arena in adapter}
         # Of linears as many groups as there are sequences, whatever the route; of experts, where a group has tables for
         # every expert (201 MB a side for 64 sequences of 48 layers of 128), a power of two.
         self._tables = {
             arena: self._stacked(arena, _power_of_two(len(self._members)) if arena.kind.experts else self.sequences)
-            for arena in self.arenas
+            for arena in arenas
         }
         self._rows: dict[int, Rows] = {}
         self._operands: dict[Layer, tuple[Any, ...]] = {}
@@ -82,6 +85,10 @@ class Route:
         ]
         ranks, scales = [t.ranks for t in own], [t.scales for t in own]
         return Tables(*(torch.stack(tensors, dim=1) for tensors in (*padded, ranks, scales)))
+
+    def has(self, layer: Layer) -> bool:
+        """Whether adapters of the batch may add something to a layer."""
+        return layer.arena in (self._tables if torch.compiler.is_compiling() else self._used)
 
     # -------------------------------------------------------------------------------------------- rows
 
@@ -168,7 +175,7 @@ class Route:
                 f"experts must be given rows for each of the route's {self.sequences} sequences, got "
                 f"{top_k_index.shape[0]} rows"
             )
-        used = {name: layer for name, layer in layers.items() if layer.arena in self.arenas}
+        used = {name: layer for name, layer in layers.items() if self.has(layer)}
         owners = _power_of_two(len(self._members))
         experts: Any = base.num_experts
         routing = Routing.of(top_k_index, experts, self._group.repeat_interleave(each), owners)
