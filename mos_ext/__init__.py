@@ -9,10 +9,11 @@ See ``docs/start.md`` for a tour, ``python -m mos_ext`` for what was built.
 from . import functional, reference, serving
 from ._version import __version__
 from .adapt import ParameterReport, adapt, disabled, merge, parameter_report, unload, unmerge
-from .checkpoint import export_lora, load_adapter, save_adapter
+from .checkpoint import load_adapter, save_adapter
 from .config import MoSConfig
 from .explain import Explanation, LayerExplanation, explain
 from .linear import MoSLinear
+from .lora import export_lora, lora_config, lora_state_dict
 from .pools import ShardPool
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "export_lora",
     "functional",
     "load_adapter",
+    "lora_config",
+    "lora_state_dict",
     "merge",
     "parameter_report",
     "reference",

@@ -27,13 +27,11 @@ from .adapt import Adapter, adapter_of, after_install, check_unadapted, install,
 from .config import POOL_DTYPES, MoSConfig
 from .files import CONFIG, FORMAT_VERSION, WEIGHTS
 from .linear import AdaptedLayer
-from .ops.checks import check_integer
 from .planner import (
     Base,
     Kind,
     LinearType,
     device_of,
-    expert_stacks,
     is_sharded,
     kinds_of,
     linear_type,
@@ -48,7 +46,7 @@ from .stored import StoredAdapter, StoredType
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 POOLS, TABLES = ("shards_a", "shards_b"), ("index_a", "index_b")  # what a file holds of a ShardPool; tables rarely
 DIGEST = "index_tables"  # an empty tensor of a file is called so, and after the digest of its tables
-_BESIDE = "base_model.model."  # the names of tensors that are not the adapter's begin so
+PREFIX = "base_model.model."  # what PEFT puts before the name of a module of the model
 # What PEFT's configuration has beside MoSConfig's fields.
 _PEFT_FIELDS = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -105,30 +103,30 @@ def _contents(
 
     Values are those of ``state`` where it has them, a ``state_dict()`` that was gathered from a sharded model, say.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     adapter, model = adapter_of(model), unwrap(model)
     names = [t.name for t in adapter.linear_types]
     for name, pool in zip(names, adapter.pools, strict=True):
-        _check_in_memory(name, pool)
+        check_in_memory(name, pool)
     beside = modules_beside(model, adapter, 4)
     # FSDP2 shards again what it has gathered when a module is asked for its state: all of them before a value is read.
-    pools, others = adapter.state_dict(keep_vars=True), _states(model, beside)
+    pools, others = adapter.state_dict(keep_vars=True), states_of(model, beside)
     tensors = {}
     for key, pool in zip(type_keys(names), adapter.pools, strict=True):
         for side in POOLS:
-            value = _whole(f"{ADAPTER}.{key}.{side}", pools[f"{key}.{side}"], state)
+            value = whole_of(f"{ADAPTER}.{key}.{side}", pools[f"{key}.{side}"], state)
             tensors[_tensor_name(key, side)] = value.to("cpu", dtype or value.dtype)
         for side, table in tables_to_keep(pool).items():
             tensors[_tensor_name(key, side)] = table
     digest = table_digest(adapter.tables)
     tensors[f"base_model.{digest_name(digest)}"] = torch.empty(0, device="cpu")
-    tensors.update({f"{_BESIDE}{name}": _whole(name, value, state).cpu() for name, value in others.items()})
-    _check_finite(tensors)
-    if state is None and not _writes(model):
+    tensors.update({f"{PREFIX}{name}": whole_of(name, value, state).cpu() for name, value in others.items()})
+    check_finite(tensors)
+    if state is None and not writes(model):
         return None
     weights = files.weights(tensors)
     config = {
-        **_peft_config("MOS", model),
+        **peft_config_of("MOS", model),
         **adapter.config.to_dict(),
         "modules_to_save": beside or None,
         "bias": "none",
@@ -159,7 +157,7 @@ def take_digest(tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _whole(name: str, value: Tensor, state: Mapping[str, Tensor] | None) -> Tensor:
+def whole_of(name: str, value: Tensor, state: Mapping[str, Tensor] | None) -> Tensor:
     """A tensor of a model, whole. Where it is sharded and ``state`` has no copy, that is a collective."""
     if state is not None:
         value = state.get(name, value)
@@ -200,7 +198,7 @@ def modules_beside(model: nn.Module, adapter: Adapter, level: int) -> list[str]:
     return [name for name in also if not _is_inside(name, also)]
 
 
-def _states(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
+def states_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     """What some modules of a model hold, under the model's names."""
     states = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in modules}
     return {
@@ -215,7 +213,7 @@ def _is_inside(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
-def _writes(model: nn.Module) -> bool:
+def writes(model: nn.Module) -> bool:
     """Whether this process writes files: of ranks that hold one sharded model together, the first."""
     sharded = any(map(is_sharded, model.parameters()))
     return not sharded or torch.distributed.get_rank() == 0
@@ -273,7 +271,7 @@ class SavePretrained:
             take_digest(tensors)
             types = type_keys([t.name for t in adapter_of(model).linear_types])
             own = {_tensor_name(key, side): f"{ADAPTER}.{key}.{side}" for key in types for side in POOLS}
-            own.update({name: name.removeprefix(_BESIDE) for name in tensors if name.startswith(_BESIDE)})
+            own.update({name: name.removeprefix(PREFIX) for name in tensors if name.startswith(PREFIX)})
             resumed = {own[name]: tensor for name, tensor in tensors.items() if name in own}
             files.write(folder, {**contents, "model.safetensors": files.weights(resumed)})
 
@@ -286,7 +284,7 @@ def _give_save_pretrained(model: nn.Module) -> None:
 after_install.append(_give_save_pretrained)
 
 
-def _peft_config(peft_type: str, model: nn.Module) -> dict[str, Any]:
+def peft_config_of(peft_type: str, model: nn.Module) -> dict[str, Any]:
     """What every PEFT configuration says of an adapter for ``model``."""
     class_name = type(model).__name__
     return {
@@ -297,18 +295,18 @@ def _peft_config(peft_type: str, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _check_dtype(dtype: object) -> None:
+def check_dtype(dtype: object) -> None:
     if dtype is not None and dtype not in POOL_DTYPES.values():
         names = ", ".join(f"torch.{name}" for name in POOL_DTYPES)
         raise TypeError(f"dtype must be one of {names} or None, got {dtype!r}")
 
 
-def _check_in_memory(name: str, pool: ShardPool) -> None:
+def check_in_memory(name: str, pool: ShardPool) -> None:
     if pool.shards_a.device.type == "meta":
         raise ValueError(f"model must have its values in memory, got {name} on the meta device")
 
 
-def _check_finite(tensors: dict[str, Tensor]) -> None:
+def check_finite(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must be finite in {tensor.dtype}, got inf or NaN")
@@ -380,7 +378,11 @@ def read_mos(base: Base, folder: Path) -> StoredAdapter:
     Raises:
         FileNotFoundError, ValueError: as :func:`load_adapter`.
     """
-    stored = _read_config(folder / CONFIG)
+    stored = read_config(folder / CONFIG, "MoS")
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / CONFIG} must have format_version {FORMAT_VERSION}, got {stored.get('format_version')}"
+        )
     tensors = files.read_weights(folder / WEIGHTS, stored.get("tensor_digest"))
     try:
         config = _method_config(stored)
@@ -389,7 +391,7 @@ def read_mos(base: Base, folder: Path) -> StoredAdapter:
     types = _types_here(base, config, folder)
     keys = type_keys([kind.name for kind in types])
     digest = take_digest(tensors)
-    beside = {name: tensors.pop(name) for name in [name for name in tensors if name.startswith(_BESIDE)]}
+    beside = {name: tensors.pop(name) for name in [name for name in tensors if name.startswith(PREFIX)]}
     check_names(
         {_tensor_name(key, side) for key in keys for side in POOLS},
         {name for name in tensors if name.endswith(POOLS)},
@@ -416,7 +418,7 @@ def read_mos(base: Base, folder: Path) -> StoredAdapter:
             for key, t in zip(keys, linear_types, strict=True)
         ),
         modules_to_save=tuple(patterns or ()),
-        beside={name.removeprefix(_BESIDE): value for name, value in beside.items()},
+        beside={name.removeprefix(PREFIX): value for name, value in beside.items()},
     )
 
 
@@ -453,24 +455,24 @@ def _check_beside(
             )
         if target.is_meta:
             raise ValueError(f"base_model must have its values in memory, got {name} on the meta device")
-        _check_finite({name: value.to(target.dtype)})
+        check_finite({name: value.to(target.dtype)})
     return [(here[name], value) for name, value in beside.items()], modules
 
 
-def _read_config(file: Path) -> dict:
+def read_config(file: Path, *methods: str) -> dict[str, Any]:
+    """The configuration in a file, which must be of one of these methods.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_adapter`.
+    """
     try:
         stored = json.loads(files.read(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON, got {error}") from None
-    if not isinstance(stored, dict) or stored.get("peft_type") != "MOS":
-        got = (
-            f"a {stored['peft_type']} adapter"
-            if isinstance(stored, dict) and "peft_type" in stored
-            else "something else"
-        )
-        raise ValueError(f"{file} must describe a MoS adapter, got {got}")
-    if stored.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{file} must have format_version {FORMAT_VERSION}, got {stored.get('format_version')}")
+    there = stored.get("peft_type", ...) if isinstance(stored, dict) else ...
+    if there not in [method.upper() for method in methods]:
+        got = "something else" if there is ... else f"a {there} adapter"
+        raise ValueError(f"{file} must describe a {' or '.join(methods)} adapter, got {got}")
     return stored
 
 
@@ -611,191 +613,4 @@ def _check_pools(
                     f"{folder / WEIGHTS} must hold {name} as floats of shape {(n, features // l)}, "
                     f"got {pool.dtype} {tuple(pool.shape)}"
                 )
-            _check_finite({name: pool.to(config.torch_pool_dtype)})
-
-
-# ------------------------------------------------------------------------------------------------ export
-
-
-def export_lora(
-    model: nn.Module,
-    path: str | os.PathLike,
-    *,
-    adapter_name: str | None = None,
-    rank: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Writes the adapter as a PEFT LoRA checkpoint, which PEFT and LoRA servers load; the logits are the same.
-
-    ``lora_A = A``, ``lora_B = scale * B`` and ``lora_alpha = r``, so that the result does not depend on how a server
-    scales; smaller ranks are zero-padded to the largest. Experts are exported as PEFT's ``target_parameters``: of a
-    stack of E, A is (r*E, in) with the expert slowest and B (out, r*E) with the expert fastest. The file is as large as
-    LoRA of rank r: use :func:`save_adapter` (or ``save_pretrained`` under PEFT) to keep an adapter.
-
-    Args:
-        model: an adapted model, or a PEFT model with MoS adapters; merged or not makes no difference.
-        path: a directory, made if needed; replaced like in :func:`save_adapter`.
-        adapter_name: which adapter of a PEFT model; None takes the active one.
-        rank: zero-pads to this rank, which some servers want to be 8, 16, 32 or 64; None keeps the largest r.
-        dtype: of the exported matrices; None keeps the pools'.
-
-    Raises:
-        ValueError: the model is not adapted, ``rank`` is below r, a PEFT model has several active adapters, or one that
-            trains biases; or PEFT would take adapted linears for something else: those of a model with experts that
-            are called like what experts were made of in transformers 4, and ``Conv1D`` beside adapted experts.
-        TypeError: ``dtype`` is not a float type.
-    """
-    model, peft_config = unwrap(model), None
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        peft_model: Any = model
-        adapter_name = _peft_adapter(peft_model, adapter_name)
-        peft_config, model = peft_model.peft_config[adapter_name], peft_model.get_base_model()
-    else:
-        adapter_of(model)
-        if adapter_name is not None:
-            raise ValueError(f"adapter_name must be None for a model of one adapter, got {adapter_name!r}")
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, AdaptedLayer) and layer.has_adapter(adapter_name)
-    }
-    pools, stacks = _lora_places(layers, adapter_name)
-    r = max(pool.ranks[k] for pool, k in pools.values())
-    rank = r if rank is None else rank
-    check_integer("rank", rank, 1)
-    if rank < r:
-        raise ValueError(f"rank must be at least r={r}, got {rank}")
-    _check_dtype(dtype)
-    for name, (pool, _) in pools.items():
-        _check_in_memory(name, pool)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, AdaptedLayer) and module.has_adapter(adapter_name) and name not in layers:
-            raise ValueError(
-                f"an exported module must have one name, got one that is also {name}: PEFT would adapt it once"
-            )
-    tensors = {}
-    with torch.no_grad():
-        for name, (pool, k) in pools.items():
-            for side, factor in zip("AB", _lora_factors(pool, k, rank, dtype), strict=True):
-                tensors[f"base_model.model.{name}.lora_{side}.weight"] = factor.cpu()
-    modules = {name for name, _ in model.named_modules()}
-    config: dict[str, Any] = {
-        **_peft_config("LORA", model),
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "target_modules": _lora_targets(modules, {n for n, layer in layers.items() if not stacks.get(n)}),
-        "bias": "none",
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
-    }
-    if any(stacks.values()):
-        if config["fan_in_fan_out"]:
-            raise ValueError("an export to LoRA must not have Conv1D beside experts, which PEFT refuses, got both")
-        parameters = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-        config["target_parameters"] = _lora_targets(parameters, {n for of_one in stacks.values() for n in of_one})
-    _check_read_as_meant(model, config)
-    if peft_config is not None:
-        config.update(_trained_beside(peft_config, model, str(adapter_name), tensors))
-    else:
-        beside = modules_beside(model, adapter_of(model), 3)
-        config["modules_to_save"] = beside or None
-        others = _states(model, beside)
-        tensors.update({f"{_BESIDE}{name}": _whole(name, value, None).cpu() for name, value in others.items()})
-    _check_finite(tensors)
-    if _writes(model):
-        files.write(Path(path), {WEIGHTS: files.weights(tensors), CONFIG: files.json_content(config)})
-
-
-def _peft_adapter(model: Any, adapter_name: str | None) -> str:
-    """The name of a MoS adapter of a PEFT model."""
-    names = [name for name, config in model.peft_config.items() if str(config.peft_type.value) == "MOS"]
-    if adapter_name is None:
-        active = model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapter]
-        if len(active) != 1:
-            raise ValueError(f"adapter_name must be given when not exactly one adapter is active, got active {active}")
-        adapter_name = active[0]
-    if adapter_name not in names:
-        raise ValueError(f"adapter_name must be a MoS adapter, one of {names}, got {adapter_name!r}")
-    return adapter_name
-
-
-def _trained_beside(
-    peft_config: Any, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Adds ``modules_to_save`` of a PEFT adapter to an export's tensors; returns what its configuration says of it."""
-    if peft_config.bias != "none":
-        raise ValueError(f"bias must be 'none' for an export to LoRA, got {peft_config.bias!r}")
-    for name, wrapper in model.named_modules():
-        copies = getattr(wrapper, "modules_to_save", None)
-        if isinstance(copies, nn.ModuleDict) and adapter_name in copies:
-            for key, value in copies[adapter_name].state_dict().items():
-                tensors[f"base_model.model.{name}.{key}"] = value.detach().cpu()
-    saved = peft_config.modules_to_save
-    return {"task_type": peft_config.task_type, "modules_to_save": None if saved is None else sorted(saved)}
-
-
-def _lora_places(
-    layers: Mapping[str, AdaptedLayer], adapter_name: str | None
-) -> tuple[dict[str, tuple[ShardPool, int]], dict[str, list[str]]]:
-    """What PEFT calls the LoRA layers that stand for adapters -> pool and number; and a layer's stacks of experts.
-
-    PEFT wraps an experts module once for each of its parameters, in their order: the last one is outermost.
-    """
-    places, stacks = {}, {}
-    for name, layer in layers.items():
-        parts = layer.parts(adapter_name)
-        stacks[name] = [f"{name}.{parameter}" for parameter, (pool, _) in parts.items() if pool.experts]
-        for depth, part in enumerate(reversed(parts.values())):
-            places[name + depth * ".base_layer"] = part
-    return places, stacks
-
-
-def _lora_factors(pool: ShardPool, layer: int, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """A and scale * B as PEFT has them, padded to a rank."""
-    a, b = pool.factors(layer)
-    r, target = a.shape[-2], dtype or a.dtype
-    padded_a = a.new_zeros(*a.shape[:-2], rank, a.shape[-1], dtype=target)
-    padded_b = b.new_zeros(*b.shape[:-1], rank, dtype=target)
-    padded_a[..., :r, :], padded_b[..., :r] = a, pool.scales[layer] * b
-    if pool.experts:
-        return padded_a.flatten(0, 1), padded_b.permute(1, 2, 0).flatten(1)
-    return padded_a, padded_b
-
-
-def _check_read_as_meant(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """ValueError where PEFT would adapt experts in place of linears.
-
-    In mixtures of experts it takes names of modules for what they were in transformers 4: ``gate_proj`` is a part of
-    the experts' ``gate_up_proj`` then, also where it is a dense block's or a shared expert's. The installed PEFT is
-    asked.
-    """
-    if not expert_stacks(model):
-        return
-    try:
-        from peft import LoraConfig
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # no PEFT, or one that does not do so
-        return
-    targets, read = config["target_modules"], LoraConfig(target_modules=list(config["target_modules"]))
-    try:
-        convert_peft_config_for_transformers(read, model, None)
-        lost = sorted(set(targets) - set(read.target_modules or ()))
-    except ValueError:  # it misses other parts of the experts
-        lost = targets
-    if lost:
-        raise ValueError(
-            f"an export to LoRA must have modules that PEFT adapts, got {', '.join(lost)}, which PEFT takes for the "
-            f"experts of a {type(model).__name__}: merge the adapter instead, or leave them out with exclude_modules"
-        )
-
-
-def _lora_targets(names: Iterable[str], adapted: set[str]) -> list[str]:
-    """Last name components where they select exactly what is adapted (servers like them short), else full names."""
-    leaves = {name.rpartition(".")[2] for name in adapted}
-    selected = {name for name in names if name.rpartition(".")[2] in leaves}
-    return sorted(leaves if selected == adapted else adapted)
+            check_finite({name: pool.to(config.torch_pool_dtype)})

@@ -85,7 +85,7 @@ def _patterns(name: str, value: object) -> str | tuple[str, ...]:
     return names
 
 
-def _by_pattern(name: str, value: object, check: Callable[[str, Any], None]) -> dict[str, Any]:
+def by_pattern(name: str, value: object, check: Callable[[str, Any], None]) -> dict[str, Any]:
     """A dictionary from regular expressions to values, each of which ``check`` accepts."""
     if value is None:
         return {}
@@ -205,8 +205,8 @@ class MoSConfig:
                 f"private_rank must be at most equivalent_rank={self.equivalent_rank}, got {self.private_rank}"
             )
         self.check_rank("r", self.r)
-        object.__setattr__(self, "rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, self.check_rank))
-        object.__setattr__(self, "alpha_pattern", _by_pattern("alpha_pattern", self.alpha_pattern, check_number))
+        object.__setattr__(self, "rank_pattern", by_pattern("rank_pattern", self.rank_pattern, self.check_rank))
+        object.__setattr__(self, "alpha_pattern", by_pattern("alpha_pattern", self.alpha_pattern, check_number))
         _boolean("use_rslora", self.use_rslora)
         check_number("alpha", self.alpha)
         check_number("dropout", self.dropout)

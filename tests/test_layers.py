@@ -52,8 +52,9 @@ LEVEL = {
     "serving.arena": 10,
     "serving.tiles": 0,
     "serving.route": 11,
-    "serving.bank": 11.5,
-    "serving": 11.6,
+    "serving.bank": 11.6,
+    "serving": 11.7,
+    "lora": 11.5,
     "__main__": 11,
     "__init__": 12,
 }
