@@ -434,7 +434,11 @@ def _factors_in(tensors: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Te
     layers = sides["A"].keys() & sides["B"].keys()
     known = {f"{PREFIX}{layer}{end}" for layer in layers for end in _FACTOR.values()}
     if unknown := tensors.keys() - known:
-        raise ValueError(f"{file} must hold lora_A.weight and lora_B.weight of each layer, got also {_few(unknown)}")
+        saved_along = any(f"{_NESTED}.weight" in name for name in unknown)
+        remedy = " (PEFT leaves weights of the base out with save_embedding_layers=False)" if saved_along else ""
+        raise ValueError(
+            f"{file} must hold lora_A.weight and lora_B.weight of each layer, got also {_few(unknown)}{remedy}"
+        )
     return {layer: (sides["A"][layer], sides["B"][layer]) for layer in sides["A"]}
 
 

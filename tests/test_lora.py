@@ -135,13 +135,13 @@ def test_what_has_no_tensors_in_memory():
 
 
 def lora(build, folder, **changes):
-    """A LoRA of PEFT's, in a directory and on a model."""
+    """A LoRA of PEFT's, in a directory, and as PEFT loads it from there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, about combinations that are meant here
         config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **changes})
         model = random_(peft.get_peft_model(build(), config), "lora_").eval()
-        model.save_pretrained(folder)
-    return model
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return peft.PeftModel.from_pretrained(build(), folder)
 
 
 def deltas(stored):
@@ -386,6 +386,15 @@ def test_files_that_are_no_safetensors(copy):
     (copy / CONFIG).write_text("[")
     with pytest.raises(ValueError, match="must be JSON"):
         read(copy)
+
+
+def test_weights_of_the_base_that_were_saved_along(tmp_path):
+    model = lora(llama, tmp_path, target_modules=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, that it does so
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got also .*lm_head.base_layer.weight \(PEFT .* save_embedding_layers=False"):
+        read(tmp_path)
 
 
 def test_factors_of_experts_must_be_complete(tmp_path):
