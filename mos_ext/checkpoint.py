@@ -45,6 +45,12 @@ from .stored import StoredAdapter, StoredType
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 POOLS, TABLES = ("shards_a", "shards_b"), ("index_a", "index_b")  # what a file holds of a ShardPool; tables rarely
+_EXPONENTS = {  # the integers to read floats as, and there the bits of their exponents, all of them set in inf and NaN
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
 DIGEST = "index_tables"  # an empty tensor of a file is called so, and after the digest of its tables
 PREFIX = "base_model.model."  # what PEFT puts before the name of a module of the model
 # What PEFT's configuration has beside MoSConfig's fields.
@@ -306,10 +312,21 @@ def check_in_memory(name: str, pool: ShardPool) -> None:
         raise ValueError(f"model must have its values in memory, got {name} on the meta device")
 
 
-def check_finite(tensors: dict[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise ValueError(f"{name} must be finite in {tensor.dtype}, got inf or NaN")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Of tensors in host memory by their exponents, in one thread.
+
+    23 MB of float32 take 1.2 ms so, and 13 with ``torch.isfinite`` on two cores; far more while a model computes there.
+    """
+    if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in _EXPONENTS or not tensor.numel():
+        return bool(torch.isfinite(tensor).all())
+    integer, exponent = _EXPONENTS[tensor.dtype]
+    return int((tensor.view(integer).numpy() & exponent).max()) != exponent
 
 
 def tables_to_keep(pool: ShardPool) -> dict[str, Tensor]:
@@ -494,7 +511,7 @@ def _method_config(stored: dict) -> MoSConfig:
     return MoSConfig.from_dict(values)
 
 
-def _types_here(base: Base, config: MoSConfig, folder: Path) -> dict[Kind, tuple[str, ...]]:
+def _types_here(base: Base, config: MoSConfig, folder: Path) -> Mapping[Kind, tuple[str, ...]]:
     """The linear types that the configuration selects in this model."""
     try:
         return kinds_of(base, config)

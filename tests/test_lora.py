@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's deprecations at import
     import peft
 import mos_ext.integrations.peft as mos_peft
-from mos_ext.checkpoint import read_mos
+from mos_ext.checkpoint import check_finite, read_mos
 from mos_ext.lora import read_adapter, read_lora
 from mos_ext.planner import Base
 
@@ -421,3 +421,14 @@ def test_a_lora_in_half_precision_keeps_its_dtype(copy):
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(copy / WEIGHTS).items()}
     safetensors.torch.save_file(tensors, copy / WEIGHTS)
     assert {pool.dtype for t in read(copy).types for pool in (t.shards_a, t.shards_b)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_finite_is_whatever_is_neither_infinite_nor_nan(dtype):
+    info = torch.finfo(dtype)
+    values = torch.tensor([[info.max, info.min], [info.tiny, 0.0]], dtype=dtype)
+    check_finite({"x": values.T, "none": torch.empty(0), "counts": torch.tensor([2**31 - 1, -1])})
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        values[1, 1] = bad
+        with pytest.raises(ValueError, match="x must be finite in torch"):
+            check_finite({"x": values.T})

@@ -208,3 +208,12 @@ def test_the_smallest_keys_are_those_of_a_sort():
         keys = generator.integers(0, 12, generator.integers(1, 60)).astype(np.uint64)
         for count in (0, 1, len(keys) // 2, len(keys), len(keys) + 1):
             assert np.array_equal(routing._smallest(keys, count), np.argsort(keys, kind="stable")[:count])
+
+
+def test_layers_draw_together_what_each_draws_alone(monkeypatch):
+    config, ranks = MoSConfig(r=5, equivalent_rank=3, shards_per_vector=4, private_rank=1, seed=7), (5, 3, 5, 4)
+    together = draw_tables(config, "q_proj[8->8]", ranks)
+    monkeypatch.setattr(routing, "_SORTED", 0)
+    alone = draw_tables(config, "q_proj[8->8]", ranks)
+    assert np.array_equal(together.a, alone.a)
+    assert np.array_equal(together.b, alone.b)
