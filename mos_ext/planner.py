@@ -577,7 +577,7 @@ _FEW = 64  # selections that a base remembers
 def kinds_of(base: Base, config: MoSConfig) -> Mapping[Kind, tuple[str, ...]]:
     """What ``config`` selects in a model, by kind. Errors as of :func:`group_modules` and of what selects.
 
-    A base remembers it: of 32 blocks of a Llama it takes 10 ms, and most adapters of one base select the same.
+    A base remembers it: of 32 blocks of a Llama it takes 2.3 ms, and most adapters of one base select the same.
     """
     layers = config.layers_to_transform, config.layers_pattern
     selection = (

@@ -417,10 +417,17 @@ def test_parameters_that_are_no_stack_of_experts(tmp_path):
         read_lora(Base.of(moe("gpt_oss")), tmp_path)
 
 
-def test_a_lora_in_half_precision_keeps_its_dtype(copy):
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(copy / WEIGHTS).items()}
+@pytest.mark.parametrize("dtypes", [["bfloat16"], ["float16"], ["float64"], ["bfloat16", "float32"]])
+def test_a_lora_keeps_its_dtype_or_the_widest(copy, dtypes):
+    want = deltas(read(copy))
+    tensors = load_file(copy / WEIGHTS)
+    for k, (name, tensor) in enumerate(tensors.items()):
+        tensors[name] = tensor.to(getattr(torch, dtypes[k // 4 % len(dtypes)]))
     safetensors.torch.save_file(tensors, copy / WEIGHTS)
-    assert {pool.dtype for t in read(copy).types for pool in (t.shards_a, t.shards_b)} == {torch.bfloat16}
+    stored = read(copy)
+    assert {str(pool.dtype) for t in stored.types for pool in (t.shards_a, t.shards_b)} == {f"torch.{dtypes[-1]}"}
+    for name, delta in deltas(stored).items():
+        torch.testing.assert_close(delta, want[name], rtol=0.02, atol=0.001)  # bfloat16 keeps 8 bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
