@@ -22,7 +22,7 @@ import mos_ext.integrations.peft as mos_peft
 from mos_ext import MoSConfig
 from mos_ext.adapt import mos_layers
 from mos_ext.linear import AdaptedLayer
-from mos_ext.planner import expert_stacks, plan, role_of, why_opaque
+from mos_ext.planner import Base, expert_stacks, kinds_of, plan, role_of, why_opaque
 
 SMALL = MoSConfig(r=4, equivalent_rank=2, shards_per_vector=2, private_rank=1)
 
@@ -526,3 +526,19 @@ def test_patterns_that_match_nothing():
         ("rank_pattern should match adapted modules, got ['wq', 'w.*']", __file__),
         ("alpha_pattern should match adapted modules, got ['h.up']", __file__),
     ]
+
+
+def test_a_base_remembers_every_selection_as_its_own():
+    fields = [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "k_proj"]},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+        {"shards_per_vector": 2},
+        {"shards_per_vector": 64},
+    ]
+    configs, base = [MoSConfig(**{"r": 2, **changes}) for changes in fields], Base.of(llama())
+    for config in configs * 2:
+        assert kinds_of(base, config) == kinds_of(Base.of(llama()), config)
+    assert len({str(kinds_of(base, config)) for config in configs}) == 5
