@@ -708,3 +708,44 @@ def test_growing_keeps_what_routes_have(llama):
     check(llama, bank, ["plain", ("more4", "short"), None])
     bank.close()
     assert not any(module._forward_hooks for module in base.modules())
+
+
+@torch.no_grad()
+def test_adapters_of_peft_lora_are_members_too(llama, bank, tmp_path):
+    """Beside MoS's, with ranks of their own."""
+    base, _, alone = llama
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=6, lora_alpha=9, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 3})
+        lora = get_peft_model(models.llama(), config).eval()
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    lora.save_pretrained(tmp_path / "lora")
+    bank.add("lora", tmp_path / "lora")
+    assert bank.report().adapters[-1].kind == "LoRA"
+    x, names = ids(4, 6), ["lora", "plain", None, "lora"]
+    with bank.route(base, names):
+        y = base(x).logits
+    for i, name in enumerate(names):
+        expected = (lora(input_ids=x[i : i + 1]) if name == "lora" else alone[name](x[i : i + 1])).logits
+        torch.testing.assert_close(y[i : i + 1], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_lora_on_experts(tmp_path):
+    """A file of ``export_lora``, in PEFT's layout of experts, is the adapter that it came from."""
+    base = models.moe("qwen3_moe")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    config = mos_ext.MoSConfig(r=3, equivalent_rank=2, private_rank=0, shards_per_vector=2, **targets)
+    adapted = trained(base, config)
+    mos_ext.export_lora(adapted, tmp_path)
+    bank = AdapterBank(base, **targets)
+    bank.add("exported", tmp_path)
+    x = ids(2, 6) % 64
+    with bank.route(base, [None, "exported"]):
+        y = base(x).logits
+    torch.testing.assert_close(y[1:], adapted(x[1:]).logits, rtol=0, atol=1e-5)
+    assert (y[1:] - base(x[1:]).logits).abs().max() > 0.01

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import read_mos as read_adapter
 from ..config import MoSConfig
 from ..linear import AdaptedLayer, is_fresh
+from ..lora import read_adapter
 from ..ops.checks import check_integer, why_not_native
 from ..planner import Base, device_of, is_experts, kinds_of
 from ..stored import StoredAdapter
