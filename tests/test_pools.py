@@ -408,3 +408,26 @@ def test_bounds(kwargs, error, message):
     """Told before anything is allocated."""
     with pytest.raises(error, match=message):
         ShardPool(MoSConfig(r=6), 64, 64, **{"num_layers": 3, **kwargs})
+
+
+@torch.no_grad()
+def test_calls_without_gradients_see_every_change():
+    """What such a call is given is kept; not longer than it is true."""
+    config = MoSConfig(r=4, equivalent_rank=4, shards_per_vector=2, private_rank=0, dropout=0.5)
+    pool = ShardPool(config, 8, 8, 2)
+    first = pool(1, False)
+    assert pool(1, False) is first
+    assert first.handle_a is first.handle_b is None
+    assert pool(1, True).recipe.dropout == 0.5
+    pool.set_strength(1, 3.0)
+    assert pool(1, False).recipe.scale == 3 * config.scale
+    pool.set_tables(IndexTables(pool.tables.b, pool.tables.a))
+    assert pool(1, False).recipe.index_a.equal(first.recipe.index_b)
+    pool.load_state_dict({name: value + 1 for name, value in pool.state_dict().items()}, assign=True)
+    assert pool(1, False).pool_a is pool.shards_a
+    pool.to(torch.float64)
+    assert pool(1, False).pool_b.dtype == torch.float64
+    pool.shards_a = torch.nn.Parameter(torch.zeros_like(pool.shards_a))  # as FSDP2 puts others there
+    assert pool(1, False).pool_a is pool.shards_a
+    with torch.enable_grad():
+        assert pool(1, False).handle_a is not None
