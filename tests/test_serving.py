@@ -749,3 +749,25 @@ def test_lora_on_experts(tmp_path):
         y = base(x).logits
     torch.testing.assert_close(y[1:], adapted(x[1:]).logits, rtol=0, atol=1e-5)
     assert (y[1:] - base(x[1:]).logits).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_copies_have_no_bank(llama, bank, tmp_path):
+    """Neither its memory, nor its routes; and may have one of their own."""
+    base, folder, alone = llama
+    x = ids(2, 4)
+    torch.save(base, tmp_path / "model.pt")
+    copies = [copy.deepcopy(base), torch.load(tmp_path / "model.pt", weights_only=False)]
+    assert (tmp_path / "model.pt").stat().st_size < 4 * sum(p.numel() for p in base.parameters()) + 200_000
+    for model in copies:
+        with bank.route(base, ["plain", "plain"]):
+            torch.testing.assert_close(model(x).logits, alone[None](x).logits, rtol=0, atol=1e-6)
+        own = AdapterBank(model)
+        own.add("plain", folder / "plain")
+        with own.route(model, ["plain", None]):
+            y = model(x).logits
+        torch.testing.assert_close(y[:1], alone["plain"](x[:1]).logits, rtol=0, atol=1e-5)
+    moe = models.moe("qwen3_moe")
+    AdapterBank(moe, target_parameters=["experts.down_proj"], target_modules=[])
+    x = x % 64
+    torch.testing.assert_close(copy.deepcopy(moe)(x).logits, moe(x).logits, rtol=0, atol=1e-6)

@@ -7,10 +7,11 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,9 @@ class _Served:
             return None
         return route.add(self.layer, args[0], y)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of_a_copy, ()  # which has no bank
+
 
 class _ServedExperts:
     """The forward of experts: of the base alone, or with the adapters of a batch's rows."""
@@ -189,6 +193,17 @@ class _ServedExperts:
         if route is None or not any(map(route.has, self.layers.values())) or not _is_here(route):
             return type(self.module).forward(self.module, *args, **kwargs)
         return route.run_experts(self.module, self.layers, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (type(self.module).forward, self.module)  # of a copy, that of its class
+
+
+def _of_a_copy() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(module: nn.Module, args: Any, y: Any) -> None:
+    """The hook that a copy of a model gets in place of its bank's."""
 
 
 def _is_here(route: Route) -> bool:
