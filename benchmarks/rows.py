@@ -17,6 +17,7 @@ CASE = ("question", "case", "model", "mode", "T", "in", "out", "dtype", "r", "l"
 TIME = ("us", "us_q20", "us_q80", "ratio", "ratio_q20", "ratio_q80", "samples", "steps_per_sample", "timer")
 LOOK = (
     "trainable",
+    "bytes",
     "peak_mib",
     "saved_bytes",
     "gradient_bytes",
@@ -80,9 +81,9 @@ def read_rows(file: Path) -> list[dict]:
     try:
         with file.open(newline="") as stream:
             reader = csv.DictReader(stream)
-            if missing := [c for c in COLUMNS if c not in (reader.fieldnames or ())]:
+            if missing := [c for c in (*CASE, *TIME) if c not in (reader.fieldnames or ())]:
                 raise ValueError(f"{file.name} must have the columns of benchmarks/rows.py, lacks {', '.join(missing)}")
-            return [{k: _value(k, v) for k, v in row.items()} for row in reader]
+            return [{c: _value(c, row.get(c)) for c in COLUMNS} for row in reader]  # some came after older files
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file.name} cannot be read: {error}") from error
 
