@@ -311,7 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--part", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--section", default="ceilings,layers,operators,launches,peers", help="of the benchmarks")
+    parser.add_argument(
+        "--section", default="ceilings,layers,serving,operators,launches,peers", help="of the benchmarks"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(arguments)
     asked = [p for p in PARTS if p in options.part.split(",")]

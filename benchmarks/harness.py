@@ -51,6 +51,7 @@ class Sizes:
     l: int = 4
     dropout: float = 0.1
     modules: int = 32  # that share a pool, for scatter_add
+    adapters: tuple[int, ...] = (1, 8, 64)  # in a decode step of as many rows as the last
     copy_bytes: int = 1 << 30
     gemm: int = 8192
     rounds: int = 40
@@ -72,6 +73,7 @@ SMOKE = Sizes(
     ranks=(2, 8),
     l=2,
     modules=3,
+    adapters=(1, 2, 4),
     copy_bytes=1 << 12,
     gemm=32,
     rounds=2,

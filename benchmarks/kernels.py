@@ -1,6 +1,6 @@
 """Times the operators and the layer against the frozen linear, plain ATen, the PyTorch reference and PEFT's LoRA.
 
-    python -m benchmarks.kernels --json FILE [--device cuda|cpu] [--section ceilings,layers,operators,launches,peers]
+    python -m benchmarks.kernels --json FILE [--device cuda|cpu] [--section ceilings,layers,serving,operators,...]
 
 Every result is checked against the float64 reference before it is timed. On a CPU everything runs on tiny shapes: a
 test of this file, not a measurement. README.md says what the numbers mean.
@@ -51,10 +51,11 @@ from .harness import (
     write_json,
 )
 from .providers import PEERS, PROVIDERS, Case, Data, check_layer, errors, make_ready, rank_providers, tf32_allowed
+from .serving import Served
 from .tables import bench_tables, problems
 
 ops = torch.ops.mos_ext
-SECTIONS = ("ceilings", "layers", "operators", "launches", "peers")
+SECTIONS = ("ceilings", "layers", "serving", "operators", "launches", "peers")
 # Seconds that an item of a section may need, where that is more than the caller keeps in reserve: compilers are slow.
 NEEDS = {"peers": 60.0}
 
@@ -415,6 +416,32 @@ def layers(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[d
         yield case.name, functools.partial(layer, case, sizes, device)
 
 
+# ------------------------------------------------------------------------------------------------ many adapters
+
+
+def serving(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """A decode step whose rows use several adapters, at shapes whose weights no cache holds."""
+    for k in range(1, len(sizes.shapes)):
+        name = f"serving T={sizes.adapters[-1]} {sizes.shapes[k][0]}->{sizes.shapes[k][1]}"
+        yield name, functools.partial(_serving, name, k, sizes, device)
+
+
+def _serving(name: str, shape: int, sizes: Sizes, device: str) -> list[dict]:
+    sides, rows, dtype = sizes.shapes[shape], sizes.adapters[-1], torch.bfloat16
+    served = Served(sides, dtype, sizes.adapters, rows, device)
+    x = normal(rows, sides[0], dtype=dtype, device=device)
+    case = {"what": "serving", "case": name, "rows": rows, "in": sides[0], "out": sides[1], "shape": shape}
+    with torch.no_grad(), served.providers(x) as providers:
+        checks = {
+            name: errors((step(),), None, (served.exact(x, adapters),), ("y",), dtype)
+            for name, (step, adapters) in providers.items()
+        }
+        timing = measure({name: [step] for name, (step, _) in providers.items()}, device, sizes)
+    found = [{**case, "provider": name, "adapters": providers[name][1], **checks[name]} for name in timing]
+    found = [{**row, **timing[row["provider"]].row()} for row in found]
+    return found + ([{**case, "provider": "peft", "absent": served.absent}] if served.absent else [])
+
+
 # ------------------------------------------------------------------------------------------------ launch counts
 
 
@@ -444,6 +471,7 @@ def launch_counts(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[],
 ITEMS = {
     "ceilings": ceilings,
     "layers": layers,
+    "serving": serving,
     "operators": operators,
     "launches": launch_counts,
     "peers": peers,
@@ -472,7 +500,7 @@ def run(path: Path, device: str, sections: Sequence[str], seconds: float, resume
     if device == "cpu":
         torch.set_num_threads(1)
     # Capturing a graph collects garbage; what was imported need not be looked at each time.
-    if {"layers", "launches", "peers"} & set(sections):
+    if {"layers", "serving", "launches", "peers"} & set(sections):
         importable("peft")
     gc.collect()
     gc.freeze()

@@ -17,6 +17,8 @@ AT_LEAST = {
     "peft_fp32": ("long", (1.6, 1.5, 1.35)),
     "reference": ("medium", (1.4, 1.2, 1.2)),
 }
+# At most, of as many rows as there are adapters, each with its own, over no adapter, by position of the shape.
+SERVING = {1: 1.25}
 RANKS = (1.03, 1.02, 1.02)  # t(high rank) / t(low rank), at most, on long rows
 
 
@@ -73,6 +75,9 @@ def goals(result: dict) -> list[dict]:
         for provider, (of_role, musts) in AT_LEAST.items():
             if provider in by and role == of_role:
                 add(f"{provider} / mos", case, by[provider]["us"] / ours, musts[shape], None, at_least=True)
+    for row in _rows(result, "serving"):
+        if row["provider"].startswith("mos,") and row["adapters"] == row["rows"] and row["shape"] in SERVING:
+            add(f"{row['provider']} / frozen", row["case"], row["ratio"], SERVING[row["shape"]], None)
     return sorted(out, key=lambda g: -g["of_must"])
 
 
@@ -131,6 +136,15 @@ def bench_tables(result: dict) -> str:
         "Ratios to the frozen linear, launches in brackets; e: timed by events, no graph could be captured.",
         table(("case", "frozen us", *others), lines),
     ]
+
+    of_serving: dict[tuple, dict[str, str]] = {}
+    for r in _rows(result, "serving"):
+        if r.get("adapters"):
+            cell = f"{r['ratio']:.3f}{'e' if r['timer'] == 'events' else ''}"
+            of_serving.setdefault((r["case"], r["adapters"]), {})[r["provider"].partition(",")[0]] = cell
+    names = ("mos", "mos_same", "peft", "loop")
+    lines = [[*key, *(by.get(name) for name in names)] for key, by in of_serving.items()]
+    parts += ["### Many adapters, over none", table(("case", "adapters", *names), lines)]
 
     memory = [
         [case, *(by[p].get("peak_extra_mib") if p in by else None for p in ("frozen", *others))]

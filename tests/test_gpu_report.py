@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_report, harness, kernels, providers, tables  # noqa: E402
+from benchmarks import gpu_report, harness, kernels, providers, serving, tables  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups")
 
@@ -94,22 +94,28 @@ def test_parts_fit_nine_minutes():
     assert set(gpu_report.SHARES) == set(gpu_report.PARTS)
 
 
-@pytest.mark.parametrize("section", ["layers", "operators", "launches", "peers"])
+@pytest.mark.parametrize("section", ["layers", "serving", "operators", "launches", "peers"])
 def test_benchmarks(section, tmp_path, monkeypatch):
     # PEFT takes seconds to import and is not ours to test here; the report itself runs it where it is installed.
-    for module in (kernels, providers):
+    for module in (kernels, providers, serving):
         monkeypatch.setattr(module, "importable", lambda name: "left out of this test")
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     result = kernels.run(tmp_path / "bench.json", "cpu", [section], 600.0, resume=False)
     assert tables.problems(result) == []
     assert {item["status"] for item in result["items"].values()} == {"done"}
     assert json.loads((tmp_path / "bench.json").read_text()) == harness.scrub(result)
-    tables.bench_tables(result)
+    text = tables.bench_tables(result)
     if section == "layers":
         found = tables.goals(result)
         # Nine of the table's ratios to the frozen linear, decode twice; the reference, the ranks.
         assert len(found) == 12 + 3 + 3
         assert [g["of_must"] for g in found] == sorted((g["of_must"] for g in found), reverse=True)
+    if section == "serving":
+        rows = [row for item in result["items"].values() for row in item["rows"]]
+        used = {(row["provider"].partition(",")[0], row["adapters"]) for row in rows if "us" in row}
+        assert used == {("frozen", 0), ("frozen_again", 0), *((p, n) for p in ("mos", "mos_same") for n in (1, 2, 4))}
+        assert [g["what"] for g in tables.goals(result)] == ["mos, 4 adapters / frozen"]
+        assert "| serving T=4 32->64 | 4 |" in text
 
 
 def test_goals_name_the_worst_first():
