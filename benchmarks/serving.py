@@ -480,7 +480,7 @@ Item = tuple[str, dict[str, object], Callable[[], list[dict]]]
 
 def items(scope: Scope, sizes: Sizes) -> Iterator[Item]:
     """(name, columns, what to do), the most important first."""
-    longer = sizes if scope is TINY else replace(sizes, seconds=8.0)
+    longer = sizes if scope is TINY else replace(sizes, seconds=16.0)  # five rounds of seconds would be an accident's
     large, small = (f"Llama, {s[0]} layers of width {s[1]}" for s in (scope.large, scope.small))
     yield "memory", {"mode": "memory", "model": large, "dtype": "float32"}, functools.partial(memory, scope)
     yield "load", {"mode": "load", "model": large, "dtype": "float32"}, functools.partial(load, scope, sizes)
@@ -593,11 +593,12 @@ def goals(rows: Sequence[dict]) -> list[tuple[str, str, str, str]]:
             add(f"milliseconds to load an adapter, {name}", of["load"]["us"] / 1e3, 50.0)
         if mode == "decode" and label("mos", 64) in of and case == "64 x 1":
             many, one, peft = (of.get(label(*who)) for who in (("mos", 64), ("mos", 1), ("peft", 64)))
-            add(f"64 adapters / one, {where}", many["us"] / one["us"], 1.3)
+            add(f"64 adapters / one, {where}", many["ratio"] / one["ratio"], 1.3)
             if peft:
-                add(f"PEFT's mixed batch / bank, 64 adapters, {where}", peft["us"] / many["us"], 5.0, at_least=True)
+                what = f"PEFT's mixed batch / bank, 64 adapters, {where}"
+                add(what, peft["ratio"] / many["ratio"], 5.0, at_least=True)
         if {"adapt", "peft"} <= of.keys():
-            add(f"MoS alone / PEFT LoRA alone, {where}", of["adapt"]["us"] / of["peft"]["us"], 1.0)
+            add(f"MoS alone / PEFT LoRA alone, {where}", of["adapt"]["ratio"] / of["peft"]["ratio"], 1.0)
     return out
 
 

@@ -20,7 +20,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as everything  # noqa: E402
-from benchmarks import compare, drawing, experts, harness, layer, memory, providers, scaling, step, summary  # noqa: E402
+from benchmarks import (  # noqa: E402
+    compare,
+    drawing,
+    experts,
+    harness,
+    layer,
+    memory,
+    providers,
+    scaling,
+    serving,
+    step,
+    summary,
+)
 from benchmarks import rows as schema  # noqa: E402
 from benchmarks.plots import plot  # noqa: E402
 
@@ -441,3 +453,60 @@ def test_adapters_of_a_step_are_on_every_linear_and_learn_from_the_first_pass():
         adapted = [n for n, m in built.model.named_modules() if n.endswith("_proj") and len(list(m.parameters())) > 1]
         assert len(adapted) == (0 if name.startswith(("frozen", "mos")) else 7 * case.layers)
     assert [t.num_layers for t in mos_ext.parameter_report(step.mos(case)).types] == [case.layers] * 7
+
+
+# ------------------------------------------------------------------------------------------------ serving
+
+
+def test_every_line_of_serving(tmp_path):
+    file = tmp_path / "serving.csv"
+    assert serving.main([str(file), "--grid", "smoke"]) == 0
+    rows = schema.read_rows(file)
+    assert {row["status"] for row in rows} == {"ok"}, [row for row in rows if row["status"] != "ok"]
+    assert {row["mode"] for row in rows} == {"memory", "load", "thousands", "generate", "prefill", "decode"}
+    for row in rows:
+        assert row["mode"] == "memory" or row["us"] > 0
+    of_models = {row["provider"] for row in rows if row["mode"] == "generate"}
+    assert of_models == set(serving.LABELS)
+    decode = {(r["case"], r["dtype"], r["provider"]): r for r in rows if r["mode"] == "decode"}
+    for used in (1, 2, 4, 6):  # as many sequences as use 6 of a bank's 8
+        for provider in ("mos", "mos_same", "peft", "loop"):
+            row = decode["6 x 1", "bfloat16", serving.label(provider, used)]
+            assert row["error"] < 0.06
+    assert ("6 x 1", "float32", "mos_same, 6 adapters") not in decode
+    text = file.with_suffix(".md").read_text()
+    assert text == serving.tables(rows)
+    for line in ("| decode 6 x 1 | 64, bfloat16 | 6 |", "| lora r=16 | 507,904 | 8.00 |", "| MoS alone (`mos_ext"):
+        assert line in text
+    assert "MoS alone / PEFT LoRA alone, Llama, width 32, generate 1 x 3" in text
+
+
+def test_serving_finds_mistaken_and_forgotten_adapters():
+    served = serving.Served((32, 48), torch.bfloat16, (2,), 2)
+    x = torch.randn(4, 32).bfloat16()
+    with served.providers(x) as found:
+        y = found["mos, 2 adapters"][0]()
+    assert serving.close(y, served.exact(x, 2))["status"] == "ok"
+    for wrong in (served.exact(x, 1), served.exact(x, 0), served.exact(x.flip(0), 2)):
+        assert serving.close(y, wrong)["status"] == "wrong"
+
+
+def test_goals_of_serving():
+    def row(mode, provider, us, **columns):
+        empty = dict.fromkeys(("model", "in", "out", "dtype", "case"))
+        return {**empty, "mode": mode, "provider": provider, "us": us, "ratio": us / 100.0, **columns}
+
+    linear = {"in": 1024, "out": 1024, "dtype": "float32", "case": "64 x 1"}
+    model = {"model": "Llama", "dtype": "float32", "case": "1 x 24"}
+    layers = [row("decode", name, us, **linear) for name, us in MEASURED.items()]
+    models = [row("generate", "adapt", 104.0, **model), row("generate", "peft", 105.0, **model)]
+    found = serving.goals([*layers, *models, row("load", "load", 51e3, model="7B")])
+    assert [(measured, met) for _, measured, _, met in found] == [
+        ("1.25", "met"),
+        ("4.80", "missed"),
+        ("0.99", "met"),
+        ("51.00", "missed"),
+    ]
+
+
+MEASURED = {"frozen": 100.0, "mos, 1 adapter": 120.0, "mos, 64 adapters": 150.0, "peft, 64 adapters": 720.0}
