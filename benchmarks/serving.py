@@ -587,15 +587,16 @@ def goals(rows: Sequence[dict]) -> list[tuple[str, str, str, str]]:
         if row["us"]:
             key = tuple(row[k] for k in ("mode", "model", "in", "dtype", "case"))
             by.setdefault(key, {})[row["provider"]] = row
-    for (mode, name, width, dtype, case), of in by.items():
-        where = f"{name or f'{width} -> {width}'}, {mode} {case}, {dtype}"
+    for (mode, model, width, dtype, case), of in by.items():
+        where = f"{model or f'{width} -> {width}'}, {mode} {case}, {dtype}"
         if mode == "load":
-            add(f"milliseconds to load an adapter, {name}", of["load"]["us"] / 1e3, 50.0)
-        if mode == "decode" and label("mos", 64) in of and case == "64 x 1":
-            many, one, peft = (of.get(label(*who)) for who in (("mos", 64), ("mos", 1), ("peft", 64)))
-            add(f"64 adapters / one, {where}", many["ratio"] / one["ratio"], 1.3)
-            if peft:
-                what = f"PEFT's mixed batch / bank, 64 adapters, {where}"
+            add(f"milliseconds to load an adapter, {model}", of["load"]["us"] / 1e3, 50.0)
+        for name, shards in (("mos", ""), ("mos_same", f", {dtype} shards")) if case == "64 x 1" else ():
+            many, one, peft = (of.get(label(*who)) for who in ((name, 64), (name, 1), ("peft", 64)))
+            if many and one:
+                add(f"64 adapters / one, {where}{shards}", many["ratio"] / one["ratio"], 1.3)
+            if many and peft:
+                what = f"PEFT's mixed batch / bank, 64 adapters, {where}{shards}"
                 add(what, peft["ratio"] / many["ratio"], 5.0, at_least=True)
         if {"adapt", "peft"} <= of.keys():
             add(f"MoS alone / PEFT LoRA alone, {where}", of["adapt"]["ratio"] / of["peft"]["ratio"], 1.0)
