@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 import mos_ext
 from mos_ext import MoSConfig, reference
+from mos_ext.lora import read_adapter
 from mos_ext.planner import Base
 from mos_ext.serving import AdapterBank
-from mos_ext.serving.bank import read_adapter
 from mos_ext.testing import relative_error
 
 from . import step

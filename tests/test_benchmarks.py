@@ -498,15 +498,13 @@ def test_goals_of_serving():
 
     linear = {"in": 1024, "out": 1024, "dtype": "float32", "case": "64 x 1"}
     model = {"model": "Llama", "dtype": "float32", "case": "1 x 24"}
-    layers = [row("decode", name, us, **linear) for name, us in MEASURED.items()]
+    measured = {"frozen": 100.0, "mos, 1 adapter": 120.0, "mos, 64 adapters": 150.0, "peft, 64 adapters": 720.0}
+    layers = [row("decode", name, us, **linear) for name, us in measured.items()]
     models = [row("generate", "adapt", 104.0, **model), row("generate", "peft", 105.0, **model)]
     found = serving.goals([*layers, *models, row("load", "load", 51e3, model="7B")])
-    assert [(measured, met) for _, measured, _, met in found] == [
+    assert [(value, met) for _, value, _, met in found] == [
         ("1.25", "met"),
         ("4.80", "missed"),
         ("0.99", "met"),
         ("51.00", "missed"),
     ]
-
-
-MEASURED = {"frozen": 100.0, "mos, 1 adapter": 120.0, "mos, 64 adapters": 150.0, "peft, 64 adapters": 720.0}
