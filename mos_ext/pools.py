@@ -254,7 +254,8 @@ class ShardPool(nn.Module):
             or torch._C._current_graph_task_id() != -1
         ):
             return None
-        self._waits = True  # as of any pass without gradients, which may be that of reentrant checkpointing
+        if not self._waits:  # as of any pass without gradients, which may be that of reentrant checkpointing
+            self._waits = True  # (1 us for a module)
         branch = self._branches.get(layer)
         if branch is None and type(pool_a) is type(pool_b) is nn.Parameter:  # and whole
             index_a, index_b = (sides[side].tables.indices[layer] for side in "ab")
@@ -355,7 +356,7 @@ class ShardPool(nn.Module):
             if active is not None and active is not ddp:
                 self._ddp, self._waits = weakref.ref(active), True
                 run_last(self._sides["a"].handles, True)
-            elif not torch.is_grad_enabled():
+            elif not (self._waits or torch.is_grad_enabled()):
                 self._waits = True  # the forward pass of reentrant checkpointing, perhaps
             return False
         self._waits = True

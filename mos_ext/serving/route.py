@@ -79,12 +79,14 @@ class Route:
         none = Tables(table, table, torch.zeros(m, **kind), torch.ones(m, device=self.device))  # type: ignore[call-overload]
         own = [none if adapter is None else adapter.get(arena, none) for adapter in self._members]
         own += [none] * (groups - len(own))
-        padded = [
-            [nn.functional.pad(t, (0, 0, 0, self.rank - t.shape[1])) for t in side]
-            for side in ([t.index_a for t in own], [t.index_b for t in own])
-        ]
+
+        def padded(index: Tensor) -> Tensor:
+            missing = self.rank - index.shape[1]
+            return nn.functional.pad(index, (0, 0, 0, missing)) if missing else index
+
+        sides = ([padded(t.index_a) for t in own], [padded(t.index_b) for t in own])
         ranks, scales = [t.ranks for t in own], [t.scales for t in own]
-        return Tables(*(torch.stack(tensors, dim=1) for tensors in (*padded, ranks, scales)))
+        return Tables(*(torch.stack(tensors, dim=1) for tensors in (*sides, ranks, scales)))
 
     def has(self, layer: Layer) -> bool:
         """Whether adapters of the batch may add something to a layer."""
