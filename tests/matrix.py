@@ -45,8 +45,9 @@ CORE = (
     "merging",
     "checkpoint",
     "peft",
+    "serving",
 )  # of the wheel
-EXPERTS = ("experts", "experts_peft")
+EXPERTS = ("experts", "experts_peft", "serving_experts", "lora")
 NO_EXPERTS = "experts: transformers 4 has no stacks of them"
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 # The oldest that has a wheel for a Python, where the oldest promised has none.

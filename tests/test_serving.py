@@ -165,34 +165,6 @@ def test_an_encoder_and_its_decoder(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", sorted(models.MOE_KINDS))
-def test_experts(tmp_path, kind):
-    base = models.moe(kind)
-    targets = {
-        "target_modules": ["q_proj", "o_proj"],
-        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-    }
-    budget = {"r": 3, "equivalent_rank": 2, "expert_equivalent_rank": 1, "private_rank": 0, "shards_per_vector": 2}
-    if kind in ("deepseek_v3",):
-        targets["target_modules"] = ["o_proj"]
-    alone = {
-        name: saved(base, mos_ext.MoSConfig(**budget, **targets, seed=seed), tmp_path / name, seed)
-        for seed, name in enumerate("ab")
-    }
-    alone[None] = copy.deepcopy(base)
-    bank = AdapterBank(base, **targets)
-    for name in "ab":
-        bank.add(name, tmp_path / name)
-    x, names = ids(4, 7) % 64, ["b", None, "a", "b"]
-    with bank.route(base, names):
-        y = base(x).logits
-    for i, name in enumerate(names):
-        torch.testing.assert_close(y[i : i + 1], alone[name](x[i : i + 1]).logits, rtol=0, atol=2e-5)
-    bank.close()
-    assert "forward" not in {key for module in base.modules() for key in vars(module)}
-
-
-@torch.no_grad()
 def test_a_peft_model_keeps_its_own_adapter(llama):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers about what PEFT calls
@@ -735,23 +707,6 @@ def test_adapters_of_peft_lora_are_members_too(llama, bank, tmp_path):
 
 
 @torch.no_grad()
-def test_lora_on_experts(tmp_path):
-    """A file of ``export_lora``, in PEFT's layout of experts, is the adapter that it came from."""
-    base = models.moe("qwen3_moe")
-    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    config = mos_ext.MoSConfig(r=3, equivalent_rank=2, private_rank=0, shards_per_vector=2, **targets)
-    adapted = trained(base, config)
-    mos_ext.export_lora(adapted, tmp_path)
-    bank = AdapterBank(base, **targets)
-    bank.add("exported", tmp_path)
-    x = ids(2, 6) % 64
-    with bank.route(base, [None, "exported"]):
-        y = base(x).logits
-    torch.testing.assert_close(y[1:], adapted(x[1:]).logits, rtol=0, atol=1e-5)
-    assert (y[1:] - base(x[1:]).logits).abs().max() > 0.01
-
-
-@torch.no_grad()
 def test_copies_have_no_bank(llama, bank, tmp_path):
     """Neither its memory, nor its routes; and may have one of their own."""
     base, folder, alone = llama
@@ -767,7 +722,3 @@ def test_copies_have_no_bank(llama, bank, tmp_path):
         with own.route(model, ["plain", None]):
             y = model(x).logits
         torch.testing.assert_close(y[:1], alone["plain"](x[:1]).logits, rtol=0, atol=1e-5)
-    moe = models.moe("qwen3_moe")
-    AdapterBank(moe, target_parameters=["experts.down_proj"], target_modules=[])
-    x = x % 64
-    torch.testing.assert_close(copy.deepcopy(moe)(x).logits, moe(x).logits, rtol=0, atol=1e-6)
