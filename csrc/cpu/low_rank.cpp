@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "../common/numeric.h"
@@ -37,9 +38,14 @@ constexpr int64_t kChunkRows = 2048;
 constexpr int64_t kMaxSplits = 8;
 // Enough for 16 threads; a function of the shape alone, never of the threads there are.
 constexpr int64_t kWantedBlocks = 16;
+// Columns whose sums a direct product keeps in lanes, and rows of its blocks, which take the factor's columns from L2.
+constexpr int64_t kDirectCols = 1024, kDirectRows = 64;
+// A share of up to so many rows is multiplied directly: see few_rows.
+constexpr int64_t kFewRows = 8, kFewRowsOfPairs = 8;
 // Passes of up to this many multiply-adds run on the thread that asks: over a row of 1024 columns, two took 14 us, one
 // 11. Laying out the factor counts as so many rows.
 constexpr int64_t kSmallPass = 1 << 20, kPackRows = 16;
+constexpr int64_t kSmallDirectPass = 1 << 20;
 
 struct Block {
   int64_t t0, t1, c0, c1;
@@ -61,6 +67,14 @@ struct Kernels {
   int64_t width;  // sums in a vector
   int64_t group;
   size_t word_bytes;
+};
+
+// The products of few rows, whose factor is read where it lies (low_rank_direct.h), on one instruction set.
+struct Direct {
+  // sums (rows, sum_stride) += of a block of at most kDirectCols columns
+  void (*project)(const LowRankPass&, const Block&, void* sums);
+  void (*expand)(const LowRankPass&, const Block&);
+  int64_t least_shard;  // columns: a vector
 };
 
 // Lane i of two interleaved rows of 32 elements is element order[i] of both: a0 b0 a1 b1 ...
@@ -133,6 +147,7 @@ class AlignedBuffer {
 #define MOS_ISA baseline
 #define MOS_VECTOR_BYTES 16
 #include "low_rank_tiles.h"
+#include "low_rank_direct.h"
 #undef MOS_ISA
 #undef MOS_VECTOR_BYTES
 
@@ -152,6 +167,7 @@ class AlignedBuffer {
 #define MOS_VECTOR_BYTES 32
 #endif
 #include "low_rank_tiles.h"
+#include "low_rank_direct.h"
 #undef MOS_ISA
 #ifdef MOS_EXT_TEST_WIDE
 #define MOS_ISA avx2_pairs
@@ -172,6 +188,7 @@ class AlignedBuffer {
 #define MOS_ISA avx512
 #define MOS_VECTOR_BYTES 64
 #include "low_rank_tiles.h"
+#include "low_rank_direct.h"
 #undef MOS_ISA
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -202,23 +219,25 @@ namespace {
 struct InstructionSet {
   const char* name;
   const Kernels *f32, *f64, *bf16;
+  const Direct *direct, *direct_f64;
 
   const Kernels& kernels(DType activations) const {
     return *(activations == DType::f64 ? f64 : activations == DType::bf16 ? bf16 : f32);
   }
+  const Direct& directly(DType activations) const { return *(activations == DType::f64 ? direct_f64 : direct); }
 };
 
 constexpr InstructionSet kInstructionSets[] = {
 #ifdef MOS_HAS_X86
-    {"avx512_bf16", &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kDot},
-    {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::kFloat},
+    {"avx512_bf16", &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kDot, &avx512::kDirectFloat, &avx512::kDirectDouble},
+    {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::kFloat, &avx512::kDirectFloat, &avx512::kDirectDouble},
 #ifdef MOS_EXT_TEST_WIDE
-    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2_pairs::kDot},
+    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2_pairs::kDot, &avx2::kDirectFloat, &avx2::kDirectDouble},
 #else
-    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::kFloat},
+    {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::kFloat, &avx2::kDirectFloat, &avx2::kDirectDouble},
 #endif
 #endif
-    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::kFloat},
+    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::kFloat, &baseline::kDirectFloat, &baseline::kDirectDouble},
 };
 
 bool runs_here(const char* name) {
@@ -340,19 +359,101 @@ void clear_around(const LowRankPass& p, const std::vector<Share<T>>& shares, con
   clear(next, p.out->rows);
 }
 
+// Whether the pass is one of the forward products, of factors that can be read where they lie: as wide as sums or
+// narrower, and in shards of at least a vector.
+bool can_be_direct(const LowRankPass& p, const Direct& direct) {
+  if (p.factor_grad || p.dropout.active() || (p.projected && p.out) || (p.out && p.in)) return false;
+  const DType pool = p.factor.dtype;
+  return (pool == DType::f32 || pool == p.activations().dtype) && p.factor.shard_size >= direct.least_shard;
+}
+
+void one_by_one(int64_t count, const std::function<void(int64_t)>& task) {
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+// Shares [share, end) without packing. A sum over columns is that of its tiles, in order, whichever of them a task has,
+// so the grid may depend on rows, and bits do not.
 template <class T>
-void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const ParallelFor& threads) {
+void run_direct(const LowRankPass& p, const Share<T>* share, const Share<T>* end, const Direct& direct,
+                const ParallelFor& threads) {
+  struct Task {
+    const LowRankPass* pass;
+    int64_t t0, t1;
+  };
+  const int64_t cols = p.factor.cols(), stride = p.factor.rank, tiles = ceil_div(cols, kDirectCols);
+  std::vector<Task> tasks;
+  tasks.reserve(static_cast<size_t>(end - share));
+  int64_t products = 0;
+  for (; share != end; ++share) {
+    products += (share->t1 - share->t0) * share->pass.factor.rank * cols;
+    for (int64_t t0 = share->t0; t0 < share->t1; t0 += kDirectRows) {
+      tasks.push_back({&share->pass, t0, min64(share->t1, t0 + kDirectRows)});
+    }
+  }
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  if (!count) return;
+  const bool small = products <= kSmallDirectPass;
+  int64_t split_tiles = small ? tiles : ceil_div(tiles, min64(tiles, ceil_div(kWantedBlocks, count)));
+  const int64_t splits = ceil_div(tiles, split_tiles);
+  const int64_t plane = p.projected && splits > 1 ? p.places() * stride : 0;  // of a tile
+  AlignedBuffer planes(static_cast<size_t>(tiles * plane) * sizeof(T));
+  const auto scaled = [&](const Task& task) {
+    const T scale = static_cast<T>(task.pass->scale);
+    for (int64_t t = task.t0; t < task.t1; ++t) {
+      T* sums = static_cast<T*>(p.projected) + t * stride;
+      const T* parts = planes.as<T>() + t * stride;
+      for (int64_t j = 0; plane && j < stride; ++j) {
+        T sum = T(0);
+        for (int64_t tile = 0; tile < tiles; ++tile) sum += parts[tile * plane + j];
+        sums[j] = sum;
+      }
+      for (int64_t j = 0; j < stride; ++j) sums[j] *= scale;
+    }
+  };
+  const ParallelFor serial = one_by_one;
+  const ParallelFor& parallel = small ? serial : threads;
+  parallel(count * splits, [&](int64_t i) {
+    const Task& task = tasks[static_cast<size_t>(i / splits)];
+    const int64_t first = i % splits * split_tiles, last = min64(tiles, first + split_tiles);
+    if (p.out) {
+      direct.expand(*task.pass,
+                    {task.t0, task.t1, first * kDirectCols, min64(cols, last * kDirectCols), stride, false});
+      return;
+    }
+    for (int64_t tile = first; tile < last; ++tile) {
+      T* sums = (plane ? planes.as<T>() + tile * plane : static_cast<T*>(p.projected)) + task.t0 * stride;
+      if (plane || tile == 0) std::memset(sums, 0, static_cast<size_t>((task.t1 - task.t0) * stride) * sizeof(T));
+      direct.project(*task.pass,
+                     {task.t0, task.t1, tile * kDirectCols, min64(cols, (tile + 1) * kDirectCols), stride, false},
+                     sums);
+    }
+    if (!plane) scaled(task);
+  });
+  if (plane) parallel(count, [&](int64_t i) { scaled(tasks[static_cast<size_t>(i)]); });
+}
+
+template <class T>
+void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Direct& direct, const ParallelFor& threads) {
   const int64_t total_rows = p.places(), total_cols = p.factor.cols(), sum_stride = p.factor.rank;
   const int64_t tiles = ceil_div(total_cols, kColTile), cols_padded = round_up(total_cols, kPanelMultiple);
   std::vector<Share<T>> shares = shares_of<T>(p, kernels);
+  if (p.groups) clear_around(p, shares, threads);
+
+  if (can_be_direct(p, direct)) {
+    const int64_t few = kernels.group == 2 ? kFewRowsOfPairs : kFewRows;
+    const auto packed = std::partition(shares.begin(), shares.end(), [&](const Share<T>& share) {
+      return p.groups.invariant || share.t1 - share.t0 <= few;
+    });
+    const Share<T>* first = shares.data();
+    run_direct(p, first, first + (packed - shares.begin()), direct, threads);
+    if (packed == shares.end()) return;
+    shares.erase(shares.begin(), packed);
+  }
 
   const int64_t products = !!p.projected + !!p.factor_grad + !!p.out, factors = static_cast<int64_t>(shares.size());
-  const ParallelFor serial = [](int64_t count, const std::function<void(int64_t)>& task) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-  };
+  const ParallelFor serial = one_by_one;
   const ParallelFor& parallel =
       products * p.factor.rank * total_cols * (kPackRows * factors + total_rows) <= kSmallPass ? serial : threads;
-  if (p.groups) clear_around(p, shares, parallel);
 
   int64_t row_blocks = 0;
   for (const Share<T>& share : shares) row_blocks += share.row_blocks;
@@ -522,10 +623,11 @@ bool scatters(const Factor& factor, int64_t rows) {
 void low_rank_pass(const LowRankPass& pass, const ParallelFor& parallel) {
   const DType dtype = pass.activations().dtype;
   const Kernels& kernels = chosen().kernels(dtype);
+  const Direct& direct = chosen().directly(dtype);
   if (dtype == DType::f64) {
-    low_rank_pass_as<double>(pass, kernels, parallel);
+    low_rank_pass_as<double>(pass, kernels, direct, parallel);
   } else {
-    low_rank_pass_as<float>(pass, kernels, parallel);
+    low_rank_pass_as<float>(pass, kernels, direct, parallel);
   }
 }
 

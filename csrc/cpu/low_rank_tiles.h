@@ -253,18 +253,16 @@ inline void expand(int64_t words, const typename A::Word* s, int64_t s_stride, c
   }
 }
 
-// f(Count<8>), then 4, 2, 1: `n` cut into pieces whose size the compiler knows. f gets the size and the start.
+// f(Count<kMost>), a power of two, then half of it, ... 1: `n` cut into pieces whose size the compiler knows. f gets the
+// size and the start.
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
-template <class Function>
-inline void in_pieces(int64_t n, const Function& f) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) f(Count<8>(), i);
-  if (i + 4 <= n) f(Count<4>(), i), i += 4;
-  if (i + 2 <= n) f(Count<2>(), i), i += 2;
-  if (i < n) f(Count<1>(), i);
+template <int kMost = 8, class Function>
+inline void in_pieces(int64_t n, const Function& f, int64_t i = 0) {
+  for (; i + kMost <= n; i += kMost) f(Count<kMost>(), i);
+  if constexpr (kMost > 1) in_pieces<kMost / 2>(n, f, i);
 }
 
 // ------------------------------------------------------------------------------------------------ operands
