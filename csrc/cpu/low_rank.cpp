@@ -40,12 +40,13 @@ constexpr int64_t kMaxSplits = 8;
 constexpr int64_t kWantedBlocks = 16;
 // Columns whose sums a direct product keeps in lanes, and rows of its blocks, which take the factor's columns from L2.
 constexpr int64_t kDirectCols = 1024, kDirectRows = 64;
-// A share of up to so many rows is multiplied directly: see few_rows.
-constexpr int64_t kFewRows = 8, kFewRowsOfPairs = 8;
-// Passes of up to this many multiply-adds run on the thread that asks: over a row of 1024 columns, two took 14 us, one
-// 11. Laying out the factor counts as so many rows.
+// Passes of up to this many multiply-adds run on the thread that asks, since waking others takes longer: two threads
+// against one, over a row of 1024 columns, took 14 and 11 us. Laying out a factor counts as so many rows.
 constexpr int64_t kSmallPass = 1 << 20, kPackRows = 16;
-constexpr int64_t kSmallDirectPass = 1 << 20;
+// The same of direct products, where reading a factor counts as so many rows: shrink and expand of one row of 4096
+// columns at rank 16 (0.26 M each) took 13 us with two threads and 7 with one, of 16 rows (1.2 M) 36 and 27, of 4 rows
+// at rank 64 (1.8 M) 27 and 32, of 16 rows with a factor each (4.2 M) 65 and 89.
+constexpr int64_t kSmallDirectPass = 3 << 19, kReadRows = 3;
 
 struct Block {
   int64_t t0, t1, c0, c1;
@@ -67,6 +68,7 @@ struct Kernels {
   int64_t width;  // sums in a vector
   int64_t group;
   size_t word_bytes;
+  int64_t few_rows;  // that share a factor: up to so many are multiplied directly
 };
 
 // The products of few rows, whose factor is read where it lies (low_rank_direct.h), on one instruction set.
@@ -146,8 +148,8 @@ class AlignedBuffer {
 
 #define MOS_ISA baseline
 #define MOS_VECTOR_BYTES 16
-#include "low_rank_tiles.h"
 #include "low_rank_direct.h"
+#include "low_rank_tiles.h"
 #undef MOS_ISA
 #undef MOS_VECTOR_BYTES
 
@@ -166,8 +168,8 @@ class AlignedBuffer {
 #else
 #define MOS_VECTOR_BYTES 32
 #endif
-#include "low_rank_tiles.h"
 #include "low_rank_direct.h"
+#include "low_rank_tiles.h"
 #undef MOS_ISA
 #ifdef MOS_EXT_TEST_WIDE
 #define MOS_ISA avx2_pairs
@@ -187,8 +189,8 @@ class AlignedBuffer {
 #endif
 #define MOS_ISA avx512
 #define MOS_VECTOR_BYTES 64
-#include "low_rank_tiles.h"
 #include "low_rank_direct.h"
+#include "low_rank_tiles.h"
 #undef MOS_ISA
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -229,7 +231,8 @@ struct InstructionSet {
 
 constexpr InstructionSet kInstructionSets[] = {
 #ifdef MOS_HAS_X86
-    {"avx512_bf16", &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kDot, &avx512::kDirectFloat, &avx512::kDirectDouble},
+    {"avx512_bf16", &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kDot, &avx512::kDirectFloat,
+     &avx512::kDirectDouble},
     {"avx512", &avx512::kFloat, &avx512::kDouble, &avx512::kFloat, &avx512::kDirectFloat, &avx512::kDirectDouble},
 #ifdef MOS_EXT_TEST_WIDE
     {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2_pairs::kDot, &avx2::kDirectFloat, &avx2::kDirectDouble},
@@ -237,7 +240,8 @@ constexpr InstructionSet kInstructionSets[] = {
     {"avx2", &avx2::kFloat, &avx2::kDouble, &avx2::kFloat, &avx2::kDirectFloat, &avx2::kDirectDouble},
 #endif
 #endif
-    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::kFloat, &baseline::kDirectFloat, &baseline::kDirectDouble},
+    {"baseline", &baseline::kFloat, &baseline::kDouble, &baseline::kFloat, &baseline::kDirectFloat,
+     &baseline::kDirectDouble},
 };
 
 bool runs_here(const char* name) {
@@ -385,7 +389,7 @@ void run_direct(const LowRankPass& p, const Share<T>* share, const Share<T>* end
   tasks.reserve(static_cast<size_t>(end - share));
   int64_t products = 0;
   for (; share != end; ++share) {
-    products += (share->t1 - share->t0) * share->pass.factor.rank * cols;
+    products += (kReadRows + share->t1 - share->t0) * share->pass.factor.rank * cols;
     for (int64_t t0 = share->t0; t0 < share->t1; t0 += kDirectRows) {
       tasks.push_back({&share->pass, t0, min64(share->t1, t0 + kDirectRows)});
     }
@@ -440,9 +444,8 @@ void low_rank_pass_as(const LowRankPass& p, const Kernels& kernels, const Direct
   if (p.groups) clear_around(p, shares, threads);
 
   if (can_be_direct(p, direct)) {
-    const int64_t few = kernels.group == 2 ? kFewRowsOfPairs : kFewRows;
     const auto packed = std::partition(shares.begin(), shares.end(), [&](const Share<T>& share) {
-      return p.groups.invariant || share.t1 - share.t0 <= few;
+      return p.groups.invariant || share.t1 - share.t0 <= kernels.few_rows;
     });
     const Share<T>* first = shares.data();
     run_direct(p, first, first + (packed - shares.begin()), direct, threads);

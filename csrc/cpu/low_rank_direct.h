@@ -15,63 +15,6 @@ constexpr int kSumsHeld = 8;
 #endif
 constexpr int kRowsHeld = 4;
 
-// 16 bits for each lane of a vector of floats, and the same as 32.
-typedef uint16_t Halves __attribute__((vector_size(MOS_VECTOR_BYTES / 2)));
-typedef float HalfFloats __attribute__((vector_size(MOS_VECTOR_BYTES / 2)));
-
-inline U::type choose(U::type where, U::type yes, U::type no) { return (where & yes) | (~where & no); }
-
-// `width` elements P as numbers T, which are at least as wide: numeric.h's conversions, in vectors.
-template <class P, class T>
-inline typename Vec<T>::type widened(const P* p) {
-  if constexpr (sizeof(P) == sizeof(T)) {
-    return Vec<T>::load(p);
-  } else if constexpr (sizeof(P) == 4) {
-    HalfFloats v;
-    __builtin_memcpy(&v, p, sizeof(v));
-    return __builtin_convertvector(v, typename Vec<T>::type);
-  } else {
-    Halves half;
-    __builtin_memcpy(&half, p, sizeof(half));
-    const U::type bits = __builtin_convertvector(half, U::type);
-    if constexpr (std::is_same_v<P, bf16_t>) {
-      return reinterpret_cast<F::type>(bits << 16);
-    } else {
-      typedef int32_t Int __attribute__((vector_size(MOS_VECTOR_BYTES)));
-      const U::type sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7FFFu;
-      const U::type subnormal = reinterpret_cast<U::type>(
-          __builtin_convertvector(reinterpret_cast<Int>(magnitude), F::type) * 0x1p-24f);
-      const U::type normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7F800000u;
-      const U::type finite = choose(reinterpret_cast<U::type>(magnitude < 0x400u), subnormal, normal);
-      return reinterpret_cast<F::type>(choose(reinterpret_cast<U::type>(magnitude >= 0x7C00u), special, finite) | sign);
-    }
-  }
-}
-
-// And back, rounded to nearest even.
-template <class X, class T>
-inline void narrow_to(X* p, typename Vec<T>::type v) {
-  if constexpr (sizeof(X) == sizeof(T)) {
-    Vec<T>::store(p, v);
-  } else {
-    const U::type u = reinterpret_cast<U::type>(v), magnitude = u & 0x7FFFFFFFu;
-    U::type bits;
-    if constexpr (std::is_same_v<X, bf16_t>) {
-      const U::type rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-      bits = choose(reinterpret_cast<U::type>(magnitude > 0x7F800000u), U::type{} + 0x7FC0u, rounded);
-    } else {
-      const U::type normal = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u)) >> 13;
-      const U::type subnormal = reinterpret_cast<U::type>(reinterpret_cast<F::type>(magnitude) + 0.5f) - 0x3F000000u;
-      bits = choose(reinterpret_cast<U::type>(magnitude < 0x38800000u), subnormal, normal);
-      bits = choose(reinterpret_cast<U::type>(magnitude >= 0x477FF000u), U::type{} + 0x7C00u, bits);
-      bits = choose(reinterpret_cast<U::type>(magnitude > 0x7F800000u), U::type{} + 0x7E00u, bits);
-      bits |= (u >> 16) & 0x8000u;
-    }
-    const Halves half = __builtin_convertvector(bits, Halves);
-    __builtin_memcpy(p, &half, sizeof(half));
-  }
-}
-
 // The sum of all lanes.
 template <int kHalf, class V, int... kLane>
 inline auto sum_of_lanes(V v, Lanes<kLane...> lanes) {
@@ -92,9 +35,7 @@ struct Run {
   Run(const Factor& f, int64_t c0, int64_t c1)
       : shard(c0 / f.shard_size), offset(c0 % f.shard_size), columns(min64(c1 - c0, f.shard_size - offset)) {}
   // To the next, which begins at column c.
-  void advance(const Factor& f, int64_t c, int64_t c1) {
-    ++shard, offset = 0, columns = min64(c1 - c, f.shard_size);
-  }
+  void advance(const Factor& f, int64_t c, int64_t c1) { ++shard, offset = 0, columns = min64(c1 - c, f.shard_size); }
   int64_t whole(int64_t width) const { return columns / width * width; }
   // Where the last vector begins, counted from the run's first column.
   int64_t last(int64_t width) const { return max64(0, offset + columns - width) - offset; }

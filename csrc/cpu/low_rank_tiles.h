@@ -30,21 +30,61 @@ struct Vec {
 using F = Vec<float>;
 using U = Vec<uint32_t>;
 
-// `width` elements of X as numbers of type T, and back: acc rounded to X.
-template <class X, class T>
-inline typename Vec<T>::type load_as(const X* p) {
-  if constexpr (sizeof(X) == sizeof(T)) return Vec<T>::load(p);
-  T lane[Vec<T>::width];
-  for (int i = 0; i < Vec<T>::width; ++i) lane[i] = static_cast<T>(p[i]);
-  return Vec<T>::load(lane);
+// 16 bits for each lane of a vector of floats, and the same as 32.
+typedef uint16_t Halves __attribute__((vector_size(MOS_VECTOR_BYTES / 2)));
+typedef float HalfFloats __attribute__((vector_size(MOS_VECTOR_BYTES / 2)));
+
+inline U::type choose(U::type where, U::type yes, U::type no) { return (where & yes) | (~where & no); }
+
+// `width` elements P as numbers T, which are at least as wide: numeric.h's conversions, in vectors.
+template <class P, class T>
+inline typename Vec<T>::type widened(const P* p) {
+  if constexpr (sizeof(P) == sizeof(T)) {
+    return Vec<T>::load(p);
+  } else if constexpr (sizeof(P) == 4) {
+    HalfFloats v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return __builtin_convertvector(v, typename Vec<T>::type);
+  } else {
+    Halves half;
+    __builtin_memcpy(&half, p, sizeof(half));
+    const U::type bits = __builtin_convertvector(half, U::type);
+    if constexpr (std::is_same_v<P, bf16_t>) {
+      return reinterpret_cast<F::type>(bits << 16);
+    } else {
+      typedef int32_t Int __attribute__((vector_size(MOS_VECTOR_BYTES)));
+      const U::type sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7FFFu;
+      const U::type subnormal =
+          reinterpret_cast<U::type>(__builtin_convertvector(reinterpret_cast<Int>(magnitude), F::type) * 0x1p-24f);
+      const U::type normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7F800000u;
+      const U::type finite = choose(reinterpret_cast<U::type>(magnitude < 0x400u), subnormal, normal);
+      return reinterpret_cast<F::type>(choose(reinterpret_cast<U::type>(magnitude >= 0x7C00u), special, finite) | sign);
+    }
+  }
 }
 
+// And back, rounded to nearest even.
 template <class X, class T>
-inline void store_as(X* p, typename Vec<T>::type v) {
-  if constexpr (sizeof(X) == sizeof(T)) return Vec<T>::store(p, v);
-  T lane[Vec<T>::width];
-  Vec<T>::store(lane, v);
-  for (int i = 0; i < Vec<T>::width; ++i) p[i] = round_to<X>(lane[i]);
+inline void narrow_to(X* p, typename Vec<T>::type v) {
+  if constexpr (sizeof(X) == sizeof(T)) {
+    Vec<T>::store(p, v);
+  } else {
+    const U::type u = reinterpret_cast<U::type>(v), magnitude = u & 0x7FFFFFFFu;
+    U::type bits;
+    if constexpr (std::is_same_v<X, bf16_t>) {
+      const U::type rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+      bits = choose(reinterpret_cast<U::type>(magnitude > 0x7F800000u), U::type{} + 0x7FC0u, rounded);
+    } else {
+      const U::type normal = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u)) >> 13;
+      const U::type subnormal = reinterpret_cast<U::type>(reinterpret_cast<F::type>(magnitude) + 0.5f) - 0x3F000000u;
+      bits = choose(reinterpret_cast<U::type>(magnitude < 0x38800000u), subnormal, normal);
+      bits = choose(reinterpret_cast<U::type>(magnitude >= 0x477FF000u), U::type{} + 0x7C00u, bits);
+      bits = choose(reinterpret_cast<U::type>(magnitude > 0x7F800000u), U::type{} + 0x7E00u, bits);
+      bits |= (u >> 16) & 0x8000u;
+    }
+    const Halves half = __builtin_convertvector(bits, Halves);
+    __builtin_memcpy(p, &half, sizeof(half));
+  }
 }
 
 #ifdef MOS_DOT
@@ -92,8 +132,8 @@ struct Arithmetic {
     for (int i = 0; i < 2 * U::width; ++i) lane[i] = p[i].bits | static_cast<Word>(q[i].bits) << 16;
     words[0] = U::load(lane), words[1] = U::load(lane + U::width);
   }
-  static inline void add_to(bf16_t* p, Sums v) { set(p, load_as<bf16_t, float>(p) + v); }
-  static inline void set(bf16_t* p, Sums v) { store_as<bf16_t, float>(p, v); }
+  static inline void add_to(bf16_t* p, Sums v) { set(p, widened<bf16_t, float>(p) + v); }
+  static inline void set(bf16_t* p, Sums v) { narrow_to<bf16_t, float>(p, v); }
 #endif
 
   static inline Word join(bf16_t first, bf16_t second) { return first.bits | static_cast<Word>(second.bits) << 16; }
@@ -116,11 +156,11 @@ struct Arithmetic {
   }
   template <class X>
   static inline void add_to(X* p, Sums v) {
-    store_as<X, T>(p, load_as<X, T>(p) + v);
+    narrow_to<X, T>(p, widened<X, T>(p) + v);
   }
   template <class X>
   static inline void set(X* p, Sums v) {
-    store_as<X, T>(p, v);
+    narrow_to<X, T>(p, v);
   }
   static inline T join(T first, T) { return first; }
   static inline T word(T first, T) { return first; }
@@ -253,8 +293,8 @@ inline void expand(int64_t words, const typename A::Word* s, int64_t s_stride, c
   }
 }
 
-// f(Count<kMost>), a power of two, then half of it, ... 1: `n` cut into pieces whose size the compiler knows. f gets the
-// size and the start.
+// f(Count<kMost>), a power of two, then half of it, ... 1: `n` cut into pieces whose size the compiler knows. f gets
+// the size and the start.
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -402,10 +442,13 @@ void stage_rows(const X* column, const RowsOf& lies, int64_t rows, int64_t cols,
                 int64_t stride) {
   for (int64_t t = 0; t < rows; ++t, dst += stride) {
     const X* src = column + lies[t];
-    if constexpr (sizeof(E) == 2) {
+    if constexpr (sizeof(E) == sizeof(X)) {
       __builtin_memcpy(dst, src, static_cast<size_t>(cols) * sizeof(E));
     } else {
-      for (int64_t c = 0; c < cols; ++c) dst[c] = static_cast<E>(src[c]);
+      constexpr int64_t n = Vec<E>::width;
+      int64_t c = 0;
+      for (; c + n <= cols; c += n) Vec<E>::store(dst + c, widened<X, E>(src + c));
+      for (; c < cols; ++c) dst[c] = static_cast<E>(src[c]);
     }
     for (int64_t c = cols; c < stride; ++c) dst[c] = E{};
     if (!mask) continue;
@@ -553,7 +596,7 @@ inline void run_block(const LowRankPass& p, const Block& b, const PackedFactor& 
                       int64_t grad_stride) {
   run_block_over<Arithmetic, bf16_t>(p, b, packed, projected, grad, grad_stride);
 }
-constexpr Kernels kDot = {pack_factor, run_block, Vec<float>::width, Arithmetic::kGroup, sizeof(float)};
+constexpr Kernels kDot = {pack_factor, run_block, Vec<float>::width, Arithmetic::kGroup, sizeof(float), 16};
 
 #else
 
@@ -574,8 +617,9 @@ inline void run_block_double(const LowRankPass& p, const Block& b, const PackedF
                              void* grad, int64_t grad_stride) {
   run_block_over<Arithmetic<double>, double>(p, b, packed, projected, grad, grad_stride);
 }
-constexpr Kernels kFloat = {pack_factor<float>, run_block_float, Vec<float>::width, 1, sizeof(float)};
-constexpr Kernels kDouble = {pack_factor<double>, run_block_double, Vec<double>::width, 1, sizeof(double)};
+constexpr int64_t kFewRows = MOS_VECTOR_BYTES == 64 ? 64 : 16;
+constexpr Kernels kFloat = {pack_factor<float>, run_block_float, Vec<float>::width, 1, sizeof(float), kFewRows};
+constexpr Kernels kDouble = {pack_factor<double>, run_block_double, Vec<double>::width, 1, sizeof(double), kFewRows};
 
 #endif
 
