@@ -134,6 +134,48 @@ for dtype in ("f32", "f64", "bf16", "f16"):
                     )
                     assert (eye[0] == 2 * keep.sum(0)).all()
 
+# Few rows that share a factor, and as many as there are where results must not depend on them: the factor is read where
+# it lies. Shards of whole vectors and of others, many and less than a tile of columns; every remainder of ranks.
+for dtype, pool_dtype in (("f32", "f32"), ("f64", "f32"), ("f64", "f64"), *((x, p) for x in ("bf16", "f16") for p in ("f32", x))):
+    sums = np.float64 if dtype == "f64" else np.float32
+    for shard, l in ((16, 3), (17, 5), (31, 2), (100, 1), (192, 4), (333, 7), (1024, 2), (1031, 3)):
+        for r in (*range(1, 18), 64) if l in (2, 5) else (3, 64):
+            counts = rng.permutation([0, 1, 2, 3, 5, 7, 70])[: 7 if r == 3 else 4]
+            d, n, groups, places = shard * l, 2 * r * l, len(counts), counts.sum()
+            pool, s = integers(n, shard + 3)[:, 1:-2], integers(places, r)  # rows of odd length
+            index = np.stack([rng.permutation(n)[: r * l] for _ in counts]).reshape(groups, r, l).astype(np.int32)
+            x, y = integers(places + 2, d + 5)[:, 2:-3], integers(places + 2, d + 1)[:, :-1]
+            rows = rng.permutation(places + 2)[:places].astype(np.int32)
+            ranks, scales = rng.integers(0, r + 1, groups, np.int32), rng.integers(1, 4, groups).astype(np.float32)
+            ranks[0] = r
+            ends = np.cumsum(counts).astype(np.int32)
+            own = np.repeat(np.arange(groups), counts)
+            factors = pool[index].reshape(groups, r, d) * (np.arange(r) < ranks[:, None])[..., None]
+            wide_pool = to_bits(np.pad(pool, ((0, 0), (1, 2)), constant_values=np.nan), pool_dtype)
+            common = {"pool": wide_pool[:, 1:-2], "pool_dtype": pool_dtype, "index": index, "dtype": dtype, "ends": ends}
+            common |= {"rows": rows, "ranks": ranks, "scales": scales, "scale": 2.0}
+            for invariant in (False, True):
+                projected_frame, projected = frame(sums, places, r)
+                wide_x = to_bits(np.pad(x, ((0, 0), (2, 3)), constant_values=np.nan), dtype)
+                K.low_rank_pass(**common, input=wide_x[:, 2:-3], projected=projected, invariant=invariant)
+                grown = 2 * scales[own, None] * factors[own].transpose(1, 0, 2).astype(np.float64)
+                assert (projected == np.einsum("td,rtd->tr", x[rows], grown)).all(), (dtype, pool_dtype, shard, l, r)
+                assert (projected_frame[[0, -1]] == 77).all()
+                for accumulate in (True, False):
+                    wide = np.full((places + 4, d + 3), to_bits(np.array([5.0]), dtype)[0])
+                    out = wide[1:-1, 1:-2]
+                    out[...] = to_bits(y, dtype)
+                    K.low_rank_pass(**common, s=s.astype(sums), out=out, accumulate=accumulate, invariant=invariant)
+                    want = y if accumulate else np.zeros(y.shape)
+                    want[rows] += np.einsum("tr,rtd->td", s, grown)
+                    assert (np.asarray(out) == to_bits(want, dtype)).all(), (dtype, pool_dtype, shard, l, r)
+                    assert (wide[[0, -1]] == to_bits(np.array([5.0]), dtype)[0]).all()
+                    assert (wide[:, [0, -1, -2]] == to_bits(np.array([5.0]), dtype)[0]).all()
+                    if accumulate:
+                        y = y.copy()
+                        y[rows] -= np.einsum("tr,rtd->td", s, grown)
+                cases += 1
+
 # Conversions: every half and bfloat16 survives, halfway cases go to even, and specials stay special.
 every = np.arange(2**16, dtype=np.uint16)
 for dtype in ("f16", "bf16"):

@@ -278,6 +278,22 @@ def test_batch_invariance(rows, dtype, device):
         assert torch.equal(own.call(batch_invariant=True)[0], y[place])
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{str(d[0])[6:]}-{str(d[1])[6:]}")
+def test_a_mixed_batch_is_its_rows_one_by_one(dtypes, device):
+    """A decode step of a server: groups of one row to two hundred, in any order. Every row, to the bit."""
+    counts = [1, 2, 3, 7, 64, 200]
+    dtype, pool_dtype = dtypes
+    case = make(counts, 2132, 200, 16, 4, optional=True, dtype=dtype, pool_dtype=pool_dtype, device=device)
+    y = case.call(batch_invariant=True)
+    against_reference(case, dtype, invariant=True)
+    end = torch.ones(1, dtype=torch.int32, device=device)
+    for place, g in enumerate(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).tolist()):
+        row = case.rows[place].item()
+        tables = {"index_a": case.index_a[g : g + 1], "index_b": case.index_b[g : g + 1], "ends": end, "rows": None}
+        own = {"ranks": case.ranks[g : g + 1], "scales": case.scales[g : g + 1], "x": case.x[row : row + 1]}
+        assert torch.equal(replace(case, **tables, **own).call(batch_invariant=True)[0], y[row])
+
+
 def differentiable(case):
     return [t.requires_grad_() for t in (case.x, case.pool_a, case.pool_b)]
 

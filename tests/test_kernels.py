@@ -120,3 +120,47 @@ assert all((a == b).all() for a, b in zip(*results))
 """
     command = [sys.executable, "-c", script, str(rows), str(cols)]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(plain)}, check=True)
+
+
+INVARIANT = r"""
+import numpy as np, mos_kernels as K
+rng = np.random.default_rng(2)
+counts = [1, 2, 3, 7, 64, 200]
+ends, groups, places = np.cumsum(counts).astype(np.int32), len(counts), sum(counts)
+
+def bits(x, dtype):
+    return (x.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else x.astype(dtype.replace("f", "float"))
+
+for dtype, pool_dtype in (("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("f16", "f16"), ("f64", "f64")):
+    sums = np.float64 if dtype == "f64" else np.float32
+    for shard, l, r in ((533, 4, 16), (40, 5, 7), (1024, 3, 17), (3, 200, 4)):
+        normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+        d, n = shard * l, 2 * r * l
+        index = np.stack([rng.permutation(n)[: r * l] for _ in counts]).reshape(groups, r, l).astype(np.int32)
+        x, y, s = bits(normal(places, d), dtype), bits(normal(places, d), dtype), normal(places, r).astype(sums)
+        pool, rows = bits(normal(n, shard), pool_dtype), rng.permutation(places).astype(np.int32)
+        common = {"pool": pool, "pool_dtype": pool_dtype, "dtype": dtype, "scale": 0.7, "invariant": True}
+
+        def both(x, y, s, **groups):
+            projected, out = np.full(s.shape, 9, sums), y.copy()
+            K.low_rank_pass(**common, **groups, input=x, projected=projected)
+            K.low_rank_pass(**common, **groups, s=s, out=out, accumulate=True)
+            return projected, out
+
+        projected, out = both(x, y, s, index=index, ends=ends, rows=rows)
+        one = np.ones(1, np.int32)
+        for g, (begin, end) in enumerate(zip(ends - counts, ends)):
+            for t in {*range(begin, end)} if end - begin < 70 else {*range(begin, end, 9), end - 1}:
+                row = rows[t : t + 1]
+                alone = both(x[row], y[row], s[t : t + 1], index=index[g : g + 1], ends=one)
+                assert (alone[0] == projected[t]).all() and (alone[1] == out[row]).all(), (dtype, pool_dtype, shard, g, t)
+"""
+
+
+@pytest.mark.parametrize("isa", ["best", "avx512", "avx2", "baseline", "wide"])
+def test_rows_have_the_same_bits_alone_and_among_others(plain, isa):
+    """Where batch invariance is asked for: groups of 1 to 200 rows, whatever registers their rows and ranks share."""
+    folder = build("wide", "-O2", "-DMOS_EXT_TEST_WIDE") if isa == "wide" else plain
+    limit = {"best": {}, "wide": {"MOS_EXT_CPU_ISA": "avx2"}}.get(isa, {"MOS_EXT_CPU_ISA": isa})
+    environment = {**os.environ, "PYTHONPATH": str(folder), **limit}
+    subprocess.run([sys.executable, "-c", INVARIANT], env=environment, check=True)

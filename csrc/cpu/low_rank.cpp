@@ -148,7 +148,6 @@ class AlignedBuffer {
 
 #define MOS_ISA baseline
 #define MOS_VECTOR_BYTES 16
-#include "low_rank_direct.h"
 #include "low_rank_tiles.h"
 #undef MOS_ISA
 #undef MOS_VECTOR_BYTES
@@ -168,7 +167,6 @@ class AlignedBuffer {
 #else
 #define MOS_VECTOR_BYTES 32
 #endif
-#include "low_rank_direct.h"
 #include "low_rank_tiles.h"
 #undef MOS_ISA
 #ifdef MOS_EXT_TEST_WIDE
@@ -189,7 +187,6 @@ class AlignedBuffer {
 #endif
 #define MOS_ISA avx512
 #define MOS_VECTOR_BYTES 64
-#include "low_rank_direct.h"
 #include "low_rank_tiles.h"
 #undef MOS_ISA
 #if defined(__clang__)

@@ -1,5 +1,5 @@
 // Products of few rows against a factor that is read where it lies: nothing is gathered, converted or laid out ahead.
-// Compiled once per instruction set and included like low_rank_tiles.h, after it, whose rules hold here too.
+// Compiled once per instruction set, at the end of low_rank_tiles.h, whose rules hold here too.
 //
 // Vectors lie along columns. A sum over columns is kept in lanes, which are added up at the end of a tile; a sum over
 // ranks is one lane's. Every sum has one order, whichever rows and ranks share its registers, so a row's result has the
@@ -114,7 +114,7 @@ inline void combine(const Factor& f, const P* row, const int32_t* index, T scale
     for (int v = 0; v < V; ++v) b[v] = widened<P, T>(p + v * n);
     MOS_UNROLL
     for (int t = 0; t < R; ++t) {
-      const T a = s[t * s_stride + j];
+      const T a = scale * s[t * s_stride + j];
       MOS_UNROLL
       for (int v = 0; v < V; ++v) acc[t][v] += a * b[v];
     }
@@ -130,8 +130,8 @@ inline void combine(const Factor& f, const P* row, const int32_t* index, T scale
         for (int64_t i = first; i < end; ++i) lane[i] = to[i];
       }
       X* at = part ? lane : to;
-      const typename L::type sum = scale * acc[t][v];
-      narrow_to<X, T>(at, accumulate ? widened<X, T>(at) + sum : sum);
+      // (Scaled here, the product and the addition would be fused in some of the variants and not in others.)
+      narrow_to<X, T>(at, accumulate ? widened<X, T>(at) + acc[t][v] : acc[t][v]);
       if (part) {
         for (int64_t i = first; i < end; ++i) to[i] = lane[i];
       }

@@ -624,3 +624,7 @@ constexpr Kernels kDouble = {pack_factor<double>, run_block_double, Vec<double>:
 #endif
 
 }  // namespace mos::cpu::MOS_ISA
+
+#ifndef MOS_DOT
+#include "low_rank_direct.h"
+#endif

@@ -34,8 +34,9 @@ Matrix matrix(const std::optional<py::array>& a, DType dtype) {
 }
 
 Factor factor(const py::array& pool, DType dtype, const py::array_t<int32_t>& index) {
-  return {pool.data(),  dtype,          pool.shape(0), pool.shape(1), pool.strides(0) / pool.itemsize(),
-          index.data(), index.shape(0), index.shape(1)};
+  const py::ssize_t r = index.ndim() - 2;  // before it, groups
+  return {pool.data(),  dtype,          pool.shape(0),     pool.shape(1), pool.strides(0) / pool.itemsize(),
+          index.data(), index.shape(r), index.shape(r + 1)};
 }
 
 ParallelFor in_order(bool reversed) {
@@ -83,7 +84,10 @@ PYBIND11_MODULE(mos_kernels, m) {
       [](const py::array& pool, const std::string& pool_dtype, const py::array_t<int32_t>& index,
          const std::string& dtype, std::optional<py::array> in, std::optional<py::array> s,
          std::optional<py::array> projected, std::optional<py::array> factor_grad, std::optional<py::array> out,
-         bool accumulate, double scale, double dropout, uint64_t seed, bool reversed, bool scatter) {
+         bool accumulate, double scale, double dropout, uint64_t seed, bool reversed, bool scatter,
+         const std::optional<py::array_t<int32_t>>& ends, const std::optional<py::array_t<int32_t>>& rows,
+         const std::optional<py::array_t<int32_t>>& ranks, const std::optional<py::array_t<float>>& scales,
+         bool invariant) {
         cpu::LowRankPass pass{factor(pool, dtype_named(pool_dtype), index), {seed, dropout_threshold(dropout)}, scale};
         const Matrix in_view = matrix(in, dtype_named(dtype)), out_view = matrix(out, dtype_named(dtype));
         pass.in = in ? &in_view : nullptr;
@@ -93,13 +97,20 @@ PYBIND11_MODULE(mos_kernels, m) {
         pass.factor_grad = factor_grad ? factor_grad->mutable_data() : nullptr;
         pass.accumulate = accumulate;
         pass.scatter = scatter;
+        if (ends) {
+          pass.groups = {ends->data(), rows ? rows->data() : nullptr, ranks ? ranks->data() : nullptr,
+                         scales ? scales->data() : nullptr, ends->size()};
+          pass.groups.places = rows ? rows->size() : pass.activations().rows;
+          pass.groups.invariant = invariant;
+        }
         cpu::low_rank_pass(pass, in_order(reversed));
       },
       py::kw_only(), py::arg("pool"), py::arg("pool_dtype"), py::arg("index"), py::arg("dtype"),
       py::arg("input") = py::none(), py::arg("s") = py::none(), py::arg("projected") = py::none(),
       py::arg("factor_grad") = py::none(), py::arg("out") = py::none(), py::arg("accumulate") = false,
       py::arg("scale") = 1.0, py::arg("dropout") = 0.0, py::arg("seed") = 0, py::arg("reversed") = false,
-      py::arg("scatter") = false);
+      py::arg("scatter") = false, py::arg("ends") = py::none(), py::arg("rows") = py::none(),
+      py::arg("ranks") = py::none(), py::arg("scales") = py::none(), py::arg("invariant") = false);
   m.def("scatters", [](const py::array& pool, const py::array_t<int32_t>& index, int64_t rows) {
     return cpu::scatters(factor(pool, DType::f32, index), rows);
   });
