@@ -45,6 +45,10 @@ struct Groups {
   int64_t places = 0;      // rows of S
   bool invariant = false;  // sums of a row are cut by columns and rank alone
 
+  // The places of group g, none where it ends before it begins; where ends are read on the host.
+  int64_t begin(int64_t g) const { return g && ends[g - 1] > 0 ? ends[g - 1] : 0; }
+  int64_t end(int64_t g) const { return ends[g] < places ? ends[g] : places; }
+
   explicit operator bool() const { return ends != nullptr; }
 };
 

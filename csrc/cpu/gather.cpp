@@ -87,7 +87,11 @@ void scatter_shards(const std::vector<FactorGradient>& modules, const Uses& uses
 }  // namespace
 
 int64_t first_bad_index(const int32_t* index, int64_t entries, int64_t num_shards) {
-  for (int64_t q = 0; q < entries; ++q) {
+  // In vectors: an index below 0 is a large one without a sign. Which one it is, is asked where there is one.
+  const uint32_t end = static_cast<uint32_t>(min64(num_shards, INT32_MAX));
+  uint32_t bad = 0;
+  for (int64_t q = 0; q < entries; ++q) bad |= static_cast<uint32_t>(static_cast<uint32_t>(index[q]) >= end);
+  for (int64_t q = 0; bad && q < entries; ++q) {
     if (index[q] < 0 || index[q] >= num_shards) return q;
   }
   return -1;

@@ -313,14 +313,16 @@ std::vector<Share<T>> shares_of(const LowRankPass& p, const Kernels& kernels) {
     shares.emplace_back(p, 0, p.places(), kernels);
     return shares;
   }
+  shares.reserve(static_cast<size_t>(min64(groups.count, p.places())));
   for (int64_t g = 0; g < groups.count; ++g) {
-    const int64_t begin = g ? max64(0, groups.ends[g - 1]) : 0, end = min64(groups.places, groups.ends[g]);
+    const int64_t begin = groups.begin(g), end = groups.end(g);
+    if (begin >= end) continue;
     LowRankPass own = p;
     own.factor.index += g * p.factor.rank * p.factor.shards_per_vector;
     if (groups.ranks) own.factor.rank = max64(0, min64(p.factor.rank, groups.ranks[g]));
     if (groups.scales) own.scale *= static_cast<double>(groups.scales[g]);
     own.factor_grad = gradient_of<T>(p, g);
-    if (begin < end && own.factor.rank > 0) shares.emplace_back(own, begin, end, kernels);
+    if (own.factor.rank > 0) shares.emplace_back(own, begin, end, kernels);
   }
   return shares;
 }

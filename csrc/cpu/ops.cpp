@@ -31,10 +31,25 @@ struct FactorArgument {
   Tensor pool, index;
   Factor view;
 
-  FactorArgument(const Tensor& pool_in, const Tensor& index_in, bool grouped = false)
-      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index, grouped)) {
-    const int64_t bad = first_bad_index(view.index, index.numel(), view.num_shards);
-    STD_TORCH_CHECK(bad < 0, "index must be in [0, ", view.num_shards, "), got ", view.index[bad], " at entry ", bad);
+  FactorArgument(const Tensor& pool_in, const Tensor& index_in)
+      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index)) {
+    check(0, index.numel());
+  }
+  // Of groups, only those that have rows: a table of 2000 adapters takes longer to look through than a few rows do.
+  FactorArgument(const Tensor& pool_in, const Tensor& index_in, const Groups& groups)
+      : pool(as_contiguous(pool_in)), index(as_contiguous(index_in)), view(factor_of(pool, index, true)) {
+    STD_TORCH_CHECK(index.size(0) == groups.count, "index_a and index_b must have the same groups and rank");
+    const int64_t entries = view.rank * view.shards_per_vector;
+    for (int64_t g = 0; g < groups.count; ++g) {
+      if (groups.begin(g) < groups.end(g)) check(g * entries, entries);
+    }
+  }
+
+ private:
+  void check(int64_t first, int64_t entries) const {
+    const int64_t bad = first_bad_index(view.index + first, entries, view.num_shards);
+    STD_TORCH_CHECK(bad < 0, "index must be in [0, ", view.num_shards, "), got ", view.index[first + bad], " at entry ",
+                    first + bad);
   }
 };
 
@@ -274,23 +289,22 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& dy, const Te
 
 // What every grouped operator is given, and the passes made of it.
 struct Grouped {
+  GroupsArgument groups;
   FactorArgument a, b;
   Dropout dropout;
   double scale;
-  GroupsArgument groups;
 
   Grouped(const Tensor& x, const Tensor& pool_a, const Tensor& index_a, const Tensor& pool_b, const Tensor& index_b,
           double scale, double p, const std::optional<Tensor>& seed, const Tensor& ends,
           const std::optional<Tensor>& rows, const std::optional<Tensor>& ranks, const std::optional<Tensor>& scales,
           bool invariant)
-      : a(pool_a, index_a, true),
-        b(pool_b, index_b, true),
+      : groups(x.size(0), index_a.size(0), ends, rows, ranks, scales, invariant),
+        a(pool_a, index_a, groups.view),
+        b(pool_b, index_b, groups.view),
         dropout(dropout_of(p, seed)),
-        scale(scale),
-        groups(x.size(0), index_a.size(0), ends, rows, ranks, scales, invariant) {
+        scale(scale) {
     STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
-    STD_TORCH_CHECK(index_b.size(0) == index_a.size(0) && a.view.rank == b.view.rank,
-                    "index_a and index_b must have the same groups and rank");
+    STD_TORCH_CHECK(a.view.rank == b.view.rank, "index_a and index_b must have the same groups and rank");
     check_cols(x, a.view);
     const int64_t bad = groups.view.rows ? first_bad_index(groups.view.rows, groups.view.places, x.size(0)) : -1;
     STD_TORCH_CHECK(bad < 0, "rows must be in [0, ", x.size(0), "), got ", groups.view.rows[bad], " at place ", bad);
