@@ -587,8 +587,10 @@ void run_block_over(const LowRankPass& p, const Block& b, const PackedFactor& pa
   }
 }
 
+// Up to so many rows that share a factor packing does not pay (csrc/README.md has the times).
 #ifdef MOS_DOT
 
+constexpr int64_t kFewRows = 16;
 inline void pack_factor(const Factor& f, int64_t c0, int64_t cols, void* by_column, void* by_rank) {
   pack_factor_as<Arithmetic>(f, c0, cols, by_column, by_rank);
 }
@@ -596,10 +598,11 @@ inline void run_block(const LowRankPass& p, const Block& b, const PackedFactor& 
                       int64_t grad_stride) {
   run_block_over<Arithmetic, bf16_t>(p, b, packed, projected, grad, grad_stride);
 }
-constexpr Kernels kDot = {pack_factor, run_block, Vec<float>::width, Arithmetic::kGroup, sizeof(float), 16};
+constexpr Kernels kDot = {pack_factor, run_block, Vec<float>::width, Arithmetic::kGroup, sizeof(float), kFewRows};
 
 #else
 
+constexpr int64_t kFewRows = MOS_VECTOR_BYTES == 64 ? 64 : 16;
 template <class T>
 void pack_factor(const Factor& f, int64_t c0, int64_t cols, void* by_column, void* by_rank) {
   pack_factor_as<Arithmetic<T> >(f, c0, cols, by_column, by_rank);
@@ -617,7 +620,6 @@ inline void run_block_double(const LowRankPass& p, const Block& b, const PackedF
                              void* grad, int64_t grad_stride) {
   run_block_over<Arithmetic<double>, double>(p, b, packed, projected, grad, grad_stride);
 }
-constexpr int64_t kFewRows = MOS_VECTOR_BYTES == 64 ? 64 : 16;
 constexpr Kernels kFloat = {pack_factor<float>, run_block_float, Vec<float>::width, 1, sizeof(float), kFewRows};
 constexpr Kernels kDouble = {pack_factor<double>, run_block_double, Vec<double>::width, 1, sizeof(double), kFewRows};
 
