@@ -198,7 +198,8 @@ def test_gradients_and_autocast(llama, bank):
     for i, name in enumerate(["plain", "short"]):
         own = embedded[i : i + 1].clone().requires_grad_()
         alone[name](inputs_embeds=own).logits.sum().backward()
-        torch.testing.assert_close(x.grad[i : i + 1], own.grad, rtol=1e-5, atol=1e-4)  # of gradients up to 140
+        # Four blocks in float32, whose sums are added in another order: about 20 of its eps of the whole.
+        assert (x.grad[i : i + 1] - own.grad).norm() < 2e-6 * own.grad.norm() + 2e-6
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), bank.route(base, ["plain", None]):
         y = base(inputs_embeds=embedded).logits
     torch.testing.assert_close(y[:1].float(), alone["plain"](inputs_embeds=embedded[:1]).logits, rtol=0, atol=0.2)
