@@ -109,8 +109,8 @@ def run(hub, tmp_path, monkeypatch):
     Path("notes.txt").write_text("some words to read, again and again. " * 400)
 
     def local(code):
-        for name, folder in hub.items():
-            code = code.replace(name, str(folder))
+        for name, here in (*hub.items(), *SERVERS.items()):
+            code = code.replace(name, str(here))
         return code
 
     def run(page):
@@ -126,7 +126,8 @@ def run(hub, tmp_path, monkeypatch):
                     execute(local(command))
         return variables
 
-    return run
+    yield run
+    stop_servers()
 
 
 def logits(model):
@@ -195,6 +196,13 @@ def check_distributed(left):
     assert Path("out", "adapter").is_dir()
 
 
+def check_server(left):
+    """The page's client has talked to the page's server."""
+    assert left["answer"].model == "mine"
+    assert left["answer"].usage.completion_tokens == 20
+    assert left["piece"].choices[0].finish_reason in ("length", "stop")
+
+
 def check_export(left):
     merged = transformers.AutoModelForCausalLM.from_pretrained("merged")
     torch.testing.assert_close(logits(merged), logits(left["lora"]), rtol=1e-4, atol=1e-5)
@@ -219,6 +227,7 @@ CHECKS = {
     "docs/guides/qlora.md": check_qlora,
     "docs/guides/experts.md": check_experts,
     "docs/guides/distributed.md": check_distributed,
+    "docs/guides/server.md": check_server,
     "docs/guides/export.md": check_export,
     "docs/troubleshooting.md": check_troubleshooting,
     "docs/format.md": check_format,
@@ -281,12 +290,37 @@ def server(arguments):
         assert config.r == int(arguments[arguments.index("--max-lora-rank") + 1])
 
 
+SERVERS = {}  # where a page says that its server is -> where it is
+PROCESSES = []
+
+
+def serve(arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / "serve.py"), *arguments, "--port", "0", "--device", "cpu"]
+    PROCESSES.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    lines = []
+    while not (found := re.search(r"Uvicorn running on (\S+)", "".join(lines[-1:]))):
+        lines.append(PROCESSES[-1].stderr.readline())
+        assert lines[-1], "".join(lines)
+    SERVERS["http://localhost:8000"] = found[1]
+
+
+def stop_servers():
+    SERVERS.clear()
+    while PROCESSES:
+        with PROCESSES.pop() as process:
+            process.terminate()
+            errors = process.stderr.read()
+        assert process.returncode == 0, errors
+
+
 COMMANDS = {
     "make": make,
     "pip": pip,
     "torchrun": torchrun,
     "python -m mos_ext": lambda arguments: python("-m", "mos_ext"),
     "python examples/finetune.py": lambda arguments: python(*example(["examples/finetune.py", *arguments])),
+    "python examples/serve.py": serve,
     "vllm serve": server,
     "python -m sglang.launch_server": server,
     "curl": lambda arguments: None,  # of those servers

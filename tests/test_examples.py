@@ -36,25 +36,29 @@ def run(monkeypatch, tmp_path, capsys):
 
 def test_they_are_short_and_all_of_them_are_here():
     found = {file.stem for file in EXAMPLES.glob("*.py")}
-    assert found == {*NAMES, *SHARED, "finetune"}
-    assert max(len((EXAMPLES / f"{name}.py").read_text().splitlines()) for name in (*NAMES, *SHARED)) <= 120
+    assert found == {*NAMES, *SHARED, "finetune", "serve"}
+    short = (*NAMES, *SHARED, "serve")
+    assert max(len((EXAMPLES / f"{name}.py").read_text().splitlines()) for name in short) <= 120
 
 
-def test_their_extra_has_what_they_import():
+@pytest.mark.parametrize("extra", ["examples", "serve"])
+def test_their_extra_has_what_they_import(extra):
+    """Of the server, all but its tiny model."""
+    server = {EXAMPLES / "serve.py", *(EXAMPLES / "server").glob("*.py")}
     imported = set()
-    for file in EXAMPLES.glob("*.py"):
+    for file in server if extra == "serve" else {*EXAMPLES.glob("*.py")} - server:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
+            elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
     text = (EXAMPLES.parent / "pyproject.toml").read_text()
     needed = re.findall(r"^(?:io|peft|dependencies) = \[(.*)\]$", text, re.MULTILINE)
-    needed.append(re.search(r"^examples = \[(.*?)\n\]$", text, re.MULTILINE | re.DOTALL).group(1))
+    needed.append(re.search(rf"^{extra} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL).group(1))
     names = {re.match(r"[\w-]+", word).group() for part in needed for word in re.findall(r'"([^"]+)"', part)}
-    own = {"mos_ext", "PIL", *SHARED}  # pillow is imported as PIL
-    assert "pillow" in names
-    assert imported - own - set(sys.stdlib_module_names) <= names
+    own = {"mos_ext", "server", "PIL", *SHARED}  # pillow is imported as PIL
+    assert {"examples": "pillow", "serve": "uvicorn"}[extra] in names
+    assert imported - own - set(sys.stdlib_module_names) <= {name.replace("-", "_") for name in names}
 
 
 def learnt(folder):
