@@ -59,8 +59,8 @@ class Scope:
     decode: tuple[int, ...] = (1, 8, 64, 256)
     prefill: tuple[tuple[int, int], ...] = ((4, 64), (16, 128))
     llama: step.Case = LLAMA
-    generate: tuple[int, ...] = (1, 8, 64)
-    tokens: int = 24
+    # (As many sequences as 64, fewer tokens: five rounds of five providers take a minute as it is.)
+    generate: tuple[tuple[int, int], ...] = ((1, 24), (8, 24), (64, 6))
     large: tuple[int, int, int, int] = (32, 4096, 11008, 32)  # layers, width, intermediate, heads: LLaMA-2-7B's
     small: tuple[int, int, int, int] = (2, 64, 128, 4)
     thousands: int = 2000
@@ -74,8 +74,7 @@ TINY = Scope(
     decode=(1, 6),
     prefill=((3, 4),),
     llama=step.Case(torch.float32, 5, 32, 64, 64, 3, 8),
-    generate=(1, 3),
-    tokens=3,
+    generate=((1, 3), (3, 3)),
     large=(8, 64, 96, 2),
     small=(2, 32, 64, 2),
     thousands=70,
@@ -308,7 +307,7 @@ def routed(bank: AdapterBank, model: nn.Module, names: Sequence[str], ids: Tenso
 @torch.no_grad()
 def model(scope: Scope, sizes: Sizes, case: step.Case, sequences: int, new: int) -> list[dict]:
     """A prefill, or ``generate`` with short prompts, of a whole model."""
-    made = models(case, max(*scope.generate, scope.llama.sequences))
+    made = models(case, max(*(n for n, _ in scope.generate), scope.llama.sequences))
     torch.manual_seed(2)
     ids = torch.randint(case.vocabulary, (sequences, case.length // 4 if new else case.length))
     steps: dict[str, Step] = {}
@@ -480,7 +479,7 @@ Item = tuple[str, dict[str, object], Callable[[], list[dict]]]
 
 def items(scope: Scope, sizes: Sizes) -> Iterator[Item]:
     """(name, columns, what to do), the most important first."""
-    longer = sizes if scope is TINY else replace(sizes, seconds=16.0)  # five rounds of seconds would be an accident's
+    longer = sizes if scope is TINY else replace(sizes, seconds=8.0)  # five rounds of seconds would be an accident's
     large, small = (f"Llama, {s[0]} layers of width {s[1]}" for s in (scope.large, scope.small))
     yield "memory", {"mode": "memory", "model": large, "dtype": "float32"}, functools.partial(memory, scope)
     yield "load", {"mode": "load", "model": large, "dtype": "float32"}, functools.partial(load, scope, sizes)
@@ -488,7 +487,7 @@ def items(scope: Scope, sizes: Sizes) -> Iterator[Item]:
     yield "thousands", columns, functools.partial(thousands, scope, sizes)
     for dtype in DTYPES:
         case = replace(scope.llama, dtype=dtype)
-        batches = [*((n, scope.tokens) for n in scope.generate), (case.sequences, 0)]
+        batches = [*scope.generate, (case.sequences, 0)]
         for sequences, new in batches:
             mode = "generate" if new else "prefill"
             columns = {"mode": mode, "case": f"{sequences} x {new or case.length}", "layers": case.layers}
