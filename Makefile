@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest matrix check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step bench-serving kernel-model quality quality-experts metamathqa-dry gpu-report native wheel check-install check-aarch64 clean
+.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest matrix check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step bench-serving bench-server kernel-model quality quality-experts metamathqa-dry gpu-report native wheel check-install check-aarch64 clean
 
 help:
 	@echo "make demo        MoS beside LoRA of the same budget and of eight times it, on a small model; no downloads (at most 4 minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-experts   what adapters on every expert cost, beside PEFT: CSV and tables (at most 7 minutes)"
 	@echo "make bench-step  what a training step of a whole model costs with adapters, MoS's and PEFT's: CSV and table (at most 7 minutes)"
 	@echo "make bench-serving   what many adapters on one base cost, beside PEFT: time, memory, loading; CSV and tables (at most 8 minutes)"
+	@echo "make bench-server    a server of many adapters under load: right, wrong and lost answers, tokens a second (at most 3 minutes)"
 	@echo "make kernel-model   what the CUDA kernels of a layer should take, by a model; ARGS=\"--rows 2048 --rank 64\", or --table"
 	@echo "make quality     the paper in miniature: MoS, its ablations, LoRA, VeRA, VB-LoRA; report in build/quality (at most 15 minutes)"
 	@echo "make quality-experts   the same for a small mixture of experts, adapted on its experts; report in build/quality-experts"
@@ -121,6 +122,10 @@ bench-step: native
 # A bank of adapters, its layers, a model, memory and loading: serving.csv and serving.md beside those of `bench`.
 bench-serving: native
 	$(BIN)/python -m benchmarks.serving $(or $(OUT),build/bench)/serving.csv $(ARGS)
+
+# Requests to examples/server on loopback: server.csv and server.md beside those of `bench`.
+bench-server: native
+	$(BIN)/python -m benchmarks.server $(or $(OUT),build/bench)/server.csv $(ARGS)
 
 kernel-model: $(READY)
 	@$(BIN)/python -m benchmarks.kernel_model $(ARGS)

@@ -3,6 +3,7 @@
 Nothing here asserts a time. That compare.py finds a slow-down is tested with invented noise.
 """
 
+import contextlib
 import csv
 import itertools
 import math
@@ -29,6 +30,7 @@ from benchmarks import (  # noqa: E402
     memory,
     providers,
     scaling,
+    server,
     serving,
     step,
     summary,
@@ -508,3 +510,28 @@ def test_goals_of_serving():
         ("0.99", "met"),
         ("51.00", "missed"),
     ]
+
+
+# ------------------------------------------------------------------------------------------------ a server
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries of the web about each other
+def test_a_server_under_load(tmp_path):
+    file = tmp_path / "server.csv"
+    assert server.main([str(file), "--grid", "smoke"]) == 0
+    with file.open(newline="") as stream:
+        base, mixed, changes = csv.DictReader(stream)
+    assert [row["phase"] for row in (base, mixed, changes)] == list(server.PHASES)
+    for row in (base, mixed):
+        assert row["right"] == row["requests"] == "28"
+    assert (changes["right"], changes["left"]) == ("24", "4")
+    assert int(changes["evictions"]) > 0 < int(changes["refused"])
+    assert file.with_suffix(".md").read_text().count("\n") == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_server_that_answers_wrongly_is_found(tmp_path, monkeypatch):
+    """One that gives everybody the base."""
+    monkeypatch.setattr(server, "PHASES", ("mixed",))
+    monkeypatch.setattr(server.AdapterBank, "route", lambda bank, model, names: contextlib.nullcontext())
+    assert server.main([str(tmp_path / "server.csv"), "--grid", "smoke"]) == 1
