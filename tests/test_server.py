@@ -110,7 +110,7 @@ class Watched(Metrics):
     """Metrics that can be waited for."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__("base")
         self.changed, self.seen = threading.Condition(), []
 
     def count(self, adapter, status):
@@ -164,7 +164,7 @@ def running(world, capacity=None, adapters=NAMES, metrics=None, **limits):
     model = world.model()
     bank = AdapterBank(model, capacity=capacity)
     limits = Limits(**{"length": 128, "new_tokens": 100, "sequences": 4, **limits})
-    engine = Engine(model, world.tokenizer, bank, limits, (metrics or Metrics()).observe)
+    engine = Engine(model, world.tokenizer, bank, limits, (metrics or Metrics("base")).observe)
     try:
         for name in adapters:
             bank.add(name, world.adapters / name)

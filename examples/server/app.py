@@ -7,8 +7,8 @@ import base64
 import hashlib
 import hmac
 import re
-from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Service:
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
     hosts: tuple[str, ...] | None = LOOPBACK
+    headers: Mapping[str, str] = field(default_factory=dict)  # of every answer, besides HEADERS
 
     @property
     def bank(self) -> AdapterBank | None:
@@ -188,7 +189,8 @@ class Guard:
         async def guarded(message: Any) -> None:
             if message["type"] == "http.response.start":
                 given = {name.lower() for name, _ in message["headers"]}
-                own = [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in given]
+                headers = {**HEADERS, **self.service.headers}
+                own = [(n.encode(), v.encode()) for n, v in headers.items() if n.encode() not in given]
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
@@ -284,7 +286,8 @@ def create(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
-        response = answer(Refused(error.status_code, str(error.detail), "http_error"))
+        what = f"{request.method} {request.url.path} is not served: {error.detail}"
+        response = answer(Refused(error.status_code, what, "http_error"))
         response.headers.update(error.headers or {})
         return response
 

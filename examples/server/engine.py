@@ -39,7 +39,7 @@ class Refused(Exception):
 
 def unknown(name: str) -> Refused:
     """For a model that is not there, or no longer."""
-    return Refused(404, f"`model` must be one of /v1/models, got {name!r}", "model_not_found", param="model")
+    return Refused(404, f"`model` must be one that /v1/models lists, got {name!r}", "model_not_found", param="model")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,13 @@ BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 class Metrics:
-    """Counters of one server; ``observe`` is the engine's, ``count`` the app's, and ``text`` is what is scraped."""
+    """Counters of one server; ``observe`` is the engine's, ``count`` the app's, and ``text`` is what is scraped.
 
-    def __init__(self) -> None:
+    The label ``adapter`` is what requests call it, ``base`` that of the model alone, and empty for an unknown one.
+    """
+
+    def __init__(self, base: str) -> None:
+        self._base = base
         self.registry = CollectorRegistry()
         of = {"registry": self.registry}
         self._requests = Counter("mos_requests", "Requests by adapter and HTTP status", ["adapter", "status"], **of)
@@ -34,7 +38,7 @@ class Metrics:
         elif name in ("step", "prefill"):
             self._steps.labels("decode" if name == "step" else "prefill").observe(value)
         else:
-            self._tokens.labels(adapter or "", "answer" if name == "tokens" else "prompt").inc(value)
+            self._tokens.labels(adapter or self._base, "answer" if name == "tokens" else "prompt").inc(value)
 
     def answered(self) -> float:
         """Tokens of all answers so far."""

@@ -182,6 +182,9 @@ def invalid(errors: Sequence[Any]) -> Refused:
     name = ".".join(part for part in map(str, found["loc"][1:]) if part.isidentifier() and part != "str")
     if found["type"] == "json_invalid":
         return Refused(400, f"the body must be JSON: {found['msg']}", "invalid_json")
+    if not name:
+        rule = "the body must be a JSON object, sent with `Content-Type: application/json`"
+        return Refused(400, rule, "invalid_value")
     if found["type"] == "extra_forbidden":
         return Refused(400, f"`{name}` is not supported by this server", "unsupported_parameter", param=name)
     if found["type"] == "missing":
@@ -190,5 +193,4 @@ def invalid(errors: Sequence[Any]) -> Refused:
     given = given if len(given) < 80 else given[:80] + "..."
     rule = found["msg"].replace("Input should be", "must be", 1).replace("None", "null", 1)
     rule = rule if rule.startswith("must") else f"is not valid: {rule}"
-    what = f"`{name}`" if name else "the body"
-    return Refused(400, f"{what} {rule}, got {given}", "invalid_value", param=name.partition(".")[0] or None)
+    return Refused(400, f"`{name}` {rule}, got {given}", "invalid_value", param=name.partition(".")[0])
