@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 OLDEST := 2.11
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest matrix check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step bench-serving bench-server kernel-model quality quality-experts metamathqa-dry gpu-report native wheel check-install check-aarch64 clean
+.PHONY: help demo test test-all peft-suite docs fuzz lint format check-oldest matrix check-cuda cuda-resources check-ptx mutants bench bench-experts bench-step bench-serving bench-server kernel-model quality quality-experts metamathqa-dry gpu-report native wheel check-install check-aarch64 check-ray clean
 
 help:
 	@echo "make demo        MoS beside LoRA of the same budget and of eight times it, on a small model; no downloads (at most 4 minutes)"
@@ -38,6 +38,7 @@ help:
 	@echo "make wheel       sdist and manylinux wheel in dist/, checked as an index would; with the CUDA kernels where there is nvcc"
 	@echo "make check-install   every situation of the table of docs/install.md, by the commands that stand there (half an hour)"
 	@echo "make check-aarch64   the CPU kernels on aarch64, cross-compiled and executed by qemu-user (2 minutes); needs Debian's packages of both"
+	@echo "make check-ray   two replicas of the server under Ray Serve, one of them killed (2 minutes); Ray is fetched from PyPI"
 	@echo "make clean       remove builds and caches (not $(VENV))"
 
 $(READY): pyproject.toml setup.py
@@ -153,6 +154,9 @@ wheel: $(READY)
 
 check-aarch64: $(READY)
 	$(BIN)/python tests/aarch64.py
+
+check-ray: $(READY)
+	$(BIN)/python -m pytest -s tests/check_ray.py
 
 # Long: a clone and an environment for each situation, compiled anew. ARGS="'CPU kernels'" runs some of them.
 check-install: wheel

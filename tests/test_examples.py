@@ -15,6 +15,7 @@ import mos_ext
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = ("sft", "dpo", "qlora", "experts", "image_classification")
 SHARED = ("common", "tiny")
+SERVERS = ("serve", "ray_replicas")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, TRL and PEFT about each other's changes
 
@@ -36,17 +37,20 @@ def run(monkeypatch, tmp_path, capsys):
 
 def test_they_are_short_and_all_of_them_are_here():
     found = {file.stem for file in EXAMPLES.glob("*.py")}
-    assert found == {*NAMES, *SHARED, "finetune", "serve"}
-    short = (*NAMES, *SHARED, "serve")
+    assert found == {*NAMES, *SHARED, *SERVERS, "finetune"}
+    short = (*NAMES, *SHARED, *SERVERS)
     assert max(len((EXAMPLES / f"{name}.py").read_text().splitlines()) for name in short) <= 120
 
 
-@pytest.mark.parametrize("extra", ["examples", "serve"])
+@pytest.mark.parametrize("extra", ["examples", "serve", "ray"])
 def test_their_extra_has_what_they_import(extra):
     """Of the server, all but its tiny model."""
-    server = {EXAMPLES / "serve.py", *(EXAMPLES / "server").glob("*.py")}
+    files = {
+        "serve": {EXAMPLES / "serve.py", *(EXAMPLES / "server").glob("*.py")},
+        "ray": {EXAMPLES / "ray_replicas.py"},
+    }
     imported = set()
-    for file in server if extra == "serve" else {*EXAMPLES.glob("*.py")} - server:
+    for file in files.get(extra) or {*EXAMPLES.glob("*.py")} - set().union(*files.values()):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
@@ -57,7 +61,7 @@ def test_their_extra_has_what_they_import(extra):
     needed.append(re.search(rf"^{extra} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL).group(1))
     names = {re.match(r"[\w-]+", word).group() for part in needed for word in re.findall(r'"([^"]+)"', part)}
     own = {"mos_ext", "server", "PIL", *SHARED}  # pillow is imported as PIL
-    assert {"examples": "pillow", "serve": "uvicorn"}[extra] in names
+    assert {"examples": "pillow", "serve": "uvicorn", "ray": "ray"}[extra] in names
     assert imported - own - set(sys.stdlib_module_names) <= {name.replace("-", "_") for name in names}
 
 
