@@ -55,7 +55,7 @@ def program(python, name, base, adapters):
                 began.set()
         began.set()  # or it never will
 
-    with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options) as process:
+    with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}, **options) as process:
         reader = threading.Thread(target=read)
         reader.start()
         try:

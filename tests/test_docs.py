@@ -305,6 +305,16 @@ def serve(arguments):
     SERVERS["http://localhost:8000"] = found[1]
 
 
+def ray_replicas(arguments):
+    """Run by `make check-ray`; here, that there are such options."""
+    sys.path.append(str(ROOT / "examples"))
+    try:
+        from server.start import arguments as parse
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    assert parse(arguments, None, replicas=1).replicas == 2
+
+
 def stop_servers():
     SERVERS.clear()
     while PROCESSES:
@@ -321,6 +331,7 @@ COMMANDS = {
     "python -m mos_ext": lambda arguments: python("-m", "mos_ext"),
     "python examples/finetune.py": lambda arguments: python(*example(["examples/finetune.py", *arguments])),
     "python examples/serve.py": serve,
+    "python examples/ray_replicas.py": ray_replicas,
     "vllm serve": server,
     "python -m sglang.launch_server": server,
     "curl": lambda arguments: None,  # of those servers

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import tiny  # noqa: E402
+from server import start  # noqa: E402
 from server.app import Server, Service, create, page_policy  # noqa: E402
 from server.cache import Slots, Unservable, check, rehearse  # noqa: E402
 from server.engine import Ask, Engine, Limits, Refused  # noqa: E402
@@ -808,6 +809,24 @@ def test_metrics(world, served, http):
     assert value("mos_active") == value("mos_waiting") == 0
 
 
+def test_the_base_is_counted_by_its_name(world, served, http):
+    complete(http, "base", world.ids("I have"))
+    text = http.get("/metrics").text
+    assert 'mos_requests_total{adapter="base",status="200"}' in text
+    assert 'mos_tokens_total{adapter="base",kind="answer"}' in text
+    assert 'mos_tokens_total{adapter=""' not in text
+
+
+@pytest.mark.parametrize("options", [{"content": b'{"model": "red"}'}, {"json": []}, {}])
+def test_a_body_that_is_no_object_is_told_what_it_must_be(http, options):
+    error = http.post("/v1/completions", **options).json()["error"]
+    assert error["message"] == "the body must be a JSON object, sent with `Content-Type: application/json`"
+
+
+def test_an_address_that_is_not_served_is_named(http):
+    assert http.post("/v1/responses").json()["error"]["message"] == "POST /v1/responses is not served: Not Found"
+
+
 def test_many_clients_at_once(world, served):
     """Through HTTP, more of them than rows, whole and streamed."""
 
@@ -1154,6 +1173,20 @@ def test_what_takes_longer_than_the_grace_is_told_so(world, engine):
         assert client.ended.result(DEADLINE).error.status == 503
     engine.close()
     assert not engine.alive
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--watch"], "--watch must have --adapters"),
+        (["--adapters", "nowhere"], "--adapters must be a directory, got 'nowhere'"),
+    ],
+)
+def test_the_program_says_what_it_was_told_wrong(arguments, why, capsys):
+    with pytest.raises(SystemExit) as error:
+        start.arguments(arguments, None)
+    assert error.value.code == 2
+    assert why in capsys.readouterr().err
 
 
 def test_the_program_ends_well(tmp_path, world):
