@@ -250,6 +250,7 @@ def test_it_asks_for_the_key(driver, world):
     with serving(world, api_key=KEY) as (_, address, _):
         page = Page(driver, address)
         page.until_shown("state", "an API key is needed")
+        assert not driver.find_element(By.ID, "known").is_displayed()  # says nothing that it does not know
         field = driver.find_element(By.ID, "key")
         assert (field.aria_role, field.accessible_name, field.get_attribute("type")) == (
             "textbox",
