@@ -20,6 +20,7 @@ from torch import nn
 
 import mos_ext
 from mos_ext.serving import AdapterBank, BankFull
+from mos_ext.serving.arena import Arena
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -637,11 +638,101 @@ def test_changes_while_others_compute(llama):
     assert len(rounds) > 5
     assert bank.names == ("steady",)
     assert bank.report().used == sizes["plain"]
-    for arena in bank._arenas.values():  # every row is somebody's or nobody's, and nobody's once
-        rows = [rows for member in bank._members.values() for of, rows in member.rows.items() if of is arena]
+    check_rows(bank)
+    bank.close()
+
+
+def after(monkeypatch, method, act, calls=1):
+    """Something happens as an arena's method begins for the ``calls``-th time."""
+    original, left = getattr(Arena, method), [calls]
+
+    def wrapped(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            act()
+        return original(self, *args)
+
+    monkeypatch.setattr(Arena, method, wrapped)
+
+
+def out_of_memory():
+    raise MemoryError("planted")
+
+
+def check_rows(bank):
+    """Every row of an arena is somebody's or nobody's, and nobody's once."""
+    for arena in bank._arenas.values():
+        members = [*bank._members.values(), *bank._nameless]
+        rows = [rows for member in members for of, rows in member.rows.items() if of is arena]
         rows.append(arena._free)
         assert sorted(row for own in rows for row in own) == list(range(len(arena.shards_a)))
-    bank.close()
+
+
+def test_no_memory_for_what_is_evicted(llama, bank, monkeypatch):
+    before = bank.report()
+    after(monkeypatch, "read", out_of_memory, calls=3)
+    with pytest.raises(MemoryError, match="planted"):
+        bank.evict("plain")
+    assert bank.report() == before
+    check_rows(bank)
+    check(llama, bank, NAMES)
+    bank.evict("plain")
+    bank.restore("plain")
+    check(llama, bank, NAMES)
+
+
+@pytest.mark.parametrize("method", ["read", "write"])
+@pytest.mark.parametrize("calls", [1, 4])
+def test_no_memory_for_a_new_version_in_a_full_bank(llama, monkeypatch, method, calls):
+    base, folder, _ = llama
+    bank = AdapterBank(base, capacity=2 * one_bytes(llama)["plain"])
+    try:
+        bank.add("a", folder / "plain", pin=True)
+        bank.add("b", folder / "short")
+        before = bank.report()
+        after(monkeypatch, method, out_of_memory, calls)
+        for act, name in ((bank.replace, "a"), (bank.add, "c")):
+            with pytest.raises(MemoryError, match="planted"):
+                act(name, folder / "plain")
+            assert bank.report().adapters == before.adapters
+            check_rows(bank)
+            check(llama, bank, [("a", "plain"), ("b", "short"), None])
+            monkeypatch.undo()
+            after(monkeypatch, method, out_of_memory, calls)
+    finally:
+        bank.close()
+
+
+def test_removed_while_it_comes(llama, bank, monkeypatch):
+    """Back into memory, or as a new version: the name stays unknown, and the memory is free."""
+    _, folder, _ = llama
+    for name in ("plain", "short"):
+        bank.evict(name)
+    after(monkeypatch, "write", lambda: bank.remove("plain"))
+    bank.restore("plain")
+    monkeypatch.undo()
+    after(monkeypatch, "write", lambda: bank.remove("short"))
+    with pytest.raises(ValueError, match="name must be that of an adapter in the bank, got 'short'"):
+        bank.replace("short", folder / "some")
+    assert bank.names == ("some",)
+    check_rows(bank)
+    assert bank.report().used == bank.report().adapters[0].bytes
+    assert (
+        sum(len(a._free) * a.shard_bytes for a in bank._arenas.values())
+        == sum(len(a.shards_a) * a.shard_bytes for a in bank._arenas.values()) - bank.report().used
+    )
+
+
+def test_pinned_while_a_new_version_comes(llama, bank, monkeypatch):
+    after(monkeypatch, "write", lambda: bank.pin("plain"))
+    bank.replace("plain", llama[1] / "short")
+    assert bank.report().adapters[0].pinned
+
+
+def test_close_inside_a_route(llama, bank):
+    with bank.route(llama[0], ["plain"]), pytest.raises(RuntimeError, match="close must be called outside of a route"):
+        bank.close()
+    check(llama, bank, NAMES)
 
 
 @torch.no_grad()

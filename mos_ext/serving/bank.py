@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,14 @@ class _Member:
             for arena, part in self.parts.items()
         )
         self.stored = replace(self.stored, types=())  # without the shards, which lie elsewhere
+
+
+class _Withdrawn(NamedTuple):
+    """A member that nobody may get any more, and where it was: what lies there is still to be carried out."""
+
+    member: _Member
+    rows: dict[Arena, np.ndarray]
+    tables: dict[Arena, Tables] | None
 
 
 class Lease:
@@ -334,8 +342,14 @@ class AdapterBank:
             self._experts.append(module)
 
     def close(self) -> None:
-        """Takes the bank off its model, which computes the base alone from now on. Waits for a route to end."""
+        """Takes the bank off its model, which computes the base alone from now on. Waits for other threads' routes.
+
+        Raises:
+            RuntimeError: a route of the calling thread is open.
+        """
         with self._routing:
+            if self._switch.route is not None:
+                raise RuntimeError("close must be called outside of a route, got one that is open in this thread")
             for handle in self._handles:
                 handle.remove()
             for module in self._experts:
@@ -419,17 +433,18 @@ class AdapterBank:
             self._check_name(name, known)
             with self._lock:
                 old = self._members.get(name)
-                member.pinned = old.pinned if pin is None and old is not None else bool(pin)
             self._place(member, leaving=old)
             with self._lock:
+                if known and name not in self._members:  # removed while the new version came
+                    self._drop(member)
+                self._check_name(name, known)
+                member.pinned = old.pinned if pin is None and old is not None else bool(pin)
                 member.named, member.used = True, next(self._clock)
                 self._members[name] = member
                 self._rank = max(self._rank, *(part.index_a.shape[1] for part in member.parts.values()))
                 self._used |= member.parts.keys()
                 if old is not None:
-                    old.named = False
-                    self._nameless.add(old)
-                    self._free_if_unused(old)
+                    self._drop(old)
 
     def _check_name(self, name: str, known: bool) -> None:
         with self._lock:
@@ -458,11 +473,11 @@ class AdapterBank:
     def _place(self, member: _Member, leaving: _Member | None = None) -> None:
         """Puts a member into memory, where nobody sees it yet. While writing.
 
-        ``leaving`` is a version that it replaces, whose memory counts as free if nobody holds it. BankFull changes
-        nothing.
+        ``leaving`` is a version that it replaces, whose memory counts as free if nobody holds it. After an error
+        everything is where it was.
         """
-        for evicted, rows in self._make_room(member, leaving):
-            self._carry_out(evicted, rows)
+        evicted = self._make_room(member, leaving)
+        self._carry_out(evicted)
         taken: dict[Arena, np.ndarray] = {}
         try:
             with self._lock:
@@ -476,6 +491,8 @@ class AdapterBank:
         except BaseException:  # out of memory, say
             with self._lock:
                 self._give_back(taken)
+            for other, *_ in evicted:
+                self._bring_back(other)
             raise
         with self._lock:
             member.rows, member.tables = taken, tables
@@ -483,13 +500,20 @@ class AdapterBank:
                 empty = part._replace(shards_a=part.shards_a.new_empty(0, 0), shards_b=part.shards_b.new_empty(0, 0))
                 member.parts[arena] = empty
 
+    def _bring_back(self, member: _Member) -> None:
+        """Puts an evicted member into memory, unless it was removed meanwhile. While writing."""
+        self._place(member)
+        with self._lock:
+            if not member.named:
+                self._drop(member)
+
     @staticmethod
     def _give_back(rows: Mapping[Arena, np.ndarray]) -> None:
         for arena, own in rows.items():
             arena.give_back(own)
 
-    def _make_room(self, member: _Member, leaving: _Member | None) -> list[tuple[_Member, dict[Arena, np.ndarray]]]:
-        """Withdraws the least recently used members until another one will fit: they, and the rows that they had.
+    def _make_room(self, member: _Member, leaving: _Member | None) -> list[_Withdrawn]:
+        """Withdraws the least recently used members until another one will fit: they, and where they were.
 
         Nobody gets a lease of them any more; what lies in their rows is still to be carried out. A version that is
         being replaced goes first. While writing.
@@ -515,16 +539,14 @@ class AdapterBank:
                     f"{member.bytes:,} bytes, got {self.capacity:,}, which lack {n} shards of {name}: wait, unpin or "
                     f"remove others, or make the bank larger"
                 )
-            return [(victim, self._withdraw(victim)) for victim in victims]
+            return [self._withdraw(victim) for victim in victims]
 
     def remove(self, name: str) -> None:
         """Removes an adapter: the name is unknown at once, its memory free when nobody holds it any more."""
         with self._lock:
             member = self._named(name)
             del self._members[name]
-            member.named = False
-            self._nameless.add(member)
-            self._free_if_unused(member)
+            self._drop(member)
 
     def pin(self, name: str) -> None:
         """Keeps an adapter in memory. ValueError for one that is evicted, or unknown."""
@@ -547,8 +569,8 @@ class AdapterBank:
                 if member.pinned or member.leases:
                     why = "pinned" if member.pinned else f"held by {member.leases} requests or routes"
                     raise ValueError(f"name must be of an adapter that nobody needs, got {name!r}, which is {why}")
-                rows = self._withdraw(member)
-            self._carry_out(member, rows)
+                withdrawn = self._withdraw(member)
+            self._carry_out([withdrawn])
 
     def restore(self, name: str) -> None:
         """Brings an evicted adapter back; nothing to do when it is in memory.
@@ -561,26 +583,38 @@ class AdapterBank:
                 member = self._named(name)
                 member.used = next(self._clock)
             if member.tables is None:
-                self._place(member)
+                self._bring_back(member)
 
     def submit_restore(self, name: str) -> Future[None]:
         """:meth:`restore` in the bank's own thread."""
         return self._in_loader(self.restore, name)
 
-    def _withdraw(self, member: _Member) -> dict[Arena, np.ndarray]:
-        """Makes a member one that is evicted, and hands out the rows it had. With the lock, while writing."""
-        rows, member.rows, member.tables = member.rows, {}, None
-        self._last = None
-        self._evictions += bool(rows)
-        return rows
+    def _withdraw(self, member: _Member) -> _Withdrawn:
+        """Makes a member one that is evicted, and hands out where it was. With the lock, while writing."""
+        withdrawn = _Withdrawn(member, member.rows, member.tables)
+        member.rows, member.tables, self._last = {}, None, None
+        return withdrawn
 
-    def _carry_out(self, member: _Member, rows: dict[Arena, np.ndarray]) -> None:
-        """Copies what lies in a withdrawn member's rows to host memory, and gives them back. While writing."""
-        for arena, own in rows.items():
-            a, b = arena.read(own)
-            member.parts[arena] = member.parts[arena]._replace(shards_a=a, shards_b=b)
+    def _carry_out(self, withdrawn: Sequence[_Withdrawn]) -> None:
+        """Copies withdrawn members to host memory, and gives their rows back. While writing.
+
+        After an error (out of host memory, say) they are all where they were.
+        """
+        try:
+            copies = [{arena: arena.read(own) for arena, own in one.rows.items()} for one in withdrawn]
+        except BaseException:
+            with self._lock:
+                for member, rows, tables in withdrawn:
+                    member.rows, member.tables = rows, tables
+                    if not member.named:  # removed meanwhile
+                        self._drop(member)
+            raise
         with self._lock:
-            self._give_back(rows)
+            for (member, rows, _), shards in zip(withdrawn, copies, strict=True):
+                for arena, (a, b) in shards.items():
+                    member.parts[arena] = member.parts[arena]._replace(shards_a=a, shards_b=b)
+                self._give_back(rows)
+                self._evictions += bool(rows)
 
     # -------------------------------------------------------------------------------------------- holding
 
@@ -613,6 +647,12 @@ class AdapterBank:
         if member.leases == 0 and self.device.type == "cuda":
             self._released = torch.cuda.Event()
             self._released.record(torch.cuda.current_stream(self.device))
+        self._free_if_unused(member)
+
+    def _drop(self, member: _Member) -> None:
+        """No name means a member any more: it goes when nobody holds it. With the lock."""
+        member.named = False
+        self._nameless.add(member)
         self._free_if_unused(member)
 
     def _free_if_unused(self, member: _Member) -> None:
