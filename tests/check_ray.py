@@ -92,7 +92,7 @@ def two(answerers):
 
 def test_two_replicas(python, tmp_path):
     world, adapters = World(tmp_path), tmp_path / "served"
-    right = {name: world.text(None if name == "base" else name, world.ids(PROMPT), NEW) for name in (*NAMES, "gold")}
+    right = {name: world.text(None if name == "base" else name, world.ids(PROMPT), NEW) for name in (*NAMES, "lora")}
     assert len({*right.values()}) == 4
     for name in ("red", "green"):
         shutil.copytree(world.adapters / name, adapters / name)
@@ -106,11 +106,11 @@ def test_two_replicas(python, tmp_path):
 
         def listing():
             raw = client.models.with_raw_response.list()
-            return {raw.headers["x-replica"] for model in raw.parse() if model.id == "gold"}
+            return {raw.headers["x-replica"] for model in raw.parse() if model.id == "lora"}
 
-        shutil.copytree(world.adapters / "gold", adapters / "gold")
+        shutil.copytree(world.adapters / "lora", adapters / "lora")
         assert two(listing) == {*next(iter(first))}
-        two(lambda: {ask(client, "gold", right["gold"])})
+        two(lambda: {ask(client, "lora", right["lora"])})
         print("both follow the directory")
 
         processes = psutil.Process(process.pid).children(recursive=True)

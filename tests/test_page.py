@@ -127,7 +127,7 @@ def running(page, adapters):
 @pytest.fixture
 def served(world, tmp_path):
     """A server of red and green, with a directory of one more, and its client that may change adapters."""
-    shutil.copytree(world.adapters / "gold", tmp_path / "gold")
+    shutil.copytree(world.adapters / "lora", tmp_path / "lora")
     limits = {"adapters": ("red", "green"), "capacity": 4 * of_one(world)}
     with (
         serving(world, tmp_path, limits, admin_token=TOKEN) as (service, address, _),
@@ -192,20 +192,20 @@ def test_an_answer_is_seen_at_once(world, page, served):
 def test_adapters_come_and_go_on_it(page, served):
     service, http = served
     page.script("window.green = body.rows[1]; getSelection().selectAllChildren(green)")
-    assert http.post("/v1/adapters", json={"name": "gold", "pin": True}).status_code == 201
+    assert http.post("/v1/adapters", json={"name": "lora", "pin": True}).status_code == 201
     running(page, 3)
     assert [(row[0], row[-1]) for row in page.rows()] == [
         ("red", "in memory"),
         ("green", "in memory"),
-        ("gold", "in memory, pinned"),
+        ("lora", "in memory, pinned"),
     ]
     assert http.delete("/v1/adapters/red").status_code == 200
     running(page, 2)
-    assert [row[0] for row in page.rows()] == ["green", "gold"]
+    assert [row[0] for row in page.rows()] == ["green", "lora"]
     assert page.script("return body.rows[0] === green && getSelection().containsNode(green, true)")  # for who copies it
     service.bank.evict("green")
     page.until(lambda: page.rows()[0][-1] == "evicted")
-    for name in ("green", "gold"):
+    for name in ("green", "lora"):
         service.bank.remove(name)
     running(page, 0)
     assert page.text("none") == "There are none; requests get the model alone."
@@ -236,7 +236,7 @@ def test_it_is_read_by_day_and_by_night(page):
 
 def test_nothing_is_wider_than_the_window(world, page, served):
     for name in (LONG, MARKUP):
-        served[0].bank.add(name, world.adapters / "gold")
+        served[0].bank.add(name, world.adapters / "lora")
     running(page, 4)
     assert [row[0] for row in page.rows()] == ["red", "green", LONG, MARKUP]
     for width in (1280, 900, 720, 375, 320):
