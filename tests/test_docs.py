@@ -137,7 +137,7 @@ def logits(model):
 def check_readme(left):
     model, names = left["model"], {"adapter_model.safetensors", "adapter_config.json"}
     assert sum(isinstance(module, mos_ext.MoSLinear) for module in model.modules()) == 16 * 7
-    assert all(names <= {file.name for file in Path(folder).iterdir()} for folder in ("adapter", "lora"))
+    assert all(names <= {file.name for file in Path(folder).iterdir()} for folder in ("adapters/mine", "lora"))
     assert logits(model).isfinite().all()
 
 
@@ -203,6 +203,13 @@ def check_server(left):
     assert left["piece"].choices[0].finish_reason in ("length", "stop")
 
 
+def check_serving(left):
+    bank, tokens = left["bank"], left["tokens"]
+    assert tokens.shape[0] == 3
+    assert bank.names == ("french", "poems")
+    assert all(bank.resident(name) for name in bank)
+
+
 def check_export(left):
     merged = transformers.AutoModelForCausalLM.from_pretrained("merged")
     torch.testing.assert_close(logits(merged), logits(left["lora"]), rtol=1e-4, atol=1e-5)
@@ -228,6 +235,7 @@ CHECKS = {
     "docs/guides/experts.md": check_experts,
     "docs/guides/distributed.md": check_distributed,
     "docs/guides/server.md": check_server,
+    "docs/guides/serving.md": check_serving,
     "docs/guides/export.md": check_export,
     "docs/troubleshooting.md": check_troubleshooting,
     "docs/format.md": check_format,
