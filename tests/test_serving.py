@@ -1,5 +1,6 @@
 """Many adapters on one base: every sequence gets what its adapter gives alone, whatever else happens to the bank."""
 
+import asyncio
 import copy
 import json
 import os
@@ -297,6 +298,11 @@ def test_no_new_compilation_when_routes_change(llama, bank):
             expected = alone[name](x[i : i + 1]).logits
             torch.testing.assert_close(y[i : i + 1], expected, rtol=0, atol=1e-5)
     assert counter.frame_count == first
+    with (
+        bank.route(compiled, ["short", None, "plain"]),
+        pytest.raises(RuntimeError, match="x must have rows for each of the route's 3 sequences, got 4 sequences"),
+    ):
+        compiled(ids(4, 6))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -744,6 +750,53 @@ def test_other_threads_compute_the_base(llama, bank):
         own = base(x).logits
     torch.testing.assert_close(other, alone[None](x).logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(own, alone["plain"](x).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tasks_of_one_thread(llama, bank):
+    """A route that is left open while others run is not theirs, and they get none before it ends."""
+    base, _, alone = llama
+    x = ids(1, 4)
+
+    async def first(entered, go_on):
+        with bank.route(base, ["plain"]):
+            entered.set()
+            await go_on.wait()
+            return base(x).logits, await asyncio.to_thread(lambda: base(x).logits.detach())
+
+    async def tasks():
+        entered, go_on = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(first(entered, go_on))
+        await entered.wait()
+        with pytest.raises(RuntimeError, match="a route must end before another task of its thread enters one"):
+            bank.route(base, ["short"]).__enter__()
+        outside = base(x).logits
+        go_on.set()
+        return outside, *await task
+
+    outside, *inside = asyncio.run(tasks())
+    torch.testing.assert_close(outside, alone[None](x).logits, rtol=0, atol=1e-5)
+    for y in inside:
+        torch.testing.assert_close(y, alone["plain"](x).logits, rtol=0, atol=1e-5)
+    check(llama, bank, NAMES)
+
+
+def test_routes_that_end_in_another_order_or_thread(llama, bank):
+    base, _, _ = llama
+    outer, inner = bank.route(base, ["plain"]), bank.route(base, ["short"])
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(RuntimeError, match="a route must end before those that it was entered in"):
+        outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    outer = bank.route(base, ["plain"])
+    outer.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(outer.__exit__, None, None, None).result()
+        pool.submit(check, llama, bank, NAMES).result()
+    check(llama, bank, [None])
+    check(llama, bank, NAMES)
+    assert not any(member.leases for member in bank.report().adapters)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -182,7 +183,7 @@ class _Served:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
         route = self.switch.route
-        if route is None or not route.has(self.layer) or not _is_here(route):
+        if route is None or not route.has(self.layer) or not _is_here(self.switch):
             return None
         return route.add(self.layer, args[0], y)
 
@@ -198,7 +199,7 @@ class _ServedExperts:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         route = self.switch.route
-        if route is None or not any(map(route.has, self.layers.values())) or not _is_here(route):
+        if route is None or not any(map(route.has, self.layers.values())) or not _is_here(self.switch):
             return type(self.module).forward(self.module, *args, **kwargs)
         return route.run_experts(self.module, self.layers, args, kwargs)
 
@@ -214,15 +215,68 @@ def _nothing(module: nn.Module, args: Any, y: Any) -> None:
     """The hook that a copy of a model gets in place of its bank's."""
 
 
-def _is_here(route: Route) -> bool:
-    """Whether a route is the calling thread's. (A tracer cannot ask, and what it made is called inside the route.)"""
-    return torch.compiler.is_compiling() or route.thread == threading.get_ident()
+def _is_here(switch: _Switch) -> bool:
+    """Whether the caller is in the route. (A tracer cannot ask, and what it made is called inside the route.)"""
+    return torch.compiler.is_compiling() or switch.is_here()
+
+
+# What stands for the routes that a caller has entered: a context is a thread's, or an asyncio task's.
+_entered: ContextVar[tuple[object, ...]] = ContextVar("mos_ext routes", default=())
 
 
 class _Switch:
-    """The route that is in force, where every layer finds it."""
+    """The route that is in force, where every layer finds it, and whose it is: threads take turns.
+
+    Attributes:
+        route: that which was entered last, of those that are open.
+    """
 
     route: Route | None = None
+
+    def __init__(self) -> None:
+        self._turn, self._thread = threading.Lock(), 0  # a lock that any thread may release
+        self._open: dict[object, Route] = {}
+        self._last: object = None
+
+    def is_here(self) -> bool:
+        """Whether the caller has entered the route."""
+        return self._last in _entered.get()
+
+    @contextmanager
+    def turn(self) -> Iterator[Callable[[Route], None]]:
+        """Waits until no other thread has a route; yields what puts one in force, until the end.
+
+        Raises:
+            RuntimeError: another task of this thread has one; or, at the end, it was not the one that was in force.
+        """
+        me = object()
+        if not self.is_here():
+            if self._thread == threading.get_ident():
+                raise RuntimeError("a route must end before another task of its thread enters one: await nothing in it")
+            self._turn.acquire()
+            self._thread = threading.get_ident()
+
+        def put(route: Route) -> None:
+            self._open[me] = route
+            self._look()
+            _entered.set((*_entered.get(), me))
+
+        try:
+            yield put
+        finally:
+            in_order = self._last is me or me not in self._open
+            self._open.pop(me, None)
+            self._look()
+            _entered.set(tuple(other for other in _entered.get() if other is not me))
+            if not self._open:
+                self._thread = 0
+                self._turn.release()
+        if not in_order:
+            raise RuntimeError("a route must end before those that it was entered in, which have computed its adapters")
+
+    def _look(self) -> None:
+        self._last = next(reversed(self._open), None)
+        self.route = self._open.get(self._last)
 
 
 class AdapterBank:
@@ -305,7 +359,6 @@ class AdapterBank:
         self._evictions = 0
         self._lock = threading.RLock()  # of all that is said of members; held for moments
         self._writing = threading.RLock()  # of whoever puts shards into memory, or takes them out
-        self._routing = threading.RLock()  # of whoever has a route
         self._loader: ThreadPoolExecutor | None = None
         self._last: tuple[Any, Route] | None = None
         self._released: Any = None  # CUDA: an event after which nobody reads the rows that are free
@@ -347,9 +400,9 @@ class AdapterBank:
         Raises:
             RuntimeError: a route of the calling thread is open.
         """
-        with self._routing:
-            if self._switch.route is not None:
-                raise RuntimeError("close must be called outside of a route, got one that is open in this thread")
+        if self._switch.is_here():
+            raise RuntimeError("close must be called outside of a route, got one that is open here")
+        with self._switch.turn():
             for handle in self._handles:
                 handle.remove()
             for module in self._experts:
@@ -696,14 +749,12 @@ class AdapterBank:
             raise ValueError("batch_invariant must be False for models with experts, whose products are grouped")
         if isinstance(names, (str, bytes)) or not isinstance(names, Sequence) or not len(names):
             raise ValueError(f"names must be a list with an adapter for each sequence, got {names!r}")
-        with self._routing, in_tiles() if batch_invariant else nullcontext():
+        with self._switch.turn() as put, in_tiles() if batch_invariant else nullcontext():
             members = self._hold_all(names)
-            before = self._switch.route
             try:
-                self._switch.route = self._route_of(members)
+                put(self._route_of(members))
                 yield model
             finally:
-                self._switch.route = before
                 with self._lock:
                     for member in members:
                         if member is not None:

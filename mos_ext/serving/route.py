@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +45,7 @@ class Route:
         device: of the tables.
 
     Attributes:
-        sequences: how many there are. thread: that the route is for.
+        sequences: how many there are.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class Route:
         numbers: dict[int, int] = {}  # of each adapter, in the order in which they come
         groups = np.array([numbers.setdefault(id(adapter), len(numbers)) for adapter in adapters])
         self._members = list({id(adapter): adapter for adapter in adapters}.values())
-        self.thread = threading.get_ident()
         self._group = torch.from_numpy(groups).to(device)
         self._order = torch.from_numpy(np.argsort(groups, kind="stable")).to(device)
         counts = np.bincount(groups, minlength=self.sequences)  # as many groups as sequences: most have no rows
@@ -107,9 +105,11 @@ class Route:
         Raises:
             RuntimeError: x does not have the rows of this route's sequences.
         """
-        if torch.compiler.is_compiling():
-            return self._sort(x.numel() // x.shape[-1])  # a compiler sees that all layers do the same
         shape = x.shape
+        if torch.compiler.is_compiling():
+            if shape[0] % self.sequences:
+                raise RuntimeError("x must have rows for each of the route's sequences, got another number")
+            return self._sort(x.numel() // shape[-1])  # a compiler sees that all layers do the same
         count = 1
         for size in shape[:-1]:
             count *= size
