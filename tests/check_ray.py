@@ -34,7 +34,10 @@ def python():
     python, _ = bare_environment(folder, "torch", "numpy", "ninja", pip=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--no-build-isolation"]
     subprocess.run([*pip, "setuptools>=77"], check=True)
-    subprocess.run([*pip, ".[ray]"], check=True, cwd=ROOT, env={**os.environ, "MOS_EXT_BUILD": "python"})
+    settings = folder.parent / "setup.cfg"  # what is built lies there, not where a wheel would pick it up
+    settings.write_text(f"[build]\nbuild_base = {folder.parent / 'build'}\n")
+    own = {"MOS_EXT_BUILD": "python", "DIST_EXTRA_CONFIG": str(settings)}
+    subprocess.run([*pip, ".[ray]"], check=True, cwd=ROOT, env={**os.environ, **own})
     return python
 
 
@@ -63,7 +66,8 @@ def program(python, name, base, adapters):
             assert process.poll() is None
             own = psutil.Process(process.pid).children(recursive=True)
             yield address, process
-            process.terminate()
+            if process.poll() is None:
+                process.terminate()
             assert process.wait(DEADLINE) == 0
             assert psutil.wait_procs(own, DEADLINE)[1] == []
         except BaseException:
@@ -132,4 +136,5 @@ def test_two_replicas(python, tmp_path):
         pieces += stream
         text = "".join(piece.choices[0].text for piece in pieces)
         assert text == world.text("green", world.ids(PROMPT), 200)
+        assert process.wait(DEADLINE) == 0  # a second signal, while Python ends, would be the end
         print("a stream went to its end after SIGTERM")
