@@ -375,6 +375,53 @@ def test_models_of_a_bank(llama, bank):
         bank.route(base, ["plain"]).__enter__()
 
 
+def positions_first(name):
+    """A model that gives linears (positions, sequences, features), and what one of them is called."""
+    import transformers
+
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1}
+    if name == "longformer":
+        sizes = {"vocab_size": 96, "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+        return transformers.LongformerModel(transformers.LongformerConfig(**sizes, attention_window=4)), "query"
+    if name == "xlnet":
+        config = transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=1, n_head=4)
+        return transformers.XLNetModel(config), "layer_1"
+    if name == "led":
+        return transformers.LEDModel(transformers.LEDConfig(vocab_size=96, **sizes, attention_window=4)), "query"
+    if name == "fsmt":
+        config = transformers.FSMTConfig(langs=["a", "b"], src_vocab_size=96, tgt_vocab_size=96, **sizes)
+        return transformers.FSMTModel(config), "fc1"
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64), 1, enable_nested_tensor=False), "linear1"
+
+
+@pytest.mark.parametrize("name", ["longformer", "xlnet", "led", "fsmt", "torch"])
+def test_modules_that_are_given_positions_first(name):
+    model, target = positions_first(name)
+    with pytest.raises(ValueError, match=r"target_modules must select modules that are given one sequence after the o"):
+        AdapterBank(model, target_modules=[target])
+
+
+@torch.no_grad()
+def test_torch_encoders_and_padding(tmp_path):
+    """torch would make nested tensors of padded batches; after the bank it does again."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    base = nn.TransformerEncoder(layer, 2).eval()
+    config = mos_ext.MoSConfig(r=1, equivalent_rank=1, shards_per_vector=2, target_modules=["linear1", "linear2"])
+    alone = saved(base, config, tmp_path / "a")
+    bank = AdapterBank(base)
+    bank.add("a", tmp_path / "a")
+    x, mask = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for names in (["a", None], [None, "a"], ["a", "a"]):
+        with bank.route(base, names):
+            y = base(x, src_key_padding_mask=mask)
+        for i, (name, n) in enumerate(zip(names, (5, 3), strict=True)):
+            expected = (base if name is None else alone)(x[i : i + 1, :n])
+            torch.testing.assert_close(y[i : i + 1, :n], expected, rtol=0, atol=1e-5)
+    bank.close()
+    assert base.use_nested_tensor
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
 def planted(folder, to, change=None, tensors=None):
     """A copy of an adapter's files with another configuration, or other tensors."""
     to.mkdir()

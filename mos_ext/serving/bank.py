@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,10 @@ from ..config import MoSConfig
 from ..linear import AdaptedLayer, is_fresh
 from ..lora import read_adapter
 from ..ops.checks import check_integer, why_not_native
-from ..planner import Base, device_of, is_experts, kinds_of
+from ..planner import Base, device_of, is_experts, keep_calling, kinds_of, stop_calling
 from ..stored import StoredAdapter
 from .arena import Arena, Part, Tables
-from .route import Layer, Route
+from .route import Layer, Route, positions_first
 from .tiles import in_tiles
 
 logger = logging.getLogger("mos_ext")
@@ -336,6 +337,12 @@ class AdapterBank:
             target_parameters=target_parameters,
         )
         kinds = kinds_of(self._base, config)
+        for name in chain.from_iterable(kinds.values()):
+            if (above := positions_first(name, self._base.modules)) is not None:
+                raise ValueError(
+                    f"target_modules must select modules that are given one sequence after the other, got {name}, "
+                    f"whose {above} gives it all first positions, then all second ones: leave such modules out"
+                )
         devices = {d for kind, names in kinds.items() if (d := self._device_of(names[0], kind.experts)) is not None}
         if len(devices) > 1:
             raise ValueError(f"model must be on one device, got {', '.join(map(str, sorted(map(str, devices))))}")
@@ -365,6 +372,7 @@ class AdapterBank:
         self._switch = _Switch()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._experts: list[nn.Module] = []
+        self._before: list[tuple[nn.Module, str, Any]] = []
         self._put_hooks()
         if (why := why_not_native("grouped_low_rank_", self.device.type)) is not None:
             logger.warning("a bank of adapters takes a slower way: %s", why)
@@ -393,6 +401,11 @@ class AdapterBank:
                 )
             module.forward = _ServedExperts(self._switch, module, layers)  # type: ignore[assignment]
             self._experts.append(module)
+        self._before = keep_calling(self._base.modules[""], self._linears())
+
+    def _linears(self) -> list[nn.Module]:
+        arenas = [arena for arena in self._arenas.values() if not arena.kind.experts]
+        return [self._base.modules[name] for arena in arenas for name in arena.modules]
 
     def close(self) -> None:
         """Takes the bank off its model, which computes the base alone from now on. Waits for other threads' routes.
@@ -407,7 +420,11 @@ class AdapterBank:
                 handle.remove()
             for module in self._experts:
                 vars(module).pop("forward", None)
-            self._handles, self._experts = [], []
+            for module in self._linears():
+                stop_calling(module)
+            for module, attribute, value in self._before:
+                setattr(module, attribute, value)
+            self._handles, self._experts, self._before = [], [], []
         if self._loader is not None:
             self._loader.shutdown()
 

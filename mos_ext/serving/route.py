@@ -20,6 +20,30 @@ ops = torch.ops.mos_ext
 Tabled = Mapping[Arena, Tables]  # what an adapter in memory has, by linear type
 
 
+# Modules whose linears are given (positions, sequences, features): nothing tells these rows from others'. By the class,
+# or the module that it is defined in. In transformers.
+POSITIONS_FIRST = (
+    *("LongformerSelfAttention", "LEDEncoderSelfAttention", "XLNetFeedForward", "BridgeTowerResidualAttention"),
+    *("Mask2FormerMaskedAttentionDecoderLayer", "OneFormerTransformerDecoder", "OneFormerTextEncoder"),
+    "transformers.models.fsmt.modeling_fsmt",
+)
+_TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # where they say so
+
+
+def positions_first(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The class of the module above a linear that gives it sequences side by side; or None."""
+    parts = name.split(".")
+    for above in (modules.get(".".join(parts[:depth])) for depth in range(len(parts))):
+        cls, own = type(above), getattr(above, "self_attn", None)
+        if (
+            (issubclass(cls, _TORCHS) and not getattr(own, "batch_first", True))
+            or cls.__name__ in POSITIONS_FIRST
+            or cls.__module__ in POSITIONS_FIRST
+        ):
+            return cls.__name__
+    return None
+
+
 class Layer(NamedTuple):
     """A module of the model as an arena knows it: its number there. ``fresh``: nobody else holds what it returns."""
 
