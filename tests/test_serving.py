@@ -22,6 +22,7 @@ from torch import nn
 import mos_ext
 from mos_ext.serving import AdapterBank, BankFull
 from mos_ext.serving.arena import Arena
+from mos_ext.serving.route import MAX_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -338,6 +339,31 @@ def test_batches_that_are_not_the_routes(llama, bank):
         base(ids(2, 4))
         with pytest.raises(RuntimeError, match="x must have all rows of a batch, 8, got 6: a layer that is given some"):
             layer(torch.randn(6, 64))
+
+
+@torch.no_grad()
+def test_rows_that_come_before_those_of_the_batch(tmp_path):
+    """Patches of all images, one after the other, are as many for each sequence; or nobody knows whose they are."""
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    vision, text = base
+    config = mos_ext.MoSConfig(r=1, equivalent_rank=1, shards_per_vector=2)
+    saved(base, config, tmp_path / "a")
+    bank = AdapterBank(base)
+    bank.add("a", tmp_path / "a")
+    for _ in range(2):
+        with bank.route(base, ["a", None]):
+            vision(torch.randn(12, 16))
+            with pytest.raises(RuntimeError, match="x must have all rows of a batch, 10, got 12"):
+                text(torch.randn(2, 5, 16))
+
+
+@torch.no_grad()
+def test_a_route_that_lives_long_stays_small(llama, bank):
+    base, _, _ = llama
+    for length in range(1, 20):
+        with bank.route(base, ["plain", None]):
+            base(ids(2, length))
+    assert len(bank._last[1]._rows) <= MAX_ROWS
 
 
 @pytest.mark.parametrize(

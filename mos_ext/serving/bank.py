@@ -743,8 +743,9 @@ class AdapterBank:
 
         Inside, the model computes batches of as many sequences: forward passes and ``generate``, with beams and other
         repetitions of each, of any length, padded or not, encoders and decoders. A row of a layer's input belongs to
-        the sequence in whose part of the batch it lies. Threads take turns; other threads' calls outside of a route
-        compute the base alone.
+        the sequence in whose part of the batch it lies: a model that appends a second batch (classifier-free guidance,
+        say) takes ``names * 2``. Threads take turns; other threads' and asyncio tasks' calls outside of a route compute
+        the base alone, but those of a compiled model, who enter ``[None, ...]``.
 
         What an adapter adds to a row does not depend, to the bit, on the other rows. What the base computes does: its
         products round otherwise for another number of rows. ``batch_invariant`` makes them in tiles of always the same
@@ -759,7 +760,7 @@ class AdapterBank:
 
         Raises:
             ValueError: a name is unknown, or its adapter evicted; before anything runs. RuntimeError: inside, a batch
-                of other sequences.
+                of other sequences; another task of the thread has a route; at the end, an inner one has not ended.
         """
         self._check_model(model)
         if batch_invariant and any(map(is_experts, self._base.modules.values())):

@@ -17,6 +17,10 @@ from .arena import Arena, Tables
 
 ops = torch.ops.mos_ext
 
+# How many numbers of rows a route remembers the order of: more than one step has. A route lives as long as the same
+# names come again, and prompts of 64 sequences of every length to 8192 would take 8 GB.
+MAX_ROWS = 8
+
 Tabled = Mapping[Arena, Tables]  # what an adapter in memory has, by linear type
 
 
@@ -93,6 +97,7 @@ class Route:
         self._rows: dict[int, Rows] = {}
         self._operands: dict[Layer, tuple[Any, ...]] = {}
         self._last_rows = 0  # of a batch whose sequences can be told apart
+        self._flat = 0  # rows of one that came before any such
 
     def _stacked(self, arena: Arena, groups: int) -> Tables:
         """The tables of all groups, (M, groups, r, l) and (M, groups)."""
@@ -142,15 +147,18 @@ class Route:
                 raise RuntimeError(
                     f"x must have rows for each of the route's {self.sequences} sequences, got {shape[0]} sequences"
                 )
-            self._last_rows = count
+            if self._flat not in (0, count):
+                flat, self._flat = self._flat, 0
+                raise _not_all(count, flat)
+            self._last_rows, self._flat = count, 0
         elif count % self.sequences or count != (self._last_rows or count):
             # Of rows that somebody has picked out of a batch, nobody knows whose they are.
-            expected = self._last_rows or f"a multiple of {self.sequences}"
-            raise RuntimeError(
-                f"x must have all rows of a batch, {expected}, got {count}: a layer that is given some of them "
-                f"(one expert among several modules, say) cannot be routed"
-            )
+            raise _not_all(self._last_rows or f"a multiple of {self.sequences}", count)
+        elif not self._last_rows:
+            self._flat = count
         if (rows := self._rows.get(count)) is None:
+            if len(self._rows) == MAX_ROWS:
+                self._rows.clear()
             rows = self._rows[count] = self._sort(count)
         return rows
 
@@ -210,6 +218,13 @@ class Route:
             for name, layer in used.items()
         }
         return run_block(base, x, top_k_weights, routing, branches)
+
+
+def _not_all(expected: int | str, count: int) -> RuntimeError:
+    return RuntimeError(
+        f"x must have all rows of a batch, {expected}, got {count}: a layer that is given some of them, or others (one "
+        f"expert among several modules, images of several sizes, say) cannot be routed"
+    )
 
 
 def _power_of_two(count: int) -> int:
