@@ -436,7 +436,7 @@ def test_every_line_of_the_other_benchmarks(of, tmp_path):
     assert file.with_suffix(".md").read_text() == of.tables(rows)
 
 
-@pytest.mark.parametrize("of", [experts, step], ids=["experts", "step"])
+@pytest.mark.parametrize("of", [experts, serving, step], ids=["experts", "serving", "step"])
 def test_committed_tables_are_of_the_committed_rows(of):
     file = RESULTS / "cpu" / f"{of.__name__.rpartition('.')[2]}.csv"
     rows = schema.read_rows(file)
@@ -513,6 +513,15 @@ def test_goals_of_serving():
 
 
 # ------------------------------------------------------------------------------------------------ a server
+
+
+def test_the_committed_table_of_a_server_is_of_its_rows():
+    file = RESULTS / "cpu" / "server.csv"
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert file.with_suffix(".md").read_text() == server.tables(rows)
+    assert {row["modified"] for row in rows} == {"False"}
+    assert {(row["wrong"], row["lost"]) for row in rows} == {("0", "0")}
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries of the web about each other

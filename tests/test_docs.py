@@ -479,6 +479,27 @@ def test_what_the_demo_printed():
     assert f"```text\n{demo.text(Results(Settings(seeds=demo.SEEDS), rows))}\n```" in PAGES["README.md"]
 
 
+def test_what_is_said_of_many_adapters():
+    rows = schema.read_rows(RESULTS / "cpu" / "serving.csv")
+    goals, model, memory, *_ = (RESULTS / "cpu" / "serving.md").read_text().split("\n\n")
+    under_load = (RESULTS / "cpu" / "server.md").read_text()
+    for page in ("README.md", "docs/performance.md"):
+        assert model in PAGES[page]
+        assert under_load in PAGES[page]
+    page = PAGES["docs/performance.md"]
+    assert goals in page
+    assert memory in page
+    of = {(row["mode"], row["provider"]): row for row in rows}
+    assert f"checked whole, takes {of['load', 'load']['us'] / 1e3:.0f} ms" in page
+    add, new, same = (of["thousands", name]["us"] / 1e3 for name in ("add", "a new route", "the same route"))
+    assert f"{of['thousands', 'add']['bytes']:,} bytes each, adding one takes {add:.1f} ms" in page
+    assert f"over 64 of them {new:.1f} ms, again over the same {same:.2f}" in page
+    mos, lora = of["memory", "mos r=16 e=2"]["bytes"], of["memory", "lora r=16"]["bytes"]
+    assert f"takes {mos / 1e6:.0f} MB in the bank, where LoRA of its rank takes {lora / 1e6:.0f}" in PAGES["README.md"]
+    assert "20 MB and 0.2 MB, where LoRA of rank 16 takes 160 MB" in PAGES["docs/guides/serving.md"]
+    assert f"{(of['memory', 'mos, with tables']['bytes'] - mos) / 1e6:.1f}" == "0.2"
+
+
 def test_what_is_said_of_a_training_step():
     table = (RESULTS / "cpu" / "step.md").read_text()
     for page in ("README.md", "docs/performance.md"):
