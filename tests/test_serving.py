@@ -209,6 +209,30 @@ def test_gradients_and_autocast(llama, bank):
     base.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("capacity", [None, 1_000_000])
+def test_inference_mode(llama, capacity):
+    """What is made there serves outside as well."""
+    base, folder, alone = llama
+    x = ids(2, 5)
+    with torch.inference_mode():
+        bank = AdapterBank(base, capacity=capacity)
+        bank.add("plain", folder / "plain")
+        with bank.route(base, ["plain", None]):
+            first = base(x).logits
+    with bank.route(base, ["plain", None]):
+        base(x)
+    bank.add("short", folder / "short")
+    bank.evict("plain")
+    bank.restore("plain")
+    for name in ("plain", "plain", "short"):
+        with bank.route(base, [name, None]):
+            y = base(x).logits
+        torch.testing.assert_close(y[:1], alone[name](x[:1]).logits, rtol=0, atol=1e-5)
+        if name == "plain":
+            torch.testing.assert_close(first.clone(), y, rtol=0, atol=1e-5)
+    bank.close()
+
+
 # ------------------------------------------------------------------------------------------------ the same bits
 
 
@@ -508,6 +532,16 @@ def test_files_that_are_refused_leave_the_bank_as_it_was(llama, bank, tmp_path, 
             bank.submit(name, bad, replace=act == bank.replace).result()
     assert bank.report() == before
     check(llama, bank, NAMES)
+
+
+def test_values_that_are_too_large_for_float16(llama, tmp_path):
+    large = planted(
+        llama[1] / "plain", tmp_path / "large", tensors=lambda tensors: {k: v * 1e6 for k, v in tensors.items()}
+    )
+    bank = AdapterBank(models.llama().half(), dtype=torch.float16)
+    with pytest.raises(ValueError, match="path must be an adapter whose values fit into the bank's dtype, float16"):
+        bank.add("large", large)
+    assert bank.names == ()
 
 
 def base_without_hooks(base):

@@ -61,6 +61,7 @@ class Arena:
             the same values; who has the old one may go on with it.
     """
 
+    @torch.inference_mode(False)  # here and below: what is made in inference mode could not be written to outside
     def __init__(
         self,
         kind: Kind,
@@ -97,7 +98,8 @@ class Arena:
         """A linear type of an adapter, cut for this arena, in its dtype.
 
         Raises:
-            ValueError: the adapter has modules that the arena lacks, or l does not divide the arena's.
+            ValueError: the adapter has modules that the arena lacks, l does not divide the arena's, or values are too
+                large for its dtype.
         """
         t, l = stored.linear_type, stored.linear_type.tables.a.shape[2]
         if unknown := [name for name in t.modules if name not in self.positions]:
@@ -112,9 +114,15 @@ class Arena:
         ranks = np.repeat(np.array(t.ranks, dtype=np.int32), count)
         a, b = (_first_ranks(table, ranks) for table in (t.tables.a, t.tables.b))
         dtype, (width_a, width_b) = self.shards_a.dtype, (self.shards_a.shape[1], self.shards_b.shape[1])
+        shards_a, shards_b = stored.shards_a.to(dtype), stored.shards_b.to(dtype)
+        if dtype == torch.float16 and not all(bool(shards.isfinite().all()) for shards in (shards_a, shards_b)):
+            raise ValueError(
+                f"path must be an adapter whose values fit into the bank's dtype, float16, got larger ones for "
+                f"{t.name}: AdapterBank(dtype=torch.float32)"
+            )
         return Part(
-            stored.shards_a.to(dtype).reshape(-1, width_a),
-            stored.shards_b.to(dtype).reshape(-1, width_b),
+            shards_a.reshape(-1, width_a),
+            shards_b.reshape(-1, width_b),
             a,
             b,
             (first[:, None] + np.arange(count)).ravel(),
@@ -136,6 +144,7 @@ class Arena:
         """Rows of :meth:`take` are free again."""
         self._free = np.sort(np.concatenate((self._free, rows)))
 
+    @torch.inference_mode(False)
     def write(self, rows: np.ndarray, part: Part) -> Tables:
         """Puts an adapter's shards into rows that are its own; where its matrices find them."""
         where = torch.from_numpy(rows).to(self.shards_a.device)
@@ -166,6 +175,7 @@ class Arena:
 
         return Tables(table(part.index_a), table(part.index_b), spread(part.ranks), spread(part.scales))
 
+    @torch.inference_mode(False)
     def _grow(self, missing: int) -> None:
         n = self.shards_a.shape[0]
         more = max(missing, n // 2)

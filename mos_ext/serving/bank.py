@@ -810,7 +810,8 @@ class AdapterBank:
     def _route_of(self, members: list[_Member | None]) -> Route:
         """The route of members that are held; the last one again where they are the same."""
         adapters = [None if member is None else member.tables for member in members]
-        key = tuple(map(id, adapters)), self._rank, len(self._used), threading.get_ident()
+        modes = threading.get_ident(), torch.is_inference_mode_enabled()  # autograd takes no tensors of the latter
+        key = tuple(map(id, adapters)), self._rank, len(self._used), modes
         if (last := self._last) is not None and last[0] == key:
             return last[1]
         route = Route(adapters, self._used, self._rank, self.device)
