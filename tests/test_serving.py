@@ -360,6 +360,8 @@ def test_batches_that_are_not_the_routes(llama, bank):
         with pytest.raises(RuntimeError, match="x must have rows for each of the route's 2 sequences, got 3 sequences"):
             base(ids(3, 4))
         layer = base.model.layers[0].mlp.up_proj
+        with pytest.raises(RuntimeError, match="x must be a Linear's first argument inside a route, got a named one"):
+            layer(input=torch.randn(2, 4, 64))
         base(ids(2, 4))
         with pytest.raises(RuntimeError, match="x must have all rows of a batch, 8, got 6: a layer that is given some"):
             layer(torch.randn(6, 64))
@@ -396,6 +398,11 @@ def test_a_route_that_lives_long_stays_small(llama, bank):
         ({"capacity": 0}, ValueError, "capacity must be"),
         ({"capacity": "1GB"}, TypeError, "capacity must be"),
         ({"dtype": torch.int8}, TypeError, "dtype must be one of"),
+        (
+            {"dtype": torch.bfloat16},
+            TypeError,
+            "dtype must be float32 or that of model.layers.0.self_attn.q_proj, torch.f",
+        ),
         ({"shards_per_vector": 0}, ValueError, "shards_per_vector must be"),
         ({"target_modules": ["nothing"]}, ValueError, "target_modules must match"),
     ],

@@ -186,6 +186,8 @@ class _Served:
         route = self.switch.route
         if route is None or not route.has(self.layer) or not _is_here(self.switch):
             return None
+        if not args:
+            raise RuntimeError(f"x must be a {type(module).__name__}'s first argument inside a route, got a named one")
         return route.add(self.layer, args[0], y)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -349,6 +351,11 @@ class AdapterBank:
         self.device = next(iter(devices), torch.device("cpu"))
         if self.device.type == "meta":
             raise ValueError("model must have its values in memory, got parameters on the meta device")
+        for kind, names in kinds.items():
+            weight = getattr(self._base.modules[names[0]], "weight", None) if not kind.experts else None
+            computes_in = getattr(weight, "dtype", dtype)
+            if computes_in in DTYPES and dtype not in (torch.float32, computes_in):
+                raise TypeError(f"dtype must be float32 or that of {names[0]}, {computes_in}, got {dtype}")
         self.capacity, self.dtype = capacity, dtype
         # As many shards of each type as an adapter of all types has, whose equivalent rank takes the capacity.
         item = torch.empty(0, dtype=dtype).element_size()
