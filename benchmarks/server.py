@@ -126,7 +126,7 @@ def serving(world: World, capacity: int | None) -> Iterator[tuple[str, AdapterBa
     from server.folder import Folder  # type: ignore[import-not-found]
     from server.metrics import Metrics  # type: ignore[import-not-found]
 
-    bank, metrics = AdapterBank(world.model, capacity=capacity), Metrics()
+    bank, metrics = AdapterBank(world.model, capacity=capacity), Metrics("base")
     limits = Limits(length=64, new_tokens=TOKENS, sequences=CLIENTS, queue=4 * CLIENTS, room=DEADLINE)
     engine = Engine(world.model, world.tokenizer, bank, limits, metrics.observe)
     service = Service(engine, metrics, "base", Folder(world.adapters, bank, engine.changed), None, TOKEN)
