@@ -410,7 +410,7 @@ def test_what_is_said_of_layers():
     tokens = [100 * over_lora("full", 1, *of) - 100 for of in both]
     assert f"MoS takes {min(tokens):.0f} to {max(tokens):.0f} % longer" in page
     decoding = [over_lora("decode", t, 4096, dtype) for t in (1, 16) for dtype in ("bfloat16", "float32")]
-    assert all(1.0 < ratio < 1.05 for ratio in decoding)  # "within 5 %", and "a few per cent faster" in docs/when.md
+    assert all(0.95 < ratio < 1.05 for ratio in decoding)  # "within 5 %", here and in docs/when.md
     assert "the two are within 5 % of each other" in page
 
     peak = {name: f"{row['peak_mib'] or 0:.0f}" for name, row in cells["full", 2048, 4096, "bfloat16"].items()}
@@ -494,6 +494,8 @@ def test_what_is_said_of_many_adapters():
     add, new, same = (of["thousands", name]["us"] / 1e3 for name in ("add", "a new route", "the same route"))
     assert f"{of['thousands', 'add']['bytes']:,} bytes each, adding one takes {add:.1f} ms" in page
     assert f"over 64 of them {new:.1f} ms, again over the same {same:.2f}" in page
+    alone = [line.split(" | ")[1] for line in goals.splitlines() if "alone" in line and "generate 1 x 24" in line]
+    assert "takes {} (float32) and {} (bfloat16) of its time with PEFT's LoRA".format(*alone) in PAGES["docs/when.md"]
     mos, lora = of["memory", "mos r=16 e=2"]["bytes"], of["memory", "lora r=16"]["bytes"]
     assert f"takes {mos / 1e6:.0f} MB in the bank, where LoRA of its rank takes {lora / 1e6:.0f}" in PAGES["README.md"]
     assert "20 MB and 0.2 MB, where LoRA of rank 16 takes 160 MB" in PAGES["docs/guides/serving.md"]
