@@ -52,6 +52,8 @@ LEVEL = {
     "serving.arena": 10,
     "serving.tiles": 0,
     "serving.route": 11,
+    "serving.members": 11,
+    "serving.hooks": 11.5,
     "serving.bank": 11.6,
     "serving": 11.7,
     "lora": 11.5,

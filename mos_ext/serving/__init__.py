@@ -8,6 +8,7 @@
         model.generate(...)
 """
 
-from .bank import AdapterBank, BankFull, BankReport, Lease, MemberReport
+from .bank import AdapterBank, BankFull, Lease
+from .members import BankReport, MemberReport
 
 __all__ = ["AdapterBank", "BankFull", "BankReport", "Lease", "MemberReport"]

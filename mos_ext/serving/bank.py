@@ -7,19 +7,16 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import MoSConfig
 from ..linear import AdaptedLayer, is_fresh
@@ -27,7 +24,9 @@ from ..lora import read_adapter
 from ..ops.checks import check_integer, why_not_native
 from ..planner import Base, device_of, is_experts, keep_calling, kinds_of, stop_calling
 from ..stored import StoredAdapter
-from .arena import Arena, Part, Tables
+from .arena import Arena
+from .hooks import Served, ServedExperts, Switch
+from .members import BankReport, Member, MemberReport, Withdrawn
 from .route import Layer, Route, positions_first
 from .tiles import in_tiles
 
@@ -40,50 +39,6 @@ class BankFull(RuntimeError):
     """An adapter does not fit beside those that are in use or pinned; nothing has changed."""
 
 
-@dataclass(eq=False)
-class _Member:
-    """One version of an adapter. Beside its name, what is said of it stays; where it lies changes.
-
-    Attributes:
-        parts: what it is made of, by arena; shards are empty while it is in memory. rows: of each arena, its own.
-        tables: where it lies; None while it is evicted. leases: how many hold it. used: when it was held last.
-        named: whether the bank's name still means this version.
-    """
-
-    name: str
-    stored: StoredAdapter
-    parts: dict[Arena, Part]
-    rows: dict[Arena, np.ndarray] = field(default_factory=dict)
-    tables: dict[Arena, Tables] | None = None
-    leases: int = 0
-    pinned: bool = False
-    used: int = 0
-    named: bool = False
-
-    def __post_init__(self) -> None:
-        self.counts = {arena: len(part.shards_a) for arena, part in self.parts.items()}
-        self.bytes = sum(arena.shard_bytes * n for arena, n in self.counts.items())
-        item = next(iter(self.parts)).shards_a.element_size()
-        self.lora_bytes = sum(
-            int(part.ranks.sum()) * (arena.kind.in_features + arena.kind.out_features) * item
-            for arena, part in self.parts.items()
-        )
-        # As they lie in memory: tables of both sides, ranks and scales, for every matrix of a type.
-        self.table_bytes = sum(
-            4 * arena.matrices * (2 * part.index_a.shape[1] * arena.shards_per_vector + 2)
-            for arena, part in self.parts.items()
-        )
-        self.stored = replace(self.stored, types=())  # without the shards, which lie elsewhere
-
-
-class _Withdrawn(NamedTuple):
-    """A member that nobody may get any more, and where it was: what lies there is still to be carried out."""
-
-    member: _Member
-    rows: dict[Arena, np.ndarray]
-    tables: dict[Arena, Tables] | None
-
-
 class Lease:
     """Holds one version of an adapter in memory: what ``replace``, ``remove`` and eviction do leaves it alone.
 
@@ -93,7 +48,7 @@ class Lease:
         name: the adapter's.
     """
 
-    def __init__(self, bank: AdapterBank, member: _Member) -> None:
+    def __init__(self, bank: AdapterBank, member: Member) -> None:
         self.name, self._bank, self._member = member.name, bank, member
         self._open = True
 
@@ -109,177 +64,6 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class MemberReport:
-    """One adapter in a :class:`BankReport`.
-
-    Attributes:
-        name: its name. kind: "MoS" or "LoRA". r: its largest rank. equivalent_rank: the LoRA rank with as many
-            parameters. bytes: of its shards. table_bytes: of its tables. lora_bytes: of LoRA of its ranks.
-        resident: whether it is in the bank's memory, rather than evicted. pinned: whether it stays there.
-        leases: how many hold it.
-    """
-
-    name: str
-    kind: str
-    r: int
-    equivalent_rank: float | None
-    bytes: int
-    table_bytes: int
-    lora_bytes: int
-    resident: bool
-    pinned: bool
-    leases: int
-
-
-@dataclass(frozen=True)
-class BankReport:
-    """What is in a bank: ``print`` it for a table.
-
-    Attributes:
-        adapters: those that have names. capacity: bytes for shards, None where the bank grows. used: bytes of
-            shards in use, those of versions without a name included. free: the rest; None where the bank grows.
-        evictions: how often the bank has evicted an adapter.
-    """
-
-    adapters: tuple[MemberReport, ...]
-    capacity: int | None
-    used: int
-    free: int | None
-    evictions: int
-
-    def __str__(self) -> str:
-        width = max([len(m.name) for m in self.adapters] + [7])
-        lines = [f"{'adapter':<{width}}  method     r  budget       bytes      tables  LoRA of r  where"]
-        for m in self.adapters:
-            where = (
-                ("memory" if m.resident else "evicted")
-                + ", pinned" * m.pinned
-                + f", {m.leases} in use" * bool(m.leases)
-            )
-            budget = "" if m.equivalent_rank is None else f"{m.equivalent_rank:g}"
-            lines.append(
-                f"{m.name:<{width}}  {m.kind:<6} {m.r:>5} {budget:>7} {m.bytes:>11,} {m.table_bytes:>11,} "
-                f"{m.lora_bytes / m.bytes:>9.1f}x  {where}"
-            )
-        of = "" if self.capacity is None else f" of {self.capacity:,}"
-        lora = sum(m.lora_bytes for m in self.adapters if m.resident)
-        lines.append(
-            f"{self.used:,}{of} bytes in use; as LoRA of the same ranks, adapters in memory would take {lora:,}"
-        )
-        return "\n".join(lines)
-
-
-class _Served:
-    """A hook of a linear: adds what the adapters of a batch's rows make of x, while there is a route.
-
-    Attributes:
-        switch: shared by all of a bank.
-    """
-
-    def __init__(self, switch: _Switch, layer: Layer) -> None:
-        self.switch, self.layer = switch, layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        route = self.switch.route
-        if route is None or not route.has(self.layer) or not _is_here(self.switch):
-            return None
-        if not args:
-            raise RuntimeError(f"x must be a {type(module).__name__}'s first argument inside a route, got a named one")
-        return route.add(self.layer, args[0], y)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _of_a_copy, ()  # which has no bank
-
-
-class _ServedExperts:
-    """The forward of experts: of the base alone, or with the adapters of a batch's rows."""
-
-    def __init__(self, switch: _Switch, module: nn.Module, layers: Mapping[str, Layer]) -> None:
-        self.switch, self.module, self.layers = switch, module, dict(layers)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        route = self.switch.route
-        if route is None or not any(map(route.has, self.layers.values())) or not _is_here(self.switch):
-            return type(self.module).forward(self.module, *args, **kwargs)
-        return route.run_experts(self.module, self.layers, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial, (type(self.module).forward, self.module)  # of a copy, that of its class
-
-
-def _of_a_copy() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(module: nn.Module, args: Any, y: Any) -> None:
-    """The hook that a copy of a model gets in place of its bank's."""
-
-
-def _is_here(switch: _Switch) -> bool:
-    """Whether the caller is in the route. (A tracer cannot ask, and what it made is called inside the route.)"""
-    return torch.compiler.is_compiling() or switch.is_here()
-
-
-# What stands for the routes that a caller has entered: a context is a thread's, or an asyncio task's.
-_entered: ContextVar[tuple[object, ...]] = ContextVar("mos_ext routes", default=())
-
-
-class _Switch:
-    """The route that is in force, where every layer finds it, and whose it is: threads take turns.
-
-    Attributes:
-        route: that which was entered last, of those that are open.
-    """
-
-    route: Route | None = None
-
-    def __init__(self) -> None:
-        self._turn, self._thread = threading.Lock(), 0  # a lock that any thread may release
-        self._open: dict[object, Route] = {}
-        self._last: object = None
-
-    def is_here(self) -> bool:
-        """Whether the caller has entered the route."""
-        return self._last in _entered.get()
-
-    @contextmanager
-    def turn(self) -> Iterator[Callable[[Route], None]]:
-        """Waits until no other thread has a route; yields what puts one in force, until the end.
-
-        Raises:
-            RuntimeError: another task of this thread has one; or, at the end, it was not the one that was in force.
-        """
-        me = object()
-        if not self.is_here():
-            if self._thread == threading.get_ident():
-                raise RuntimeError("a route must end before another task of its thread enters one: await nothing in it")
-            self._turn.acquire()
-            self._thread = threading.get_ident()
-
-        def put(route: Route) -> None:
-            self._open[me] = route
-            self._look()
-            _entered.set((*_entered.get(), me))
-
-        try:
-            yield put
-        finally:
-            in_order = self._last is me or me not in self._open
-            self._open.pop(me, None)
-            self._look()
-            _entered.set(tuple(other for other in _entered.get() if other is not me))
-            if not self._open:
-                self._thread = 0
-                self._turn.release()
-        if not in_order:
-            raise RuntimeError("a route must end before those that it was entered in, which have computed its adapters")
-
-    def _look(self) -> None:
-        self._last = next(reversed(self._open), None)
-        self.route = self._open.get(self._last)
 
 
 class AdapterBank:
@@ -328,7 +112,7 @@ class AdapterBank:
                 raise ValueError(
                     f"model must have no adapter of mos_ext.adapt, got one on {name}: call mos_ext.unload(model) first"
                 )
-            if any(isinstance(hook, _Served) for hook in module._forward_hooks.values()):
+            if any(isinstance(hook, Served) for hook in module._forward_hooks.values()):
                 raise ValueError(f"model must have no other bank, got one on {name}: call close() of that one first")
         config = MoSConfig(
             r=1,
@@ -366,8 +150,8 @@ class AdapterBank:
             l = math.gcd(shards_per_vector, kind.in_features, kind.out_features)
             share = None if capacity is None else capacity * len(names) * max(1, kind.experts) * l // whole
             self._arenas[kind] = Arena(kind, names, l, dtype, self.device, share)
-        self._members: dict[str, _Member] = {}  # by name; versions without one live as long as somebody holds them
-        self._nameless: set[_Member] = set()
+        self._members: dict[str, Member] = {}  # by name; versions without one live as long as somebody holds them
+        self._nameless: set[Member] = set()
         self._rank, self._used = 1, set[Arena]()  # of the tables of routes: they only grow
         self._clock = itertools.count(1)
         self._evictions = 0
@@ -376,7 +160,7 @@ class AdapterBank:
         self._loader: ThreadPoolExecutor | None = None
         self._last: tuple[Any, Route] | None = None
         self._released: Any = None  # CUDA: an event after which nobody reads the rows that are free
-        self._switch = _Switch()
+        self._switch = Switch()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._experts: list[nn.Module] = []
         self._before: list[tuple[nn.Module, str, Any]] = []
@@ -396,7 +180,7 @@ class AdapterBank:
                     experts.setdefault(parent, {})[parameter] = Layer(arena, number, True)
                     continue
                 module = self._base.modules[name]
-                hook = _Served(self._switch, Layer(arena, number, is_fresh(module)))
+                hook = Served(self._switch, Layer(arena, number, is_fresh(module)))
                 self._handles.append(module.register_forward_hook(hook))
         for name, layers in experts.items():
             module = self._base.modules[name]
@@ -406,7 +190,7 @@ class AdapterBank:
                     f"target_parameters must select experts with the forward of their class, got {name}, a "
                     f"{type(module).__name__} whose forward was replaced (by a hook of accelerate, say)"
                 )
-            module.forward = _ServedExperts(self._switch, module, layers)  # type: ignore[assignment]
+            module.forward = ServedExperts(self._switch, module, layers)  # type: ignore[assignment]
             self._experts.append(module)
         self._before = keep_calling(self._base.modules[""], self._linears())
 
@@ -452,7 +236,7 @@ class AdapterBank:
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def _named(self, name: object) -> _Member:
+    def _named(self, name: object) -> Member:
         """The member of a name. With the lock."""
         member = self._members.get(name) if isinstance(name, str) else None
         if member is None:
@@ -530,7 +314,7 @@ class AdapterBank:
             elif name in self._members:
                 raise ValueError(f"name must not be in the bank yet, got {name!r}: call replace, or remove it first")
 
-    def _member_of(self, name: str, stored: StoredAdapter) -> _Member:
+    def _member_of(self, name: str, stored: StoredAdapter) -> Member:
         if stored.beside or stored.modules_to_save:
             raise ValueError(
                 "path must be an adapter alone, got one with modules that were trained beside it "
@@ -545,9 +329,9 @@ class AdapterBank:
                     f"AdapterBank(target_modules=..., target_parameters=...) says which there are"
                 )
             parts[arena] = arena.part_of(of_type)
-        return _Member(name, stored, parts)
+        return Member(name, stored, parts)
 
-    def _place(self, member: _Member, leaving: _Member | None = None) -> None:
+    def _place(self, member: Member, leaving: Member | None = None) -> None:
         """Puts a member into memory, where nobody sees it yet. While writing.
 
         ``leaving`` is a version that it replaces, whose memory counts as free if nobody holds it. After an error
@@ -577,7 +361,7 @@ class AdapterBank:
                 empty = part._replace(shards_a=part.shards_a.new_empty(0, 0), shards_b=part.shards_b.new_empty(0, 0))
                 member.parts[arena] = empty
 
-    def _bring_back(self, member: _Member) -> None:
+    def _bring_back(self, member: Member) -> None:
         """Puts an evicted member into memory, unless it was removed meanwhile. While writing."""
         self._place(member)
         with self._lock:
@@ -589,7 +373,7 @@ class AdapterBank:
         for arena, own in rows.items():
             arena.give_back(own)
 
-    def _make_room(self, member: _Member, leaving: _Member | None) -> list[_Withdrawn]:
+    def _make_room(self, member: Member, leaving: Member | None) -> list[Withdrawn]:
         """Withdraws the least recently used members until another one will fit: they, and where they were.
 
         Nobody gets a lease of them any more; what lies in their rows is still to be carried out. A version that is
@@ -604,7 +388,7 @@ class AdapterBank:
             idle = [m for m in self._members.values() if m.tables is not None and not m.leases]
             idle = [m for m in idle if m is leaving or not m.pinned]
             missing = {arena: n - arena.free for arena, n in member.counts.items()}
-            victims: list[_Member] = []
+            victims: list[Member] = []
             for candidate in sorted(idle, key=lambda m: (m is not leaving, m.used)):
                 if any(missing[arena] > 0 for arena in candidate.counts if arena in missing):
                     victims.append(candidate)
@@ -666,13 +450,13 @@ class AdapterBank:
         """:meth:`restore` in the bank's own thread."""
         return self._in_loader(self.restore, name)
 
-    def _withdraw(self, member: _Member) -> _Withdrawn:
+    def _withdraw(self, member: Member) -> Withdrawn:
         """Makes a member one that is evicted, and hands out where it was. With the lock, while writing."""
-        withdrawn = _Withdrawn(member, member.rows, member.tables)
+        withdrawn = Withdrawn(member, member.rows, member.tables)
         member.rows, member.tables, self._last = {}, None, None
         return withdrawn
 
-    def _carry_out(self, withdrawn: Sequence[_Withdrawn]) -> None:
+    def _carry_out(self, withdrawn: Sequence[Withdrawn]) -> None:
         """Copies withdrawn members to host memory, and gives their rows back. While writing.
 
         After an error (out of host memory, say) they are all where they were.
@@ -704,21 +488,21 @@ class AdapterBank:
         with self._lock:
             return Lease(self, self._hold(self._named(name)))
 
-    def _hold(self, member: _Member) -> _Member:
+    def _hold(self, member: Member) -> Member:
         """With the lock."""
         self._check_resident(member)
         member.leases, member.used = member.leases + 1, next(self._clock)
         return member
 
     @staticmethod
-    def _check_resident(member: _Member) -> None:
+    def _check_resident(member: Member) -> None:
         if member.tables is None:
             raise ValueError(
                 f"name must be that of an adapter in memory, got {member.name!r}, which is evicted: call "
                 f"restore({member.name!r})"
             )
 
-    def _let_go(self, member: _Member) -> None:
+    def _let_go(self, member: Member) -> None:
         """With the lock."""
         member.leases -= 1
         if member.leases == 0 and self.device.type == "cuda":
@@ -726,13 +510,13 @@ class AdapterBank:
             self._released.record(torch.cuda.current_stream(self.device))
         self._free_if_unused(member)
 
-    def _drop(self, member: _Member) -> None:
+    def _drop(self, member: Member) -> None:
         """No name means a member any more: it goes when nobody holds it. With the lock."""
         member.named = False
         self._nameless.add(member)
         self._free_if_unused(member)
 
-    def _free_if_unused(self, member: _Member) -> None:
+    def _free_if_unused(self, member: Member) -> None:
         """With the lock."""
         if member.named or member.leases or member not in self._nameless:
             return
@@ -796,9 +580,9 @@ class AdapterBank:
         if not any(module is own for module in model.modules()):
             raise ValueError(f"model must be the bank's, or hold it, got a {type(model).__name__} without its {name}")
 
-    def _hold_all(self, names: Sequence[str | Lease | None]) -> list[_Member | None]:
+    def _hold_all(self, names: Sequence[str | Lease | None]) -> list[Member | None]:
         with self._lock:
-            members: list[_Member | None] = []
+            members: list[Member | None] = []
             for name in names:
                 if isinstance(name, Lease):
                     if name._bank is not self or not name._open:
@@ -814,7 +598,7 @@ class AdapterBank:
                     self._hold(member)
             return members
 
-    def _route_of(self, members: list[_Member | None]) -> Route:
+    def _route_of(self, members: list[Member | None]) -> Route:
         """The route of members that are held; the last one again where they are the same."""
         adapters = [None if member is None else member.tables for member in members]
         modes = threading.get_ident(), torch.is_inference_mode_enabled()  # autograd takes no tensors of the latter
