@@ -60,8 +60,9 @@ class MemberReport:
     """One adapter in a :class:`BankReport`.
 
     Attributes:
-        name: its name. kind: "MoS" or "LoRA". r: its largest rank. equivalent_rank: the LoRA rank with as many
-            parameters. bytes: of its shards. table_bytes: of its tables. lora_bytes: of LoRA of its ranks.
+        name: its name. kind: "MoS" or "LoRA". r: its largest rank. equivalent_rank: of MoS, the LoRA rank with as
+            many parameters; else None. bytes: of its shards. table_bytes: of its tables. lora_bytes: of LoRA of its
+            ranks.
         resident: whether it is in the bank's memory, rather than evicted. pinned: whether it stays there.
         leases: how many hold it.
     """
