@@ -655,3 +655,23 @@ def test_what_has_no_features_is_refused_by_name(kind, way):
         adapt(base, way, target_modules=["up", "norm"])
     assert not layers(base)
     assert_same_bits(before, bits(base))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["nf4", "int8", "own"])
+def test_a_bank_serves_a_quantised_base(kind, tmp_path):
+    """Every sequence gets what its adapter gives alone on that base; the base computes the same batch both times."""
+    base = quantise(llama(), kind)
+    alone = mos_ext.adapt(copy.deepcopy(base), mos_ext.MoSConfig(r=4, equivalent_rank=2))
+    for pool in alone.mos_pools.pools:
+        nn.init.normal_(pool.shards_b, std=0.3)
+    mos_ext.save_adapter(alone, tmp_path)
+    bank = mos_ext.serving.AdapterBank(base)
+    bank.add("a", tmp_path)
+    x = torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+    plain = base(x).logits
+    with bank.route(base, ["a", None]):
+        y = base(x).logits
+    torch.testing.assert_close(y[:1], alone(x).logits[:1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(y[1:], plain[1:], rtol=0, atol=1e-5)
+    assert (y[0] - plain[0]).abs().max() > 0.1
