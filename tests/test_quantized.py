@@ -661,12 +661,12 @@ def test_what_has_no_features_is_refused_by_name(kind, way):
 @pytest.mark.parametrize("kind", ["nf4", "int8", "own"])
 def test_a_bank_serves_a_quantised_base(kind, tmp_path):
     """Every sequence gets what its adapter gives alone on that base; the base computes the same batch both times."""
-    base = quantise(llama(), kind)
-    alone = mos_ext.adapt(copy.deepcopy(base), mos_ext.MoSConfig(r=4, equivalent_rank=2))
+    base, targets = quantise(llama(), kind), ["q_proj", "o_proj", "up_proj", "down_proj"]
+    alone = mos_ext.adapt(copy.deepcopy(base), mos_ext.MoSConfig(r=4, equivalent_rank=2, target_modules=targets))
     for pool in alone.mos_pools.pools:
         nn.init.normal_(pool.shards_b, std=0.3)
     mos_ext.save_adapter(alone, tmp_path)
-    bank = mos_ext.serving.AdapterBank(base)
+    bank = mos_ext.serving.AdapterBank(base, target_modules=targets)
     bank.add("a", tmp_path)
     x = torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(0))
     plain = base(x).logits
