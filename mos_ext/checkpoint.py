@@ -428,7 +428,6 @@ def read_mos(base: Base, folder: Path) -> StoredAdapter:
         method="MoS",
         config=config,
         r=max(max(t.ranks) for t in linear_types),
-        shards_per_vector=config.shards_per_vector,
         equivalent_rank=config.equivalent_rank,
         types=tuple(
             StoredType(t, *(tensors[_tensor_name(key, side)] for side in POOLS))

@@ -365,7 +365,7 @@ def read_lora(base: Base, folder: Path) -> StoredAdapter:
         _type_of(kind, stream, modules, [factors[name] for name in modules], strength, folder)
         for stream, (kind, modules) in zip(streams(list(kinds)), kinds.items(), strict=True)
     )
-    return StoredAdapter("LoRA", None, max(max(t.linear_type.ranks) for t in types), 1, None, types)
+    return StoredAdapter("LoRA", None, max(max(t.linear_type.ranks) for t in types), None, types)
 
 
 def _few(names: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ class StoredAdapter:
     Attributes:
         method: "MoS" or "LoRA".
         config: the :class:`MoSConfig` of a MoS adapter, else None.
-        r: the largest rank. shards_per_vector: l.
+        r: the largest rank.
         equivalent_rank: e of a MoS adapter's linears, else None.
         types: its linear types, in the order of the model's modules.
         modules_to_save: what the configuration says was trained beside the adapter, as endings of names.
@@ -42,7 +42,6 @@ class StoredAdapter:
     method: str
     config: MoSConfig | None
     r: int
-    shards_per_vector: int
     equivalent_rank: int | None
     types: tuple[StoredType, ...]
     modules_to_save: tuple[str, ...] = ()

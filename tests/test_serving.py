@@ -507,7 +507,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_files_that_are_refused_leave_the_bank_as_it_was(llama, bank, tmp_path, fault):
-    base, folder, _ = llama
+    folder = llama[1]
     good, bad = folder / "plain", tmp_path / "bad"
     config = (good / "adapter_config.json").read_text()
     content = (good / "adapter_model.safetensors").read_bytes()
@@ -525,11 +525,11 @@ def test_files_that_are_refused_leave_the_bank_as_it_was(llama, bank, tmp_path, 
     elif fault == "another model":
         saved(models.llama(layers=2, intermediate_size=128), mos_ext.MoSConfig(r=2, equivalent_rank=2), bad)
     elif fault == "modules beside":
-        adapted = trained(base_without_hooks(base), CONFIGS["plain"])
+        adapted = trained(models.llama(), CONFIGS["plain"])
         adapted.model.norm.requires_grad_(True)
         mos_ext.save_adapter(adapted, bad)
     else:
-        saved(base_without_hooks(base), mos_ext.MoSConfig(r=4, equivalent_rank=2, shards_per_vector=16), bad)
+        saved(models.llama(), mos_ext.MoSConfig(r=4, equivalent_rank=2, shards_per_vector=16), bad)
     before = bank.report()
     for act in (bank.add, bank.replace):
         name = "new" if act == bank.add else "plain"
@@ -549,10 +549,6 @@ def test_values_that_are_too_large_for_float16(llama, tmp_path):
     with pytest.raises(ValueError, match="path must be an adapter whose values fit into the bank's dtype, float16"):
         bank.add("large", large)
     assert bank.names == ()
-
-
-def base_without_hooks(base):
-    return models.llama()
 
 
 @torch.no_grad()
